@@ -1,0 +1,1 @@
+"""Data and configuration shared by every process. Imports no torch."""

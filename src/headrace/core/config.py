@@ -1,0 +1,344 @@
+"""Every server option, declared once; `resolve` turns what was asked into what will run.
+
+One frozen dataclass per component; a component takes its part, never the whole. The command line,
+docs/options.md and /server_info are generated from these fields. Flags are the field names in
+kebab-case, with SGLang's spelling. Knows nothing of torch; the device is asked for only here
+and in `ops`.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+import msgspec
+
+from headrace.core.errors import BadRequest
+from headrace.core.hardware import Hardware
+from headrace.core.model_info import ModelInfo
+
+T = TypeVar("T")
+
+
+class Option(msgspec.Struct, frozen=True, kw_only=True):
+    """How an option appears on the command line and which values it takes."""
+
+    help: str
+    choices: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+    secret: bool = False
+
+
+def option(default: T, help: str, **details: Any) -> T:
+    """A dataclass field with an `Option` in its metadata."""
+    return dataclasses.field(default=default, metadata={"option": Option(help=help, **details)})
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """Which checkpoint, and how to read it."""
+
+    model_path: str = option(
+        "", "Model folder or hub id; empty serves the demo model.", aliases=("--model",)
+    )
+    tokenizer_path: str = option("", "Tokenizer folder or hub id; empty takes the model's.")
+    served_model_name: str = option("", "Name shown to clients; empty takes the model path.")
+    load_format: str = option(
+        "auto", "How weights are read.", choices=("auto", "safetensors", "dummy")
+    )
+    dtype: str = option(
+        "auto",
+        "Type of weights and activations; auto takes the checkpoint's.",
+        choices=("auto", "half", "float16", "bfloat16", "float", "float32"),
+    )
+    context_length: int | None = option(
+        None, "Longest sequence in tokens; empty takes the model's.", minimum=1
+    )
+    revision: str = option("", "Branch, tag or commit of a hub id.")
+    download_dir: str = option("", "Where hub downloads are kept; empty takes the hub's cache.")
+    json_model_override_args: str = option("{}", "JSON object laid over config.json.")
+    skip_tokenizer_init: bool = option(
+        False, "Tokens in, tokens out: load no tokenizer and serve input_ids only."
+    )
+    chat_template: str = option("", "A .jinja file or a built-in template name.")
+    random_seed: int | None = option(
+        None, "Seed for requests that bring none; empty draws one per request."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheOptions:
+    """How much KV cache, and how prefixes are kept."""
+
+    mem_fraction_static: float | None = option(
+        None,
+        "Share of memory for weights and KV cache together; empty computes it.",
+        minimum=0.01,
+        maximum=1.0,
+    )
+    max_total_tokens: int | None = option(
+        None, "KV cache size in tokens; empty computes it from free memory.", minimum=1
+    )
+    page_size: int = option(16, "Tokens per KV page.", minimum=1, maximum=1024)
+    disable_radix_cache: bool = option(False, "Keep no prefixes between requests.")
+    radix_eviction_policy: str = option(
+        "lru",
+        "Which unused prefixes go first.",
+        choices=("lru", "lfu", "fifo", "mru", "filo", "slru", "priority"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleOptions:
+    """Who runs when."""
+
+    max_running_requests: int | None = option(
+        None, "Most requests in a step; empty computes it.", minimum=1
+    )
+    max_queued_requests: int | None = option(
+        None, "Most waiting requests; more are answered 503. Empty: no limit.", minimum=1
+    )
+    chunked_prefill_size: int = option(
+        0, "Most prompt tokens in a step; 0 chooses, -1 means max-prefill-tokens.", minimum=-1
+    )
+    max_prefill_tokens: int = option(
+        16384, "Most prompt tokens in a step when chunking is off.", minimum=1
+    )
+    schedule_policy: str = option(
+        "fcfs",
+        "Order of waiting requests.",
+        choices=(
+            "fcfs",
+            "lpm",
+            "dfs-weight",
+            "lof",
+            "random",
+            "shortest-prefill-first",
+            "hrrn",
+            "priority",
+        ),
+    )
+    schedule_conservativeness: float = option(
+        1.0, "Larger reserves more room for the output of running requests.", minimum=0.0
+    )
+    enable_priority_scheduling: bool = option(False, "Honor the priority of requests.")
+    schedule_low_priority_values_first: bool = option(
+        False, "Small priority numbers are the urgent ones."
+    )
+    priority_scheduling_preemption_threshold: int = option(
+        10, "A request this much more urgent preempts a running one.", minimum=0
+    )
+    disable_priority_preemption: bool = option(False, "Priority orders the queue only.")
+    default_priority_value: int | None = option(
+        None, "Priority of requests that bring none; empty means the least urgent."
+    )
+    abort_on_priority_when_disabled: bool = option(
+        False, "Answer 503 when a request has a priority and priorities are off."
+    )
+    retraction_policy: str = option(
+        "length", "Who gives way when pages run out.", choices=("length", "priority")
+    )
+    disable_overlap_schedule: bool = option(
+        False, "Plan a step only when the previous one is done (depth 1 instead of 2)."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """Where and how the model runs."""
+
+    device: str = option("auto", "Device of the model.", choices=("auto", "cpu"))
+    threads: int = option(0, "Compute threads; 0 takes the usable cores.", minimum=0)
+    runner: str = option(
+        "model",
+        "fake answers with made-up tokens at once, to measure everything else.",
+        choices=("model", "fake"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeOptions:
+    """The HTTP side."""
+
+    host: str = option("127.0.0.1", "Address to listen on.")
+    port: int = option(30000, "Port to listen on; 0 takes a free one.", minimum=0, maximum=65535)
+    api_key: str = option("", "Bearer token that clients must send.", secret=True)
+    stream_interval: int = option(1, "Tokens per streamed chunk.", minimum=1)
+    incremental_streaming_output: bool = option(
+        False, "/generate streams deltas instead of the text so far."
+    )
+    enable_cache_report: bool = option(
+        True, "Report cached_tokens in the usage of OpenAI responses."
+    )
+    sampling_defaults: str = option(
+        "model",
+        "Defaults of sampling fields that a request leaves out.",
+        choices=("model", "openai"),
+    )
+    preferred_sampling_params: str = option(
+        "{}", "JSON object of sampling defaults laid under every request."
+    )
+    allow_auto_truncate: bool = option(
+        False, "Cut over-long input to the context instead of refusing it."
+    )
+    strict_model_name: bool = option(False, "Answer 404 for a model name that is not served.")
+    skip_server_warmup: bool = option(False, "Be ready without a first generation.")
+    max_request_bytes: int = option(64 << 20, "Largest request body in bytes.", minimum=1024)
+    timeout_keep_alive: int = option(5, "Seconds an idle connection stays open.", minimum=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ObserveOptions:
+    """Logs and metrics."""
+
+    log_level: str = option("info", "Log level.", choices=("debug", "info", "warning", "error"))
+    log_level_http: str = option(
+        "warning", "Log level of the HTTP server.", choices=("debug", "info", "warning", "error")
+    )
+    enable_metrics: bool = option(True, "Serve Prometheus metrics at /metrics.")
+    decode_log_interval: int = option(40, "Steps between decode log lines.", minimum=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All options; frozen after `resolve`."""
+
+    model: ModelOptions = ModelOptions()
+    cache: CacheOptions = CacheOptions()
+    schedule: ScheduleOptions = ScheduleOptions()
+    run: RunOptions = RunOptions()
+    serve: ServeOptions = ServeOptions()
+    observe: ObserveOptions = ObserveOptions()
+
+    @classmethod
+    def from_flat(cls, values: Mapping[str, Any]) -> "Config":
+        """Build from {option name: value}; unknown names and bad values are errors.
+
+        Raises:
+            BadRequest: names the option and what it may be.
+        """
+        rest = dict(values)
+        parts: dict[str, Any] = {}
+        for part in dataclasses.fields(cls):
+            section: Any = part.default
+            names = {field.name for field in dataclasses.fields(section)}
+            chosen = {name: rest.pop(name) for name in list(rest) if name in names}
+            parts[part.name] = dataclasses.replace(section, **chosen)
+        if rest:
+            raise BadRequest(f"unknown option {sorted(rest)[0]!r}", field=sorted(rest)[0])
+        config = cls(**parts)
+        for field, value in config.items():
+            check_value(field, value)
+        return config
+
+    def items(self) -> Iterator[tuple["dataclasses.Field[Any]", Any]]:
+        """(field, value) of every option, in the order they are declared."""
+        for part in dataclasses.fields(self):
+            section = getattr(self, part.name)
+            for field in dataclasses.fields(section):
+                yield field, getattr(section, field.name)
+
+    def flat(self) -> dict[str, Any]:
+        """{option name: value} with secrets, for a child process."""
+        return {field.name: value for field, value in self.items()}
+
+    def public(self) -> dict[str, Any]:
+        """{option name: value} without secrets, for /server_info and logs."""
+        return {
+            field.name: value
+            for field, value in self.items()
+            if not field.metadata["option"].secret
+        }
+
+
+def check_value(field: "dataclasses.Field[Any]", value: Any) -> None:
+    """Raise BadRequest when `value` is not allowed for the option `field`."""
+    details: Option = field.metadata["option"]
+    flag = "--" + field.name.replace("_", "-")
+    kind = value_type(field)
+    if value is None and field.default is None:
+        return
+    number_for_float = kind is float and isinstance(value, int)
+    if (not isinstance(value, kind) and not number_for_float) or (
+        kind is int and isinstance(value, bool)
+    ):
+        raise BadRequest(f"{flag} must be {kind.__name__}, not {value!r}", field=field.name)
+    if details.choices and value not in details.choices:
+        raise BadRequest(
+            f"{flag} must be one of {', '.join(details.choices)}, not {value!r}", field=field.name
+        )
+    if details.minimum is not None and value < details.minimum:
+        raise BadRequest(
+            f"{flag} must be at least {details.minimum}, not {value}", field=field.name
+        )
+    if details.maximum is not None and value > details.maximum:
+        raise BadRequest(f"{flag} must be at most {details.maximum}, not {value}", field=field.name)
+
+
+def value_type(field: "dataclasses.Field[Any]") -> type:
+    """The plain type of an option, `int` for `int | None`."""
+    annotation: Any = field.type
+    arguments = getattr(annotation, "__args__", ())
+    kinds = [item for item in arguments if item is not type(None)]
+    kind: type = kinds[0] if kinds else annotation
+    return kind
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """Sizes that a running scheduler obeys; known once weights and memory are."""
+
+    max_total_tokens: int
+    max_running_requests: int
+    context_length: int
+    page_size: int
+
+    @property
+    def max_request_tokens(self) -> int:
+        """Longest prompt plus output that can ever be served."""
+        return min(self.context_length, self.max_total_tokens)
+
+
+def resolve(config: Config, info: ModelInfo, hardware: Hardware) -> tuple[Config, list[str]]:
+    """Fill in every option that says "choose for me"; returns the result and the reasons."""
+    notes: list[str] = []
+
+    def choose(part: str, name: str, value: Any, reason: str) -> None:
+        nonlocal config
+        section = dataclasses.replace(getattr(config, part), **{name: value})
+        config = dataclasses.replace(config, **{part: section})
+        notes.append(f"set {name}={value} because {reason}")
+
+    if config.model.dtype == "auto":
+        choose("model", "dtype", info.dtype, "the checkpoint says so")
+    elif config.model.dtype in _DTYPE_NAMES:
+        choose("model", "dtype", _DTYPE_NAMES[config.model.dtype], "that is its full name")
+    if config.model.context_length is None:
+        choose("model", "context_length", info.context_length, "the checkpoint says so")
+    elif config.model.context_length > info.context_length:
+        raise BadRequest(
+            f"--context-length {config.model.context_length} is more than the model's "
+            f"{info.context_length}",
+            field="context_length",
+        )
+    if not config.model.served_model_name:
+        choose("model", "served_model_name", config.model.model_path, "no other name was given")
+    if config.run.device == "auto":
+        choose("run", "device", "cpu", "no other device is supported yet")
+    if config.run.threads == 0:
+        choose("run", "threads", hardware.cores, "that many cores are usable")
+    if config.schedule.chunked_prefill_size == 0:
+        choose("schedule", "chunked_prefill_size", 2048, "it keeps steps short on a CPU")
+    elif config.schedule.chunked_prefill_size == -1:
+        choose(
+            "schedule",
+            "chunked_prefill_size",
+            config.schedule.max_prefill_tokens,
+            "chunking is off",
+        )
+    if config.schedule.schedule_policy == "priority":
+        choose("schedule", "enable_priority_scheduling", True, "the policy is priority")
+    return config, notes
+
+
+_DTYPE_NAMES = {"half": "float16", "float": "float32"}

@@ -1,0 +1,232 @@
+"""Every message that crosses a process border, as msgspec Structs.
+
+Tokenizer manager -> scheduler: `Inbound`. Scheduler -> detokenizer -> tokenizer manager:
+`Outbound`. Structs are positional (`array_like`): add fields only at the end, with defaults.
+Token ids travel as int32 little-endian bytes, which costs a microsecond for any length.
+Knows nothing of sockets, HTTP or devices.
+"""
+
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, omit_defaults=True):
+    """Base of all messages; the class name is the tag on the wire."""
+
+
+def pack_ids(ids: "list[int] | np.ndarray") -> bytes:
+    """Token ids -> int32 little-endian bytes."""
+    return np.asarray(ids, dtype="<i4").tobytes()
+
+
+def unpack_ids(data: bytes) -> np.ndarray:
+    """Inverse of `pack_ids`; a read-only int32 view, shape [n]."""
+    return np.frombuffer(data, dtype="<i4")
+
+
+class SamplingParams(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
+    """How to choose tokens and when to stop; the fields of sampling_params on the wire.
+
+    `max_new_tokens=None` means until the context ends. `top_k=-1` means all. A temperature below
+    1e-6 is greedy. `seed` keys the sampling noise together with the sample index and position.
+    """
+
+    max_new_tokens: int | None = 128
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_new_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    stop_regex: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    no_stop_trim: bool = False
+    logit_bias: dict[int, float] = {}
+    n: int = 1
+    seed: int | None = None
+    stream_interval: int | None = None
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < 1e-6 or self.top_k == 1
+
+    @property
+    def penalized(self) -> bool:
+        return (
+            self.frequency_penalty != 0.0
+            or self.presence_penalty != 0.0
+            or self.repetition_penalty != 1.0
+        )
+
+
+class LogprobSpec(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
+    """Which log-probabilities to return.
+
+    `start`: first prompt position reported (-1: output only). `top`: alternatives per position.
+    `ids`: token ids whose log-probability is reported at every position.
+    """
+
+    start: int = -1
+    top: int = 0
+    ids: tuple[int, ...] = ()
+
+
+class GenerateRequest(Message, frozen=True, array_like=True):
+    """One sequence to generate: the only form of a request between HTTP adapter and scheduler.
+
+    An adapter fills `text` or `ids`; the tokenizer manager fills `ids`, the seed and `group`.
+    Requests of one `group` are samples 0..n-1 of the same prompt; the first one computes it.
+    `namespace` separates prefix caches (extra_key, cache_salt).
+    """
+
+    rid: str
+    ids: bytes = b""
+    text: str | None = None
+    sampling: SamplingParams = SamplingParams()
+    stream: bool = False
+    logprobs: LogprobSpec | None = None
+    priority: int | None = None
+    namespace: str = ""
+    group: str = ""
+    sample_index: int = 0
+    received: float = 0.0
+
+
+class AbortRequest(Message, frozen=True, array_like=True):
+    """End requests: the exact `rid`, every rid that starts with it if `prefix`, or all."""
+
+    rid: str = ""
+    prefix: bool = False
+    all: bool = False
+    message: str = "Aborted by the client."
+
+
+class Control(Message, frozen=True, array_like=True):
+    """A verb for the scheduler that is answered by one `ControlReply` with the same id."""
+
+    id: int
+    verb: Literal["ping", "flush_cache", "loads", "state"]
+
+
+class ControlReply(Message, frozen=True, array_like=True):
+    id: int
+    ok: bool = True
+    message: str = ""
+    data: dict[str, Any] = {}
+
+
+class FinishReason(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
+    """Why a request ended. `matched` is the stop token id or stop string."""
+
+    type: Literal["stop", "length", "abort"]
+    matched: int | str | None = None
+    length: int = 0
+    message: str = ""
+    status: int = 0
+    kind: str = ""
+
+    def to_wire(self) -> dict[str, Any]:
+        """The `finish_reason` object of SGLang's meta_info."""
+        if self.type == "length":
+            return {"type": "length", "length": self.length}
+        if self.type == "stop":
+            return (
+                {"type": "stop"}
+                if self.matched is None
+                else {
+                    "type": "stop",
+                    "matched": self.matched,
+                }
+            )
+        return {
+            "type": "abort",
+            "message": self.message,
+            "status_code": self.status,
+            "err_type": self.kind,
+        }
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
+    """Log-probabilities at consecutive positions, parallel lists.
+
+    `tokens[i]` was at the position and had `values[i]` (None: nothing precedes it). `top[i]` and
+    `ids[i]` are (token id, logprob) pairs, or the lists are empty when not asked for.
+    """
+
+    tokens: list[int] = []
+    values: list[float | None] = []
+    top: list[list[tuple[int, float]] | None] = []
+    ids: list[list[tuple[int, float]] | None] = []
+
+
+class StreamStart(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
+    """What the detokenizer must know of a request, sent with its first delta."""
+
+    prompt_tail: bytes
+    stop: tuple[str, ...] = ()
+    stop_regex: tuple[str, ...] = ()
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    no_stop_trim: bool = False
+
+
+class Delta(Message, frozen=True, array_like=True):
+    """News of one request: new token ids (scheduler) and their text (detokenizer).
+
+    Counters are totals so far. `input_logprobs` comes once, with the first delta.
+    """
+
+    rid: str
+    ids: list[int] = []
+    text: str = ""
+    finish: FinishReason | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    retractions: int = 0
+    logprobs: TokenLogprobs | None = None
+    input_logprobs: TokenLogprobs | None = None
+    start: StreamStart | None = None
+    queue_time: float = 0.0
+    first_token_time: float = 0.0
+
+
+class SchedulerStats(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
+    """Counters (…_total) and gauges of one scheduler, cheap enough to send often."""
+
+    running: int = 0
+    waiting: int = 0
+    used_tokens: int = 0
+    evictable_tokens: int = 0
+    max_total_tokens: int = 0
+    prompt_tokens_total: int = 0
+    cached_tokens_total: int = 0
+    generated_tokens_total: int = 0
+    requests_total: int = 0
+    aborted_total: int = 0
+    retracted_total: int = 0
+    evicted_tokens_total: int = 0
+    steps_total: int = 0
+    gen_throughput: float = 0.0
+    new_token_ratio: float = 0.0
+    uptime: float = 0.0
+    max_running_requests: int = 0
+
+
+class Deltas(Message, frozen=True, array_like=True):
+    """Everything one scheduler step has to say."""
+
+    items: list[Delta] = []
+    stats: SchedulerStats | None = None
+
+
+Inbound = GenerateRequest | AbortRequest | Control
+Outbound = Deltas | ControlReply

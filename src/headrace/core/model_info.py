@@ -1,0 +1,120 @@
+"""What the torch-free half of headrace needs to know about a checkpoint, from its config.json.
+
+Reads plain JSON, never runs code of a checkpoint. The architecture's own fields stay in `hf` for
+the model file that understands them.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from headrace.core.errors import LoadError
+
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+_DTYPES = {"float32", "float16", "bfloat16"}
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """A checkpoint seen from the scheduler: sizes, context, end-of-sequence ids, defaults.
+
+    `hf` is config.json as a dict; `generation` is generation_config.json as a dict.
+    """
+
+    path: str
+    architecture: str
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    context_length: int
+    dtype: str
+    eos_token_ids: tuple[int, ...]
+    hf: dict[str, Any]
+    generation: dict[str, Any]
+
+
+def read_model_info(path: Path, overrides: dict[str, Any] | None = None) -> ModelInfo:
+    """Read `path`/config.json and generation_config.json.
+
+    `overrides` replaces top-level keys of config.json (--json-model-override-args).
+
+    Raises:
+        LoadError: the folder is no checkpoint, or a needed field is missing.
+    """
+    hf = _read_json(path / "config.json", required=True) | (overrides or {})
+    text = hf["text_config"] if isinstance(hf.get("text_config"), dict) else hf
+    generation = _read_json(path / "generation_config.json", required=False)
+    architectures = hf.get("architectures") or []
+    if not architectures:
+        raise LoadError(f"{path}/config.json names no architecture (field 'architectures')")
+    heads = _number(text, path, "num_attention_heads", "n_head")
+    hidden = _number(text, path, "hidden_size", "n_embd")
+    return ModelInfo(
+        path=str(path),
+        architecture=str(architectures[0]),
+        model_type=str(hf.get("model_type", "")),
+        vocab_size=_number(text, path, "vocab_size"),
+        hidden_size=hidden,
+        num_layers=_number(text, path, "num_hidden_layers", "n_layer"),
+        num_heads=heads,
+        num_kv_heads=int(text.get("num_key_value_heads") or heads),
+        head_dim=int(text.get("head_dim") or hidden // heads),
+        context_length=_context_length(text),
+        dtype=_dtype(text, hf),
+        eos_token_ids=_eos_ids(text, hf, generation),
+        hf=hf,
+        generation=generation,
+    )
+
+
+def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if required:
+            raise LoadError(f"{path} does not exist: is {path.parent} a model folder?") from None
+        return {}
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise LoadError(f"{path} holds {type(value).__name__}, not an object")
+    return value
+
+
+def _number(hf: dict[str, Any], path: Path, *keys: str) -> int:
+    for key in keys:
+        if isinstance(hf.get(key), int):
+            return int(hf[key])
+    raise LoadError(f"{path}/config.json has no integer field {' or '.join(map(repr, keys))}")
+
+
+def _context_length(hf: dict[str, Any]) -> int:
+    for key in _CONTEXT_KEYS:
+        if isinstance(hf.get(key), int):
+            return int(hf[key])
+    return 2048
+
+
+def _dtype(text: dict[str, Any], hf: dict[str, Any]) -> str:
+    for source in (text, hf):
+        for key in ("dtype", "torch_dtype"):
+            value = str(source.get(key, "")).removeprefix("torch.")
+            if value in _DTYPES:
+                return value
+    return "float32"
+
+
+def _eos_ids(*sources: dict[str, Any]) -> tuple[int, ...]:
+    """Ids from the generation config (the last source) first, then the model config."""
+    found: list[int] = []
+    for source in reversed(sources):
+        value = source.get("eos_token_id")
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, int) and item not in found:
+                found.append(item)
+    return tuple(found)
