@@ -83,11 +83,13 @@ class ChunkResult(msgspec.Struct, frozen=True, array_like=True):
     `tokens`: sampled tokens (none if the chunk does not sample; several after accepted drafts).
     `scores`: parallel to `tokens` when the row asked for logprobs. `prompt_scores`: for each
     position p from max(start, logprob_start) inside the chunk, the score of prompt token p+1.
+    `error` fails the request of this chunk alone.
     """
 
     tokens: list[int] = []
     scores: list[ScoredToken] = []
     prompt_scores: list[ScoredToken] = []
+    error: str = ""
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True):

@@ -1,0 +1,1 @@
+"""Who runs when: turns requests into plans and results into deltas. Imports no torch."""

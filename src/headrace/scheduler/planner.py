@@ -1,0 +1,369 @@
+"""Turns running and waiting requests into the next plan.
+
+First every running request grows by what it has to compute; then waiting ones are admitted while
+the budgets of the step last. When pages run out somebody gives way: at once if no plan in flight
+contains it, else it is held back until none does. Never blocks, never talks to a device.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from headrace.core.config import Limits, ScheduleOptions
+from headrace.core.messages import pack_ids
+from headrace.core.plan import Chunk, NewRow, Pages, StepPlan
+from headrace.scheduler.admission import NewTokenRatio, needed, reserved
+from headrace.scheduler.feature import Feature
+from headrace.scheduler.policy import choose
+from headrace.scheduler.request import Request
+from headrace.scheduler.space import Space, shares_prefix
+
+# A prompt that shares this many uncached tokens with one being computed waits for it.
+_WORTH_WAITING = 32
+# How far down the queue to look for a request that can start.
+_LOOK_AHEAD = 256
+
+
+class Draft:
+    """A plan in the making, and the prompt tokens it may still take."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.chunks: list[Chunk] = []
+        self.requests: list[Request] = []
+        self.new_rows: list[NewRow] = []
+        self.pages: list[Pages] = []
+        self.copies: list[tuple[int, int]] = []
+
+
+class Planner:
+    """Owns the queue, the running set and the rows."""
+
+    def __init__(
+        self,
+        options: ScheduleOptions,
+        limits: Limits,
+        space: Space,
+        features: Sequence[Feature],
+        depth: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self.options = options
+        self.limits = limits
+        self.space = space
+        self.features = features
+        self.depth = depth
+        self.clock = clock
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self.leaders: dict[str, Request] = {}
+        self.ratio = NewTokenRatio(options.schedule_conservativeness)
+        self.retracted_total = 0
+        # Requests by row; a finished one keeps its row until no plan in flight contains it.
+        self.rows: dict[int, Request] = {}
+        self.requests_total = 0
+        self.prompt_tokens_total = 0
+        self.cached_tokens_total = 0
+        self._free_rows = list(range(limits.max_running_requests - 1, -1, -1))
+        self._freed_rows: list[int] = []
+        self._rewritten: list[Request] = []
+        self._order = choose(options.schedule_policy, shares=space.cache.shares)
+        self._steps = 0
+
+    def plan(self) -> StepPlan | None:
+        """The next step, or None when nothing can run."""
+        draft = Draft(self.options.chunked_prefill_size)
+        for request in list(self.running):
+            self._grow(request, draft)
+        for request in self._candidates():
+            if not self._try_admit(request, draft):
+                break
+        return self._finish(draft)
+
+    def enqueue(self, request: Request) -> None:
+        """Put a request where its urgency and arrival say."""
+        if request.spec.group:
+            self.leaders.setdefault(request.spec.group, request)
+        self.waiting.append(request)
+        if len(self.waiting) > 1 and self._rank(self.waiting[-2]) > self._rank(request):
+            self.waiting.sort(key=self._rank)
+
+    def retract(self, request: Request) -> None:
+        """Take row and pages from a running request and let it wait again."""
+        assert request.inflight == 0
+        self.running.remove(request)
+        self.space.leave(request, keep=0)
+        self.release_row(request)
+        request.computed = 0
+        request.held = False
+        request.prompt_kept = False
+        request.retractions += 1
+        self.retracted_total += 1
+        self.enqueue(request)
+
+    def release_row(self, request: Request) -> None:
+        del self.rows[request.row]
+        self._free_rows.append(request.row)
+        self._freed_rows.append(request.row)
+        request.row = -1
+
+    def rewrite_pages(self, request: Request) -> None:
+        """The page table of a request changed; the next plan must say so."""
+        self._rewritten.append(request)
+
+    def urgency(self, request: Request) -> int:
+        """Larger is more urgent."""
+        if not self.options.enable_priority_scheduling:
+            return 0
+        sign = -1 if self.options.schedule_low_priority_values_first else 1
+        if request.spec.priority is not None:
+            return sign * request.spec.priority
+        default = self.options.default_priority_value
+        return sign * default if default is not None else -(1 << 62)
+
+    def least_urgent_waiting(self) -> Request:
+        return max(self.waiting, key=self._rank)
+
+    def _rank(self, request: Request) -> tuple[int, int]:
+        return (-self.urgency(request), request.seq)
+
+    def _candidates(self) -> list[Request]:
+        """Waiting requests in the order of the policy; urgency comes before it."""
+        if not self.waiting:
+            return []
+        order = self._order(self.waiting, self.space, self.clock())
+        if self.options.enable_priority_scheduling:
+            order.sort(key=lambda request: -self.urgency(request))
+        return order[:_LOOK_AHEAD]
+
+    # -- running requests ---------------------------------------------------------------------
+
+    def _grow(self, request: Request, draft: Draft) -> None:
+        """Add the next chunk of a running request, if it may and can run."""
+        if request.row < 0 or not self._may_run(request):
+            return
+        count = request.total - request.computed
+        if count > 1:
+            count = min(count, draft.budget)
+        if count > 0 and self._make_room(request, request.computed + count, draft):
+            self._append(request, count, draft)
+
+    def _may_run(self, request: Request) -> bool:
+        if request.held and request.inflight == 0:
+            request.held = False
+            self.retract(request)
+            return False
+        if request.held or request.finish is not None or not request.wants_work:
+            return False
+        if not self.features:
+            return request.inflight < self.depth
+        if any(feature.holds(request) for feature in self.features):
+            return False
+        chain = min(feature.chain(request, self.depth) for feature in self.features)
+        return request.inflight < chain
+
+    def _append(self, request: Request, count: int, draft: Draft) -> None:
+        start, end = request.computed, request.computed + count
+        samples = end == request.total and end < request.limit
+        scores = request.score_from < end and request.score_from < request.prompt_len - 1
+        draft.chunks.append(
+            Chunk(
+                row=request.row,
+                start=start,
+                count=count,
+                samples=samples,
+                logprob_start=max(start, request.score_from) if scores else -1,
+            )
+        )
+        draft.requests.append(request)
+        if scores:
+            request.score_from = end
+        if count > 1 or end <= request.prompt_len:
+            draft.budget -= count
+        request.computed = end
+        request.pending += samples
+        request.inflight += 1
+
+    def _make_room(self, request: Request, length: int, draft: Draft) -> bool:
+        """Give the request pages up to `length` tokens; somebody else may have to give way."""
+        missing = -(-length // self.space.page_size) - len(request.pages)
+        if missing <= 0:
+            return True
+        pages = self.space.take(missing)
+        while pages is None:
+            victim = self._victim(draft)
+            if victim is None:
+                return False
+            self._give_way(victim)
+            if victim is request:
+                return False
+            pages = self.space.take(missing)
+            if pages is None and victim.held:
+                return False
+        draft.pages.append(Pages(row=request.row, first=len(request.pages), ids=pages))
+        request.pages += pages
+        return True
+
+    def _victim(self, draft: Draft) -> Request | None:
+        """Who gives way: not one that already grew in this plan, nor while another leaves.
+
+        The last one never does: what it lacks comes back when plans in flight end.
+        """
+        if any(request.held for request in self.running):
+            return None
+        planned = set(map(id, draft.requests))
+        free = [
+            request
+            for request in self.running
+            if id(request) not in planned and request.finish is None
+        ]
+        return min(free, key=self._retraction_rank) if len(free) > 1 else None
+
+    def _retraction_rank(self, request: Request) -> tuple[Any, ...]:
+        """Smallest gives way first; ones outside any plan before ones in flight."""
+        by_length = (len(request.out), -request.prompt_len, -request.seq)
+        if self.options.retraction_policy == "priority":
+            return (request.inflight > 0, self.urgency(request), *by_length)
+        return (request.inflight > 0, *by_length)
+
+    def _give_way(self, victim: Request) -> None:
+        if victim.inflight:
+            victim.held = True
+            return
+        self.retract(victim)
+        self.ratio.raise_after_retraction(self.running)
+
+    # -- waiting requests ---------------------------------------------------------------------
+
+    def _try_admit(self, request: Request, draft: Draft) -> bool:
+        """Start a waiting request if it fits. False: stop looking in this step."""
+        if draft.budget <= 0:
+            return False
+        if not self._is_ready(request, draft):
+            return True
+        if not self._free_rows:
+            self._preempt_for(request)
+            return False
+        self.space.enter(request)
+        if self._better_wait(request):
+            self.space.leave(request, keep=0)
+            request.computed = 0
+            return True
+        if not self._fits(request):
+            self.space.leave(request, keep=0)
+            request.computed = 0
+            self._preempt_for(request)
+            return False
+        self._admit(request, draft)
+        return True
+
+    def _is_ready(self, request: Request, draft: Draft) -> bool:
+        """Nothing in the background is missing, and the group's prompt is computed."""
+        if self._leader_computes(request):
+            return False
+        return all(
+            feature.ready(request) and feature.admit(request, draft.requests)
+            for feature in self.features
+        )
+
+    def _leader_computes(self, request: Request) -> bool:
+        """Is the group's prompt still being computed by another sample?
+
+        A retracted leader is not waited for: it may be this very request that displaced it.
+        """
+        leader = self.leaders.get(request.spec.group)
+        if leader is None or leader is request:
+            return False
+        return not leader.prompt_kept and leader.retractions == 0
+
+    def _better_wait(self, request: Request) -> bool:
+        """Is somebody computing the very prefix that this request lacks?"""
+        if not self.space.cache.shares:
+            return False
+        worth = max(_WORTH_WAITING, self.space.page_size)
+        return any(
+            not other.prompt_kept and other.finish is None and shares_prefix(request, other, worth)
+            for other in self.running
+        )
+
+    def _fits(self, request: Request) -> bool:
+        if not self.running:
+            return True
+        return needed(request) + reserved(self.running, self.ratio.value) <= self.space.room
+
+    def _preempt_for(self, request: Request) -> None:
+        """Let a much less urgent running request give way."""
+        options = self.options
+        if not options.enable_priority_scheduling or options.disable_priority_preemption:
+            return
+        if any(running.held for running in self.running):
+            return
+        victim = min(
+            (running for running in self.running if running.finish is None),
+            key=lambda running: (self.urgency(running), -running.seq),
+            default=None,
+        )
+        threshold = options.priority_scheduling_preemption_threshold
+        if victim is None or self.urgency(request) - self.urgency(victim) < max(1, threshold):
+            return
+        victim.held = True
+
+    def _admit(self, request: Request, draft: Draft) -> None:
+        """Give the request a row and let its first chunk run."""
+        leader = self.leaders.get(request.spec.group)
+        if leader is not None and leader is not request and leader.pages:
+            draft.copies += self.space.fork(request, leader)
+        self.waiting.remove(request)
+        self.running.append(request)
+        request.row = self._free_rows.pop()
+        self.rows[request.row] = request
+        if request.cached < 0:
+            self._count_first_admission(request)
+        draft.new_rows.append(
+            NewRow(
+                row=request.row,
+                tokens=pack_ids(request.tokens()),
+                prompt_len=request.prompt_len,
+                sampling=request.spec.sampling,
+                seed=request.spec.sampling.seed or 0,
+                sample_index=request.spec.sample_index,
+                logprobs=request.spec.logprobs,
+            )
+        )
+        if request.pages:
+            draft.pages.append(Pages(row=request.row, first=0, ids=list(request.pages)))
+        self._grow(request, draft)
+
+    def _count_first_admission(self, request: Request) -> None:
+        request.cached = request.computed
+        request.admitted_at = self.clock()
+        self.requests_total += 1
+        self.prompt_tokens_total += request.prompt_len
+        self.cached_tokens_total += request.cached
+
+    # -- the plan -----------------------------------------------------------------------------
+
+    def _finish(self, draft: Draft) -> StepPlan | None:
+        if not draft.chunks and not draft.new_rows:
+            return None
+        rewritten = [
+            Pages(row=request.row, first=0, ids=list(request.pages))
+            for request in self._rewritten
+            if request.row >= 0
+        ]
+        self._steps += 1
+        plan = StepPlan(
+            step=self._steps,
+            chunks=draft.chunks,
+            freed_rows=self._freed_rows,
+            new_rows=draft.new_rows,
+            pages=rewritten + draft.pages,
+            copies=draft.copies,
+            extras=self._extras(draft),
+        )
+        self._freed_rows = []
+        self._rewritten = []
+        return plan
+
+    def _extras(self, draft: Draft) -> tuple[Any, ...]:
+        found = (feature.attach(draft.chunks, draft.requests) for feature in self.features)
+        return tuple(extra for extra in found if extra is not None)

@@ -1,0 +1,102 @@
+"""What the scheduler tells people: log lines and counters.
+
+The lines keep the wording that dashboards and scripts of SGLang users parse. Reads the scheduler's
+parts, changes nothing.
+"""
+
+import logging
+from collections.abc import Callable
+
+from headrace.core.messages import SchedulerStats
+from headrace.core.plan import StepPlan
+from headrace.scheduler.commit import Committer
+from headrace.scheduler.planner import Planner
+
+logger = logging.getLogger(__name__)
+
+
+class Reporter:
+    """Counts steps and prints a line for prefills and for every n-th decode step."""
+
+    def __init__(
+        self,
+        planner: Planner,
+        committer: Committer,
+        decode_log_interval: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self._planner = planner
+        self._committer = committer
+        self._interval = decode_log_interval
+        self._clock = clock
+        self._started = self._window_start = clock()
+        self._window_tokens = 0
+        self._decode_steps = 0
+        self.steps = 0
+        self.throughput = 0.0
+
+    def planned(self, plan: StepPlan) -> None:
+        """Account a launched plan and maybe log it."""
+        self.steps += 1
+        prefill = sum(chunk.count for chunk in plan.chunks if chunk.count > 1)
+        if plan.new_rows:
+            self._prefilled(plan, prefill)
+        if not prefill:
+            self._decode_steps += 1
+            if self._decode_steps % self._interval == 0:
+                self._decoded()
+
+    def stats(self) -> SchedulerStats:
+        planner, space = self._planner, self._planner.space
+        return SchedulerStats(
+            running=len(planner.running),
+            waiting=len(planner.waiting),
+            used_tokens=space.used_tokens,
+            evictable_tokens=space.cache.evictable * space.page_size,
+            max_total_tokens=planner.limits.max_total_tokens,
+            prompt_tokens_total=planner.prompt_tokens_total,
+            cached_tokens_total=planner.cached_tokens_total,
+            generated_tokens_total=self._committer.generated_total,
+            requests_total=planner.requests_total,
+            aborted_total=self._committer.aborted_total,
+            retracted_total=planner.retracted_total,
+            evicted_tokens_total=space.evicted_tokens,
+            steps_total=self.steps,
+            gen_throughput=self.throughput if planner.running else 0.0,
+            new_token_ratio=planner.ratio.value,
+            uptime=self._clock() - self._started,
+            max_running_requests=planner.limits.max_running_requests,
+        )
+
+    def _prefilled(self, plan: StepPlan, tokens: int) -> None:
+        starts = {chunk.row: chunk.start for chunk in plan.chunks}
+        cached = sum(starts.get(row.row, 0) for row in plan.new_rows)
+        logger.info(
+            "Prefill batch, #new-seq: %d, #new-token: %d, #cached-token: %d, "
+            "token usage: %.2f, #running-req: %d, #queue-req: %d",
+            len(plan.new_rows),
+            tokens,
+            cached,
+            self._usage(),
+            len(self._planner.running),
+            len(self._planner.waiting),
+        )
+
+    def _decoded(self) -> None:
+        now = self._clock()
+        done = self._committer.generated_total
+        seconds = max(1e-9, now - self._window_start)
+        self.throughput = (done - self._window_tokens) / seconds
+        self._window_start, self._window_tokens = now, done
+        logger.info(
+            "Decode batch, #running-req: %d, #token: %d, token usage: %.2f, "
+            "gen throughput (token/s): %.2f, #queue-req: %d",
+            len(self._planner.running),
+            self._planner.space.used_tokens,
+            self._usage(),
+            self.throughput,
+            len(self._planner.waiting),
+        )
+
+    def _usage(self) -> float:
+        return self._planner.space.used_tokens / max(1, self._planner.limits.max_total_tokens)

@@ -1,0 +1,232 @@
+"""The scheduler: messages in, plans to the runner, results back, deltas out.
+
+One loop serves every mode. `depth` plans may be in flight: 1 is the normal event loop, 2 is
+overlap scheduling (the next step is planned while the device works), p a pipeline of p stages.
+Time and device are injected. Knows no sockets, processes or tensors.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import msgspec
+
+from headrace.core.config import Limits, ScheduleOptions
+from headrace.core.messages import (
+    AbortRequest,
+    Control,
+    ControlReply,
+    Deltas,
+    FinishReason,
+    GenerateRequest,
+    Inbound,
+    Outbound,
+)
+from headrace.core.plan import StepPlan, StepResult
+from headrace.scheduler.commit import DEFAULT_OUTPUT, Committer, OutputRules, abort
+from headrace.scheduler.feature import Feature, Runner
+from headrace.scheduler.planner import Planner
+from headrace.scheduler.report import Reporter
+from headrace.scheduler.request import Request
+from headrace.scheduler.space import Space
+
+logger = logging.getLogger(__name__)
+
+# Counters are sent along with deltas at most this often (seconds).
+_STATS_INTERVAL = 0.1
+
+
+class Scheduler:
+    """Owns every request from arrival to release."""
+
+    def __init__(
+        self,
+        options: ScheduleOptions,
+        limits: Limits,
+        space: Space,
+        runner: Runner,
+        *,
+        output: OutputRules = DEFAULT_OUTPUT,
+        features: Sequence[Feature] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.depth = 1 if options.disable_overlap_schedule else 2
+        self.clock = clock
+        self.options = options
+        self.limits = limits
+        self.runner = runner
+        self.features = features
+        self.space = space
+        self.planner = Planner(options, limits, space, features, self.depth, clock)
+        self.committer = Committer(self.planner, space, features, output, clock)
+        self.reporter = Reporter(self.planner, self.committer, output.decode_log_interval, clock)
+        self._stops = output.stops
+        self._inflight: deque[tuple[StepPlan, Future[StepResult]]] = deque()
+        self._replies: list[ControlReply] = []
+        self._arrivals = 0
+        self._stats_sent = 0.0
+
+    @property
+    def idle(self) -> bool:
+        """Nothing runs, waits or is in flight: the loop may sleep until a message comes."""
+        return not (self.planner.running or self.planner.waiting or self._inflight)
+
+    def submit(self, message: Inbound) -> None:
+        """Take one message; it takes effect at the next step."""
+        if isinstance(message, GenerateRequest):
+            self._accept(message)
+        elif isinstance(message, AbortRequest):
+            self._abort(message)
+        else:
+            self._replies.append(self._control(message))
+
+    def step(self) -> bool:
+        """Plan and launch, or commit, or both. False: nothing could be done."""
+        self._poll_features()
+        launched = len(self._inflight) < self.depth and self._launch()
+        if not self._inflight:
+            return launched
+        if launched and len(self._inflight) < self.depth:
+            return True
+        self._commit_oldest()
+        return True
+
+    def take(self) -> list[Outbound]:
+        """Everything to send since the last call."""
+        out: list[Outbound] = list(self._replies)
+        self._replies = []
+        deltas = self.committer.deltas
+        if deltas:
+            now = self.clock()
+            stats = None
+            if self.idle or now - self._stats_sent >= _STATS_INTERVAL:
+                stats, self._stats_sent = self.reporter.stats(), now
+            out.append(Deltas(items=deltas, stats=stats))
+            self.committer.deltas = []
+        return out
+
+    def check(self) -> None:
+        """Assert that no page, row or lock is lost (tests; the loop when idle)."""
+        pool, cache = self.space.pool, self.space.cache
+        pool.check()
+        if self.idle:
+            assert not self.planner.rows, "a row is lost"
+            assert pool.free + cache.held == pool.count, "a page is lost"
+            assert cache.evictable == cache.held, "a lock is lost"
+            assert not self.planner.leaders, "a group is lost"
+
+    # -- messages -----------------------------------------------------------------------------
+
+    def _accept(self, spec: GenerateRequest) -> None:
+        request = Request(spec, self._arrivals, self.clock(), None)
+        self._arrivals += 1
+        reason = self._refusal(request)
+        self.planner.enqueue(request)
+        if reason is not None:
+            self.committer.finish(request, reason)
+            return
+        request.stop = self._stops(spec)
+
+    def _refusal(self, request: Request) -> FinishReason | None:
+        """Why the request cannot be taken, if so."""
+        longest = self.limits.max_request_tokens
+        if request.prompt_len == 0:
+            return abort("The prompt is empty.", 400, "BadRequestError")
+        if request.limit > longest:
+            return abort(
+                f"The request needs {request.limit} tokens ({request.prompt_len} of prompt and "
+                f"{request.max_new_tokens} of output); the server holds {longest}.",
+                400,
+                "BadRequestError",
+            )
+        options = self.options
+        if (
+            request.spec.priority is not None
+            and options.abort_on_priority_when_disabled
+            and not options.enable_priority_scheduling
+        ):
+            return abort(
+                "Using priority is disabled for this server.", 503, "ServiceUnavailableError"
+            )
+        for feature in self.features:
+            error = feature.check(request)
+            if error is not None:
+                return abort(error, 400, "BadRequestError")
+        return self._full(request)
+
+    def _full(self, request: Request) -> FinishReason | None:
+        """With a full queue, refuse this request or, if it is more urgent, evict another."""
+        most, planner = self.options.max_queued_requests, self.planner
+        if most is None or len(planner.waiting) < most:
+            return None
+        last = planner.least_urgent_waiting()
+        if planner.urgency(request) <= planner.urgency(last):
+            return abort("The request queue is full.", 503, "ServiceUnavailableError")
+        self.committer.finish(
+            last,
+            abort(
+                "The request is aborted by a higher priority request.",
+                503,
+                "ServiceUnavailableError",
+            ),
+        )
+        return None
+
+    def _abort(self, message: AbortRequest) -> None:
+        everything = [*self.planner.waiting, *self.planner.running]
+        for request in everything:
+            rid = request.rid
+            hit = rid.startswith(message.rid) if message.prefix else rid == message.rid
+            if message.all or (hit and message.rid):
+                self.committer.finish(request, FinishReason("abort", message=message.message))
+
+    def _control(self, message: Control) -> ControlReply:
+        if message.verb == "flush_cache":
+            return self._flush(message.id)
+        if message.verb in ("loads", "state"):
+            return ControlReply(message.id, data=msgspec.to_builtins(self.reporter.stats()))
+        return ControlReply(message.id)
+
+    def _flush(self, id: int) -> ControlReply:
+        if not self.idle:
+            return ControlReply(
+                id,
+                ok=False,
+                message=f"Cache not flushed: {len(self.planner.running)} requests run and "
+                f"{len(self.planner.waiting)} wait.",
+            )
+        self.space.clear()
+        self.planner.ratio.reset()
+        return ControlReply(id, message="Cache flushed.")
+
+    # -- one step -----------------------------------------------------------------------------
+
+    def _poll_features(self) -> None:
+        for feature in self.features:
+            for request, reason in feature.poll():
+                self.committer.finish(request, reason)
+
+    def _launch(self) -> bool:
+        plan = self.planner.plan()
+        if plan is None:
+            return False
+        self.reporter.planned(plan)
+        self._inflight.append((plan, self.runner.launch(plan)))
+        return True
+
+    def _commit_oldest(self) -> None:
+        plan, future = self._inflight.popleft()
+        self.committer.commit(plan, future.result())
+        if self.planner.running:
+            self.planner.ratio.decay()
+        else:
+            self.planner.ratio.reset()
+
+
+def state_of(scheduler: Scheduler) -> dict[str, Any]:
+    """Counters as plain values, for logs and tests."""
+    state: dict[str, Any] = msgspec.to_builtins(scheduler.reporter.stats())
+    return state
