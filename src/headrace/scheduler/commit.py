@@ -88,11 +88,9 @@ class Committer:
         self._send(request)
         for feature in self.features:
             feature.on_finish(request)
-        group = request.spec.group
-        if group and self.planner.leaders.get(group) is request:
-            del self.planner.leaders[group]
+        self.planner.queue.forget(request)
         if request.row < 0:
-            self.planner.waiting.remove(request)
+            self.planner.queue.remove(request)
             return
         self.planner.running.remove(request)
         if request.inflight == 0:

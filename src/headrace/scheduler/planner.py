@@ -13,14 +13,12 @@ from headrace.core.messages import pack_ids
 from headrace.core.plan import Chunk, NewRow, Pages, StepPlan
 from headrace.scheduler.admission import NewTokenRatio, needed, reserved
 from headrace.scheduler.feature import Feature
-from headrace.scheduler.policy import choose
+from headrace.scheduler.queue import Queue
 from headrace.scheduler.request import Request
 from headrace.scheduler.space import Space, shares_prefix
 
 # A prompt that shares this many uncached tokens with one being computed waits for it.
 _WORTH_WAITING = 32
-# How far down the queue to look for a request that can start.
-_LOOK_AHEAD = 256
 
 
 class Draft:
@@ -36,7 +34,7 @@ class Draft:
 
 
 class Planner:
-    """Owns the queue, the running set and the rows."""
+    """Owns the queue, the running requests and the rows."""
 
     def __init__(
         self,
@@ -53,9 +51,8 @@ class Planner:
         self.features = features
         self.depth = depth
         self.clock = clock
-        self.waiting: list[Request] = []
+        self.queue = Queue(options, space)
         self.running: list[Request] = []
-        self.leaders: dict[str, Request] = {}
         self.ratio = NewTokenRatio(options.schedule_conservativeness)
         self.retracted_total = 0
         # Requests by row; a finished one keeps its row until no plan in flight contains it.
@@ -66,7 +63,6 @@ class Planner:
         self._free_rows = list(range(limits.max_running_requests - 1, -1, -1))
         self._freed_rows: list[int] = []
         self._rewritten: list[Request] = []
-        self._order = choose(options.schedule_policy, shares=space.cache.shares)
         self._steps = 0
 
     def plan(self) -> StepPlan | None:
@@ -74,18 +70,10 @@ class Planner:
         draft = Draft(self.options.chunked_prefill_size)
         for request in list(self.running):
             self._grow(request, draft)
-        for request in self._candidates():
+        for request in self.queue.candidates(self.clock()):
             if not self._try_admit(request, draft):
                 break
         return self._finish(draft)
-
-    def enqueue(self, request: Request) -> None:
-        """Put a request where its urgency and arrival say."""
-        if request.spec.group:
-            self.leaders.setdefault(request.spec.group, request)
-        self.waiting.append(request)
-        if len(self.waiting) > 1 and self._rank(self.waiting[-2]) > self._rank(request):
-            self.waiting.sort(key=self._rank)
 
     def retract(self, request: Request) -> None:
         """Take row and pages from a running request and let it wait again."""
@@ -98,7 +86,7 @@ class Planner:
         request.prompt_kept = False
         request.retractions += 1
         self.retracted_total += 1
-        self.enqueue(request)
+        self.queue.add(request)
 
     def release_row(self, request: Request) -> None:
         del self.rows[request.row]
@@ -109,31 +97,6 @@ class Planner:
     def rewrite_pages(self, request: Request) -> None:
         """The page table of a request changed; the next plan must say so."""
         self._rewritten.append(request)
-
-    def urgency(self, request: Request) -> int:
-        """Larger is more urgent."""
-        if not self.options.enable_priority_scheduling:
-            return 0
-        sign = -1 if self.options.schedule_low_priority_values_first else 1
-        if request.spec.priority is not None:
-            return sign * request.spec.priority
-        default = self.options.default_priority_value
-        return sign * default if default is not None else -(1 << 62)
-
-    def least_urgent_waiting(self) -> Request:
-        return max(self.waiting, key=self._rank)
-
-    def _rank(self, request: Request) -> tuple[int, int]:
-        return (-self.urgency(request), request.seq)
-
-    def _candidates(self) -> list[Request]:
-        """Waiting requests in the order of the policy; urgency comes before it."""
-        if not self.waiting:
-            return []
-        order = self._order(self.waiting, self.space, self.clock())
-        if self.options.enable_priority_scheduling:
-            order.sort(key=lambda request: -self.urgency(request))
-        return order[:_LOOK_AHEAD]
 
     # -- running requests ---------------------------------------------------------------------
 
@@ -222,7 +185,7 @@ class Planner:
         """Smallest gives way first; ones outside any plan before ones in flight."""
         by_length = (len(request.out), -request.prompt_len, -request.seq)
         if self.options.retraction_policy == "priority":
-            return (request.inflight > 0, self.urgency(request), *by_length)
+            return (request.inflight > 0, self.queue.urgency(request), *by_length)
         return (request.inflight > 0, *by_length)
 
     def _give_way(self, victim: Request) -> None:
@@ -270,8 +233,8 @@ class Planner:
 
         A retracted leader is not waited for: it may be this very request that displaced it.
         """
-        leader = self.leaders.get(request.spec.group)
-        if leader is None or leader is request:
+        leader = self.queue.leader_of(request)
+        if leader is None:
             return False
         return not leader.prompt_kept and leader.retractions == 0
 
@@ -299,20 +262,22 @@ class Planner:
             return
         victim = min(
             (running for running in self.running if running.finish is None),
-            key=lambda running: (self.urgency(running), -running.seq),
+            key=lambda running: (self.queue.urgency(running), -running.seq),
             default=None,
         )
         threshold = options.priority_scheduling_preemption_threshold
-        if victim is None or self.urgency(request) - self.urgency(victim) < max(1, threshold):
+        if victim is None or self.queue.urgency(request) - self.queue.urgency(victim) < max(
+            1, threshold
+        ):
             return
         victim.held = True
 
     def _admit(self, request: Request, draft: Draft) -> None:
         """Give the request a row and let its first chunk run."""
-        leader = self.leaders.get(request.spec.group)
-        if leader is not None and leader is not request and leader.pages:
+        leader = self.queue.leader_of(request)
+        if leader is not None and leader.prompt_kept:
             draft.copies += self.space.fork(request, leader)
-        self.waiting.remove(request)
+        self.queue.remove(request)
         self.running.append(request)
         request.row = self._free_rows.pop()
         self.rows[request.row] = request

@@ -44,10 +44,12 @@ def dfs_weight(waiting: Sequence[Request], space: Space, now: float) -> list[Req
             weight[id(node)] = weight.get(id(node), 0) + 1
             node = node.parent
         paths[request.seq] = path[::-1]
+    # Requests below a node come before those that end at it.
+    end = (1, 0)
     first = {key: seq for seq in reversed(sorted(paths)) for key in paths[seq]}
     return sorted(
         waiting,
-        key=lambda request: [(-weight[key], first[key]) for key in paths[request.seq]],
+        key=lambda request: [*((-weight[key], first[key]) for key in paths[request.seq]), end],
     )
 
 

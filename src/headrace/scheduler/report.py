@@ -50,7 +50,7 @@ class Reporter:
         planner, space = self._planner, self._planner.space
         return SchedulerStats(
             running=len(planner.running),
-            waiting=len(planner.waiting),
+            waiting=len(planner.queue),
             used_tokens=space.used_tokens,
             evictable_tokens=space.cache.evictable * space.page_size,
             max_total_tokens=planner.limits.max_total_tokens,
@@ -79,7 +79,7 @@ class Reporter:
             cached,
             self._usage(),
             len(self._planner.running),
-            len(self._planner.waiting),
+            len(self._planner.queue),
         )
 
     def _decoded(self) -> None:
@@ -95,7 +95,7 @@ class Reporter:
             self._planner.space.used_tokens,
             self._usage(),
             self.throughput,
-            len(self._planner.waiting),
+            len(self._planner.queue),
         )
 
     def _usage(self) -> float:

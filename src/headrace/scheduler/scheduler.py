@@ -72,7 +72,7 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         """Nothing runs, waits or is in flight: the loop may sleep until a message comes."""
-        return not (self.planner.running or self.planner.waiting or self._inflight)
+        return not (self.planner.running or self.planner.queue.waiting or self._inflight)
 
     def submit(self, message: Inbound) -> None:
         """Take one message; it takes effect at the next step."""
@@ -116,7 +116,7 @@ class Scheduler:
             assert not self.planner.rows, "a row is lost"
             assert pool.free + cache.held == pool.count, "a page is lost"
             assert cache.evictable == cache.held, "a lock is lost"
-            assert not self.planner.leaders, "a group is lost"
+            assert not self.planner.queue.leaders, "a group is lost"
 
     # -- messages -----------------------------------------------------------------------------
 
@@ -124,7 +124,7 @@ class Scheduler:
         request = Request(spec, self._arrivals, self.clock(), None)
         self._arrivals += 1
         reason = self._refusal(request)
-        self.planner.enqueue(request)
+        self.planner.queue.add(request)
         if reason is not None:
             self.committer.finish(request, reason)
             return
@@ -159,11 +159,11 @@ class Scheduler:
 
     def _full(self, request: Request) -> FinishReason | None:
         """With a full queue, refuse this request or, if it is more urgent, evict another."""
-        most, planner = self.options.max_queued_requests, self.planner
-        if most is None or len(planner.waiting) < most:
+        most, queue = self.options.max_queued_requests, self.planner.queue
+        if most is None or len(queue) < most:
             return None
-        last = planner.least_urgent_waiting()
-        if planner.urgency(request) <= planner.urgency(last):
+        last = queue.last()
+        if queue.urgency(request) <= queue.urgency(last):
             return abort("The request queue is full.", 503, "ServiceUnavailableError")
         self.committer.finish(
             last,
@@ -176,7 +176,7 @@ class Scheduler:
         return None
 
     def _abort(self, message: AbortRequest) -> None:
-        everything = [*self.planner.waiting, *self.planner.running]
+        everything = [*self.planner.queue.waiting, *self.planner.running]
         for request in everything:
             rid = request.rid
             hit = rid.startswith(message.rid) if message.prefix else rid == message.rid
@@ -196,7 +196,7 @@ class Scheduler:
                 id,
                 ok=False,
                 message=f"Cache not flushed: {len(self.planner.running)} requests run and "
-                f"{len(self.planner.waiting)} wait.",
+                f"{len(self.planner.queue)} wait.",
             )
         self.space.clear()
         self.planner.ratio.reset()

@@ -55,7 +55,8 @@ class Space:
         """Let a sample use the prompt that its group's leader has computed.
 
         Whole pages are shared; a page that the prompt fills in part is copied. Returns the copies
-        (source page, destination page).
+        (source page, destination page). The leader's prompt must have been committed: copies are
+        made before the chunks of a plan write.
         """
         size = self.page_size
         usable = min(request.prompt_len - 1, request.score_from, leader.computed)

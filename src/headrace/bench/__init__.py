@@ -1,0 +1,31 @@
+"""Benchmarks of a server, the engine, a start and the control plane.
+
+`BENCHMARKS` is the table behind `headrace bench NAME`. Each module has `add_arguments(parser)` and
+`run(args) -> exit code`; errors meant for people leave `run` as `HeadraceError`. The modules load
+only when chosen. Nothing in the rest of headrace imports this package except the command line.
+"""
+
+from typing import NamedTuple
+
+
+class Benchmark(NamedTuple):
+    """Where a benchmark lives and what it is for, in one line."""
+
+    module: str
+    help: str
+
+
+BENCHMARKS = {
+    "serve": Benchmark(
+        "headrace.bench.serve", "Load a running server; report latency and throughput."
+    ),
+    "offline": Benchmark(
+        "headrace.bench.offline", "Run a dataset through an in-process Engine; report tokens/s."
+    ),
+    "startup": Benchmark(
+        "headrace.bench.startup", "Start servers; report time to port, health and first token."
+    ),
+    "control": Benchmark(
+        "headrace.bench.control", "Serve made-up tokens; report server CPU time per token."
+    ),
+}
