@@ -1,0 +1,199 @@
+"""One chat template: compiled in a sandbox, with what its syntax tree says about its input.
+
+The environment has the tags, filters and globals that transformers gives chat templates, so that
+the prompt is the same string. Templates come from model folders: the sandbox keeps them from
+running code, size limits bound what they print. It does not bound their time: a template is
+trusted that far. Does not know where templates come from or what a request looks like.
+"""
+
+import json
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any, Literal, NoReturn
+
+from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError, meta, nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from headrace.core.errors import BadRequest, LoadError
+
+MAX_TEMPLATE_CHARS = 1 << 20
+MAX_PROMPT_CHARS = 1 << 24
+
+# What expressions of a template raise when messages do not have the shape it expects.
+_RENDER_ERRORS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
+
+
+class ChatTemplate:
+    """A compiled template. Safe to share between threads.
+
+    `content_format` is "openai" if it walks over the parts of a message's content, else "string".
+    `takes_string_content`: it also handles content that is a string. `supports_tools`: it reads
+    `tools`. `string_arguments`: it prints the arguments of a tool call as they are, so they must
+    be JSON text.
+    """
+
+    def __init__(self, source: str) -> None:
+        if len(source) > MAX_TEMPLATE_CHARS:
+            raise LoadError(
+                f"the chat template has {len(source)} characters; the limit is {MAX_TEMPLATE_CHARS}"
+            )
+        environment = _environment()
+        try:
+            tree = environment.parse(source)
+            self._compiled = environment.from_string(source)
+        except TemplateSyntaxError as error:
+            raise LoadError(
+                f"the chat template has an error in line {error.lineno}: {error.message}"
+            ) from error
+        self.content_format: Literal["string", "openai"] = (
+            "openai" if _loops_over_content(tree) else "string"
+        )
+        self.takes_string_content = self.content_format == "string" or any(
+            test.name == "string" for test in tree.find_all(nodes.Test)
+        )
+        self.supports_tools = "tools" in meta.find_undeclared_variables(tree)
+        self.string_arguments = _prints_arguments(tree)
+
+    def render(self, variables: dict[str, Any]) -> str:
+        """The prompt. Whatever goes wrong is a `BadRequest` that says what the template did not
+        like."""
+        pieces, size = [], 0
+        try:
+            for piece in self._compiled.generate(variables):
+                size += len(piece)
+                if size > MAX_PROMPT_CHARS:
+                    raise BadRequest(
+                        f"the chat template made more than {MAX_PROMPT_CHARS} characters",
+                        field="messages",
+                    )
+                pieces.append(piece)
+        except _RENDER_ERRORS as error:
+            raise BadRequest(_explain(error), field="messages") from error
+        return "".join(pieces)
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, SecurityError):
+        return f"the chat template was stopped by its sandbox: {error}"
+    if isinstance(error, UndefinedError):
+        return f"the chat template needs something that the messages do not have: {error}"
+    if isinstance(error, TemplateError):
+        return f"the chat template refused the messages: {error}"
+    return f"the chat template cannot use these messages: {type(error).__name__}: {error}"
+
+
+class _GenerationTag(Extension):
+    """`{% generation %}` marks assistant text for training; serving only scopes its variables."""
+
+    tags = {"generation"}  # noqa: RUF012  (jinja2 declares it so)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    # The class itself would hand templates its attributes; its call is all they need.
+    environment.globals["dict"] = _make_dict
+    return environment
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """jinja2's own filter escapes <, >, & and ', which would change the prompt."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)
+
+
+def _make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+    return dict(*args, **kwargs)
+
+
+def _loops_over_content(tree: nodes.Template) -> bool:
+    """Whether some loop walks over message content, directly or through a variable or macro
+    argument."""
+    names = {
+        arg.name
+        for macro in tree.find_all(nodes.Macro)
+        for arg in macro.args
+        if arg.name == "content"
+    }
+    for assign in tree.find_all(nodes.Assign):
+        if isinstance(assign.target, nodes.Name) and _is_content(assign.node, names):
+            names.add(assign.target.name)
+    return any(_is_content(loop.iter, names) for loop in tree.find_all(nodes.For))
+
+
+def _is_content(expression: nodes.Node | None, names: set[str]) -> bool:
+    if isinstance(expression, nodes.Name):
+        return expression.name in names
+    if isinstance(expression, nodes.Filter):
+        return _is_content(expression.node, names)
+    if isinstance(expression, nodes.Getitem) and isinstance(expression.arg, nodes.Slice):
+        return _is_content(expression.node, names)
+    return expression is not None and _reads_key(expression, "content")
+
+
+def _prints_arguments(tree: nodes.Template) -> bool:
+    """Whether tool call arguments are printed or joined to strings as they are, and never as
+    JSON."""
+    printed = any(
+        _reads_key(part, "arguments")
+        for kind in (nodes.Output, nodes.Concat, nodes.Add)
+        for parent in tree.find_all(kind)
+        for part in parent.iter_child_nodes()
+    )
+    return printed and not any(_reads_key(part, "arguments") for part in _tojson_inputs(tree))
+
+
+def _tojson_inputs(tree: nodes.Template) -> Iterator[nodes.Node]:
+    for node in tree.find_all(nodes.Filter):
+        if node.name == "tojson" and node.node is not None:
+            yield node.node
+
+
+def _reads_key(expression: nodes.Node, key: str) -> bool:
+    """`x.key` or `x["key"]`."""
+    if isinstance(expression, nodes.Getattr):
+        return expression.attr == key
+    return (
+        isinstance(expression, nodes.Getitem)
+        and isinstance(expression.arg, nodes.Const)
+        and expression.arg.value == key
+    )
