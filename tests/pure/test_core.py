@@ -21,7 +21,7 @@ from headrace.core.messages import (
 from headrace.core.model_info import read_model_info
 
 GIB = 1 << 30
-MACHINE = Hardware(cores=3, memory_limit=8 * GIB, memory_available=6 * GIB)
+MACHINE = Hardware(cores=3, memory_limit=8 * GIB, memory_available=6 * GIB, bf16=True)
 CHECKPOINT = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -65,10 +65,14 @@ def test_resolve_fills_in_and_explains(tmp_path):
     info = read_model_info(checkpoint(tmp_path))
     config, notes = resolve(Config.from_flat({"model_path": "here"}), info, MACHINE)
     assert config.model.dtype == "bfloat16" and config.model.context_length == 512
-    assert config.run.threads == 3 and config.model.served_model_name == "here"
-    assert "set threads=3 because that many cores are usable" in notes
+    assert config.run.threads == 1 and config.model.served_model_name == "here"
+    assert "set threads=1 because the model is too small to gain from more" in notes
     same, nothing = resolve(config, info, MACHINE)
     assert same == config and nothing == []
+    large = read_model_info(checkpoint(tmp_path, hidden_size=4096))
+    assert resolve(Config(), large, MACHINE)[0].run.threads == 3
+    plain = msgspec.structs.replace(MACHINE, bf16=False)
+    assert resolve(Config(), large, plain)[0].model.dtype == "float32"
     with pytest.raises(BadRequest, match="--context-length 600 is more than the model's 512"):
         resolve(Config.from_flat({"context_length": 600}), info, MACHINE)
 

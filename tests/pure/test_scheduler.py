@@ -1,5 +1,6 @@
 """What the scheduler promises in single situations; random ones are in the property tests."""
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -125,6 +126,14 @@ def test_flush_only_when_idle():
     scheduler.submit(Control(2, "flush_cache"))
     assert scheduler.take()[0] == ControlReply(2, message="Cache flushed.")
     assert scheduler.space.cache.held == 0
+
+
+def test_state_is_a_message():
+    scheduler = make_scheduler()
+    scheduler.submit(Control(3, "state"))
+    (reply,) = scheduler.take()
+    wire = msgspec.msgpack.encode(reply)
+    assert msgspec.msgpack.decode(wire, type=ControlReply).data["max_running_requests"] == 6
 
 
 def test_too_long_and_empty_are_refused():

@@ -309,7 +309,9 @@ def resolve(config: Config, info: ModelInfo, hardware: Hardware) -> tuple[Config
         config = dataclasses.replace(config, **{part: section})
         notes.append(f"set {name}={value} because {reason}")
 
-    if config.model.dtype == "auto":
+    if config.model.dtype == "auto" and info.dtype != "float32" and not hardware.bf16:
+        choose("model", "dtype", "float32", "this CPU has no instructions for narrower types")
+    elif config.model.dtype == "auto":
         choose("model", "dtype", info.dtype, "the checkpoint says so")
     elif config.model.dtype in _DTYPE_NAMES:
         choose("model", "dtype", _DTYPE_NAMES[config.model.dtype], "that is its full name")
@@ -325,7 +327,9 @@ def resolve(config: Config, info: ModelInfo, hardware: Hardware) -> tuple[Config
         choose("model", "served_model_name", config.model.model_path, "no other name was given")
     if config.run.device == "auto":
         choose("run", "device", "cpu", "no other device is supported yet")
-    if config.run.threads == 0:
+    if config.run.threads == 0 and _parameters(info) < _SMALL_MODEL:
+        choose("run", "threads", 1, "the model is too small to gain from more")
+    elif config.run.threads == 0:
         choose("run", "threads", hardware.cores, "that many cores are usable")
     if config.schedule.chunked_prefill_size == 0:
         choose("schedule", "chunked_prefill_size", 2048, "it keeps steps short on a CPU")
@@ -339,6 +343,15 @@ def resolve(config: Config, info: ModelInfo, hardware: Hardware) -> tuple[Config
     if config.schedule.schedule_policy == "priority":
         choose("schedule", "enable_priority_scheduling", True, "the policy is priority")
     return config, notes
+
+
+# Below this many parameters a step is shorter than the coordination of threads.
+_SMALL_MODEL = 32_000_000
+
+
+def _parameters(info: ModelInfo) -> int:
+    """About how many parameters a decoder of these sizes has."""
+    return info.hidden_size * (info.vocab_size + 12 * info.num_layers * info.hidden_size)
 
 
 _DTYPE_NAMES = {"half": "float16", "float": "float32"}

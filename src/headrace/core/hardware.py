@@ -14,12 +14,13 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True):
     """`cores`: usable CPU cores (affinity and cgroup quota). Memory in bytes.
 
     `memory_limit` is the cgroup limit or the machine's memory, `memory_available` what of it is
-    not in use (page cache counts as free).
+    not in use (page cache counts as free). `bf16`: the CPU multiplies bfloat16 natively.
     """
 
     cores: int
     memory_limit: int
     memory_available: int
+    bf16: bool = False
 
 
 def detect(root: Path = Path("/")) -> Hardware:
@@ -27,12 +28,20 @@ def detect(root: Path = Path("/")) -> Hardware:
     total, available = _meminfo(root)
     limit, used = _cgroup_memory(root)
     if limit is not None and limit < total:
-        return Hardware(
-            cores=_cores(root),
-            memory_limit=limit,
-            memory_available=max(0, min(available, limit - used)),
-        )
-    return Hardware(cores=_cores(root), memory_limit=total, memory_available=available)
+        total, available = limit, max(0, min(available, limit - used))
+    return Hardware(
+        cores=_cores(root),
+        memory_limit=total,
+        memory_available=available,
+        bf16="avx512_bf16" in _cpu_flags(root) or "amx_bf16" in _cpu_flags(root),
+    )
+
+
+def _cpu_flags(root: Path) -> set[str]:
+    for line in _read(root / "proc/cpuinfo").splitlines():
+        if line.startswith("flags"):
+            return set(line.partition(":")[2].split())
+    return set()
 
 
 def _cores(root: Path) -> int:

@@ -10,7 +10,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any
 
 import msgspec
 
@@ -187,7 +186,7 @@ class Scheduler:
         if message.verb == "flush_cache":
             return self._flush(message.id)
         if message.verb in ("loads", "state"):
-            return ControlReply(message.id, data=msgspec.to_builtins(self.reporter.stats()))
+            return ControlReply(message.id, data=msgspec.structs.asdict(self.reporter.stats()))
         return ControlReply(message.id)
 
     def _flush(self, id: int) -> ControlReply:
@@ -224,9 +223,3 @@ class Scheduler:
             self.planner.ratio.decay()
         else:
             self.planner.ratio.reset()
-
-
-def state_of(scheduler: Scheduler) -> dict[str, Any]:
-    """Counters as plain values, for logs and tests."""
-    state: dict[str, Any] = msgspec.to_builtins(scheduler.reporter.stats())
-    return state

@@ -1,0 +1,46 @@
+"""Weights from files (or from nothing) into models.
+
+`load_model` is what a runner calls; `get_model_loader` maps a --load-format to its loader.
+Importing this package imports no torch; `loader.files` never does.
+"""
+
+from typing import TYPE_CHECKING
+
+from headrace.core.errors import BadRequest
+from headrace.core.model_info import ModelInfo
+
+if TYPE_CHECKING:
+    import torch
+
+    from headrace.dist.comm import Group
+    from headrace.loader.base import BaseModelLoader
+    from headrace.models import Model
+
+LOAD_FORMATS = ("auto", "safetensors", "dummy")
+
+
+def load_model(
+    info: ModelInfo, dtype: "torch.dtype", group: "Group", load_format: str = "auto"
+) -> "Model":
+    """Build the model of `info` for this rank and fill its weights.
+
+    Raises:
+        LoadError: unknown architecture, or the checkpoint does not fit it.
+    """
+    return get_model_loader(load_format).load_model(info, dtype, group)
+
+
+def get_model_loader(load_format: str) -> "BaseModelLoader":
+    """The loader of a --load-format."""
+    if load_format == "dummy":
+        from headrace.loader.dummy import DummyModelLoader
+
+        return DummyModelLoader()
+    if load_format in LOAD_FORMATS:
+        from headrace.loader.default import DefaultModelLoader
+
+        return DefaultModelLoader()
+    raise BadRequest(
+        f"--load-format must be one of {', '.join(LOAD_FORMATS)}, not {load_format!r}",
+        field="load_format",
+    )

@@ -1,0 +1,59 @@
+"""What every loader does: make the model, fill it, say how long it took."""
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import torch
+
+from headrace.core.hardware import detect
+from headrace.core.model_info import ModelInfo
+from headrace.dist.comm import Group
+from headrace.loader.files import resolve_model_path
+from headrace.models import Model
+
+logger = logging.getLogger(__name__)
+
+
+class BaseModelLoader(ABC):
+    """One way to get weights. Stateless; a subclass is chosen by --load-format."""
+
+    def download_model(self, path: str, revision: str = "", download_dir: str = "") -> Path:
+        """Make the checkpoint available locally, without loading it; returns its folder."""
+        return resolve_model_path(path, revision, download_dir)
+
+    @abstractmethod
+    def load_model(self, info: ModelInfo, dtype: torch.dtype, group: Group) -> Model:
+        """The model of `info` with this rank's weights, from the local folder `info.path`.
+
+        Raises:
+            LoadError: unknown architecture, or the checkpoint does not fit it.
+        """
+
+
+@contextmanager
+def logged_load(info: ModelInfo, dtype: torch.dtype, group: Group) -> Iterator[None]:
+    """Log the beginning and the end of a load, with time and memory."""
+    begin, before = time.perf_counter(), _resident()
+    logger.info("Load weight begin. avail mem=%.2f GB", detect().memory_available / 2**30)
+    yield
+    logger.info(
+        "Load weight end. elapsed=%.2f s, type=%s, dtype=%s, rank=%d/%d, avail mem=%.2f GB, "
+        "mem usage=%.2f GB.",
+        time.perf_counter() - begin,
+        info.architecture,
+        str(dtype).removeprefix("torch."),
+        group.rank,
+        group.size,
+        detect().memory_available / 2**30,
+        (_resident() - before) / 2**30,
+    )
+
+
+def _resident() -> int:
+    resident: int = psutil.Process().memory_info().rss
+    return resident

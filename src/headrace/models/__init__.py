@@ -1,0 +1,66 @@
+"""Architectures: one table from the name in config.json to a class, imported when needed."""
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from headrace.core.errors import LoadError
+from headrace.core.model_info import ModelInfo
+from headrace.core.plan import StateSpec
+from headrace.dist.comm import Group
+from headrace.layers.batch import ForwardBatch
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": "dense:LlamaForCausalLM",
+    "MistralForCausalLM": "dense:MistralForCausalLM",
+    "Qwen2ForCausalLM": "dense:Qwen2ForCausalLM",
+    "Qwen3ForCausalLM": "dense:Qwen3ForCausalLM",
+}
+
+
+class Model(Protocol):
+    """One rank's part of a network. Weights are uninitialized until `load_weights`."""
+
+    def __init__(self, info: ModelInfo, dtype: torch.dtype, group: Group) -> None: ...
+
+    def forward(self, batch: ForwardBatch) -> Tensor:
+        """[tokens, hidden], after the final norm; writes the tokens' state to the caches."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, hidden] -> fp32 [n, vocab]."""
+        ...
+
+    def state_specs(self) -> list[StateSpec]:
+        """What each layer keeps on this rank."""
+        ...
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Take every tensor of a checkpoint, in any order; raises LoadError if one is wrong."""
+        ...
+
+    def checkpoint_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and whole shape of every tensor that `load_weights` needs."""
+        ...
+
+
+def model_class(architecture: str) -> type[Model]:
+    """The class for a name in config.json's `architectures`.
+
+    Raises:
+        LoadError: unknown; names the closest ones.
+    """
+    place = ARCHITECTURES.get(architecture)
+    if place is None:
+        close = difflib.get_close_matches(architecture, ARCHITECTURES, n=3) or list(ARCHITECTURES)
+        raise LoadError(
+            f"architecture {architecture!r} is not supported; close to it: {', '.join(close)}",
+            field="architectures",
+        )
+    module, _, name = place.partition(":")
+    found: type[Model] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    return found

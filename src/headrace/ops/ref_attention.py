@@ -1,0 +1,157 @@
+"""Paged attention in plain torch: the definition, fast enough for small models.
+
+Chunks of equal, small length (decode rows, draft verification) are computed together; a long
+prefill chunk is cut into blocks of queries. Both are the same formula on other shapes. Padded keys
+read a slot that is already written, so stale memory can never reach a result.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from headrace.ops.meta import AttentionMeta
+
+_SHORT = 16  # chunks up to this long are batched
+_BATCH_KEYS = 1 << 15  # keys gathered at once for a batch of short chunks
+_BLOCK_SCORES = 1 << 20  # scores per head of a query block
+
+
+@dataclass(frozen=True)
+class _Block:
+    """`sequences` sequences with `queries` queries each, attending to at most L keys.
+
+    `tokens`: int64 [sequences * queries], rows of q. `slots`: int64 [sequences, L], rows of the
+    caches. `visible`: bool [sequences, queries, L].
+    """
+
+    sequences: int
+    queries: int
+    tokens: Tensor
+    slots: Tensor
+    visible: Tensor
+
+
+def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    k_cache.flatten(0, 1).index_copy_(0, slots, k.to(k_cache.dtype))
+    v_cache.flatten(0, 1).index_copy_(0, slots, v.to(v_cache.dtype))
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    meta: AttentionMeta,
+    *,
+    scale: float,
+    window: int,
+    soft_cap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    keys, values = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
+    out = q.new_empty(*q.shape[:2], values.shape[-1])
+    for block in _blocks(meta, window):
+        scores = _scores(
+            q.index_select(0, block.tokens), _rows(keys, block.slots), block, scale, soft_cap
+        )
+        scores.masked_fill_(~block.visible[:, None, None], float("-inf"))
+        weights = _softmax(scores, sinks)
+        out[block.tokens] = _mix(weights, _rows(values, block.slots), block).to(out.dtype)
+    return out
+
+
+def _rows(cache: Tensor, slots: Tensor) -> Tensor:
+    """cache [slots, heads, dim], slots [s, L] -> [s, L, heads, dim]."""
+    return cache.index_select(0, slots.flatten()).view(*slots.shape, *cache.shape[1:])
+
+
+def _scores(q: Tensor, k: Tensor, block: _Block, scale: float, soft_cap: float) -> Tensor:
+    """q [tokens, heads, dim], k [s, L, kv_heads, dim] -> fp32 [s, kv_heads, group, queries, L]."""
+    s, n, kv_heads, dim = block.sequences, block.queries, k.shape[2], q.shape[-1]
+    q = q.float().view(s, n, kv_heads, -1, dim).permute(0, 2, 3, 1, 4)
+    group = q.shape[2]
+    q = q.reshape(s, kv_heads, group * n, dim)
+    scores = torch.matmul(q, k.float().permute(0, 2, 3, 1)).mul_(scale)
+    if soft_cap:
+        scores = torch.tanh(scores / soft_cap) * soft_cap
+    return scores.view(s, kv_heads, group, n, -1)
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax over keys; a sink is one more logit per head, whose share is thrown away."""
+    if sinks is None:
+        return torch.softmax(scores, dim=-1)
+    s, kv_heads, group, n, _ = scores.shape
+    sink = sinks.float().view(1, kv_heads, group, 1, 1).expand(s, kv_heads, group, n, 1)
+    return torch.softmax(torch.cat((scores, sink), dim=-1), dim=-1)[..., :-1]
+
+
+def _mix(weights: Tensor, v: Tensor, block: _Block) -> Tensor:
+    """weights [s, kv_heads, group, queries, L], v [s, L, kv_heads, dim] -> [tokens, heads, dim]."""
+    s, kv_heads, group, n, _ = weights.shape
+    mixed = torch.matmul(weights.flatten(2, 3), v.float().transpose(1, 2))
+    mixed = mixed.view(s, kv_heads, group, n, -1).permute(0, 3, 1, 2, 4)
+    return mixed.reshape(s * n, kv_heads * group, -1)
+
+
+def _blocks(meta: AttentionMeta, window: int) -> list[_Block]:
+    key = ("ref blocks", window)
+    if key not in meta.derived:
+        meta.derived[key] = list(_plan(meta, window))
+    blocks: list[_Block] = meta.derived[key]
+    return blocks
+
+
+def _plan(meta: AttentionMeta, window: int) -> Iterator[_Block]:
+    context = meta.context.tolist()
+    short: dict[int, list[int]] = defaultdict(list)
+    for chunk, count in enumerate(meta.query_start.diff().tolist()):
+        if count <= _SHORT:
+            short[count].append(chunk)
+            continue
+        step = max(_SHORT, min(256, _BLOCK_SCORES // context[chunk]))
+        for first in range(0, count, step):
+            yield _block(meta, [chunk], first, min(step, count - first), window)
+    short.pop(0, None)
+    for count, chunks in short.items():
+        for batch in _batches(chunks, context):
+            yield _block(meta, batch, 0, count, window)
+
+
+def _batches(chunks: list[int], context: list[int]) -> Iterator[list[int]]:
+    """Chunks of similar context together, so that padding is small and memory bounded."""
+    batch: list[int] = []
+    for chunk in sorted(chunks, key=lambda c: context[c]):
+        if batch and (len(batch) + 1) * context[chunk] > _BATCH_KEYS:
+            yield batch
+            batch = []
+        batch.append(chunk)
+    yield batch
+
+
+def _block(meta: AttentionMeta, chunks: list[int], first: int, count: int, window: int) -> _Block:
+    """Queries first..first+count of each of `chunks`."""
+    device = meta.rows.device
+    chunk = torch.tensor(chunks, device=device)
+    begin, end = meta.query_start[chunk].long(), meta.query_start[chunk + 1].long()
+    steps = torch.arange(first, first + count, device=device)
+    position = (meta.context[chunk] - (end - begin))[:, None] + steps
+    low = (
+        (position[:, :1] - window + 1).clamp_min(0) if window else torch.zeros_like(position[:, :1])
+    )
+    last = position[:, -1:]
+    key = low + torch.arange(int((last - low).max()) + 1, device=device)
+    visible = key[:, None] <= position[:, :, None]
+    if window:
+        visible &= key[:, None] > position[:, :, None] - window
+    key = torch.minimum(key, last)
+    page = meta.page_table[meta.rows[chunk].long()[:, None], key // meta.page_size].long()
+    return _Block(
+        sequences=len(chunks),
+        queries=count,
+        tokens=(begin[:, None] + steps).flatten(),
+        slots=page * meta.page_size + key % meta.page_size,
+        visible=visible,
+    )

@@ -1,0 +1,1 @@
+"""The HTTP side: one app, one adapter per protocol. Adapters do no input or output."""

@@ -1,0 +1,62 @@
+"""The HTTP server's application: routes of every protocol around one TokenizerManager.
+
+Order of the layers, outermost first: CORS, API key, routes. Errors of all routes have one shape
+(`errors`). Starts no processes and opens no sockets.
+"""
+
+import time
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+
+from headrace import __version__
+from headrace.core.config import Config
+from headrace.core.model_info import ModelInfo
+from headrace.frontend.tokenizer_manager import TokenizerManager
+from headrace.server import admin, errors, generation, tokens
+from headrace.server.access import RequireApiKey
+from headrace.server.context import Context
+from headrace.server.schemas import all_schemas
+
+
+def build_app(manager: TokenizerManager, config: Config, info: ModelInfo) -> FastAPI:
+    """The application. `config` is resolved; `manager` may still be loading (503 until ready).
+
+    Raises:
+        BadRequest: --preferred-sampling-params is wrong.
+    """
+    context = Context.create(manager, config, info, started=int(time.time()))
+    app = FastAPI(
+        title="headrace",
+        version=__version__,
+        redirect_slashes=False,
+        # FastAPI would open a span for every request if a tracer is installed.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+    )
+    errors.install(app)
+    for part in (generation, tokens, admin):
+        app.include_router(part.routes(context))
+    if config.serve.api_key:
+        app.add_middleware(RequireApiKey, key=config.serve.api_key)
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=["*"],
+        allow_methods=["*"],
+        allow_headers=["*"],
+        expose_headers=["x-headrace-ignored", "x-request-id", "retry-after"],
+    )
+    _describe_bodies(app)
+    return app
+
+
+def _describe_bodies(app: FastAPI) -> None:
+    """Add the bodies that routes read themselves to the OpenAPI document."""
+    plain = app.openapi
+
+    def described() -> dict[str, Any]:
+        document = plain()
+        document.setdefault("components", {}).setdefault("schemas", {}).update(all_schemas())
+        return document
+
+    app.openapi = described  # type: ignore[method-assign]

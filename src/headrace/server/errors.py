@@ -1,0 +1,157 @@
+"""Errors as HTTP answers: one JSON shape for every route, and never the text of a bug.
+
+    {"error": {"message": ..., "type": ..., "param": ..., "code": ...}}
+
+This is the shape the OpenAI clients read; native routes use it too. A wrong request is 400, never
+422. Messages of unexpected exceptions go to the log, not to the client.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from headrace.core.errors import BadRequest, HeadraceError, NotFound, Unauthorized, Unsupported
+
+RETRY_AFTER_SECONDS = 1
+# The names under which the OpenAI routes know fields of the native protocol.
+_OPENAI_NAMES = {
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "logprob_start_len": "logprobs",
+}
+_ROUTE_NAMES = {
+    "/v1/completions": {**_OPENAI_NAMES, "top_logprobs_num": "logprobs", "input_ids": "prompt"},
+    "/v1/chat/completions": {
+        **_OPENAI_NAMES,
+        "top_logprobs_num": "top_logprobs",
+        "input_ids": "messages",
+    },
+}
+_KINDS = {400: BadRequest, 401: Unauthorized, 404: NotFound}
+
+
+class TooLarge(BadRequest):
+    """The request body has more bytes than --max-request-bytes."""
+
+    status = 413
+    code = "request_too_large"
+
+
+def internal_error() -> HeadraceError:
+    """What a client is told of an exception nobody foresaw."""
+    return HeadraceError("Internal server error; the log of the server has the details.")
+
+
+def error_body(error: HeadraceError) -> dict[str, Any]:
+    """The JSON object that describes `error`."""
+    return {
+        "error": {
+            "message": error.message,
+            "type": error.kind,
+            "param": error.field,
+            "code": error.code,
+        }
+    }
+
+
+def error_response(error: HeadraceError) -> Response:
+    """`error` as a complete HTTP response."""
+    # Clients retry every 5xx; asking again for what is not built does not help.
+    status = 400 if isinstance(error, Unsupported) else error.status
+    headers = {}
+    if error.status == 503:
+        headers["retry-after"] = str(RETRY_AFTER_SECONDS)
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    if error.status == 413:
+        headers["connection"] = "close"  # the rest of the body is not read
+    return Response(
+        orjson.dumps(error_body(error)),
+        status_code=status,
+        headers=headers,
+        media_type="application/json",
+    )
+
+
+def explain(problems: Sequence[Any]) -> BadRequest:
+    """The first wrong field of a request, as a sentence that names it and the limit.
+
+    `problems` are pydantic's. A field that may have several types has one problem per type; all of
+    them are told.
+    """
+    name = _field(problems[0]["loc"])
+    top = name.split("[")[0].split(".")[0]
+    reasons: list[str] = []
+    for problem in problems[:20]:
+        if _field(problem["loc"]).split("[")[0].split(".")[0] == top:
+            reason = str(problem["msg"]).removeprefix("Value error, ")
+            if reason not in reasons:
+                reasons.append(reason)
+    text = " or ".join(reasons).replace(" or Input should be", " or")
+    return BadRequest(f"{name}: {text}" if name else text, field=top or None)
+
+
+def _field(location: tuple[int | str, ...]) -> str:
+    """("prompt", "list[int]", 3) -> "prompt[3]": without the names of union branches."""
+    path = ""
+    for part in location:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part.isidentifier() and part not in _TYPE_NAMES:
+            path += f".{part}" if path else part
+    return path
+
+
+_TYPE_NAMES = {"str", "int", "float", "bool", "dict", "list", "body", "query", "none"}
+
+
+def _renamed(error: HeadraceError, names: dict[str, str]) -> HeadraceError:
+    """The error in the words of the route that the client called."""
+    if not isinstance(error, BadRequest):
+        return error
+    renamed = type(error)(error.message, field=names.get(error.field or "", error.field))
+    renamed.code = error.code
+    for native, name in names.items():
+        renamed.message = renamed.message.replace(native, name)
+    return renamed
+
+
+def install(app: FastAPI) -> None:
+    """Answer every exception of a route in the shape of this module."""
+
+    async def known(request: Request, error: HeadraceError) -> Response:
+        return error_response(_renamed(error, _ROUTE_NAMES.get(request.url.path, {})))
+
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return error_response(explain(error.errors()))
+
+    async def http(request: Request, error: HTTPException) -> Response:
+        known_as = _KINDS.get(error.status_code, HeadraceError)(str(error.detail))
+        known_as.status = error.status_code
+        if error.status_code == 405:
+            known_as.kind = "MethodNotAllowedError"
+        response = error_response(known_as)
+        response.headers.update(error.headers or {})
+        return response
+
+    async def gone(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=499)
+
+    async def bug(request: Request, error: Exception) -> Response:
+        return error_response(internal_error())
+
+    handlers: dict[Any, Any] = {
+        HeadraceError: known,
+        RequestValidationError: invalid,
+        HTTPException: http,
+        ClientDisconnect: gone,
+        Exception: bug,
+    }
+    for kind, handler in handlers.items():
+        app.add_exception_handler(kind, handler)

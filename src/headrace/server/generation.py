@@ -1,0 +1,112 @@
+"""The routes that generate: read the body, let an adapter understand it, send its answer.
+
+One path for all protocols; what differs is in the adapters. The body is bounded before it is
+parsed, and a large one is parsed in a thread so that other streams go on.
+"""
+
+import asyncio
+import functools
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from headrace.core.errors import BadRequest
+from headrace.server import native, openai_chat, openai_completions
+from headrace.server.context import Context, Job, Stamp
+from headrace.server.errors import TooLarge
+from headrace.server.schemas import ChatRequest, CompletionRequest, body_of
+from headrace.server.sse import EventReply, EventStream, to_json, whole
+
+log = logging.getLogger(__name__)
+
+LARGE_BODY = 32 << 10
+MAX_REPORTED_NAMES = 32
+
+
+def routes(context: Context) -> APIRouter:
+    """/generate, /v1/completions, /v1/chat/completions."""
+    router = APIRouter()
+
+    @router.put("/generate", include_in_schema=False)
+    @router.post("/generate", openapi_extra=body_of(None))
+    async def generate(http: Request) -> Response:
+        """SGLang's native route: text or input_ids with sampling_params."""
+        return await answer(http, context, lambda raw: native.parse(raw, context))
+
+    @router.post("/v1/completions", openapi_extra=body_of(CompletionRequest))
+    async def completions(http: Request) -> Response:
+        """OpenAI's completions."""
+        stamp = new_stamp("cmpl-")
+        return await answer(
+            http, context, lambda raw: openai_completions.parse(raw, context, stamp)
+        )
+
+    @router.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest))
+    async def chat(http: Request) -> Response:
+        """OpenAI's chat completions."""
+        stamp = new_stamp("chatcmpl-")
+        return await answer(http, context, lambda raw: openai_chat.parse(raw, context, stamp))
+
+    return router
+
+
+async def answer(http: Request, context: Context, parse: Callable[[bytes], Job]) -> Response:
+    """Serve one request from body to response."""
+    context.check_ready()
+    raw = await read_body(http, context.config.serve.max_request_bytes)
+    job = parse(raw) if len(raw) <= LARGE_BODY else await asyncio.to_thread(parse, raw)
+    deltas = context.manager.generate_many(job.requests)
+    headers = _headers(job)
+    if isinstance(job.reply, EventReply):
+        return EventStream(deltas, job.reply, headers)
+    value = await whole(http.receive, deltas, job.reply)
+    return Response(to_json(value), headers=headers, media_type="application/json")
+
+
+async def read_body(http: Request, limit: int) -> bytes:
+    """The body of a JSON request.
+
+    Raises:
+        TooLarge: more than `limit` bytes; the rest is not read.
+        BadRequest: the content type is not JSON.
+    """
+    kind = http.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        raise BadRequest(f"Content-Type must be application/json, not {kind!r}.")
+    refusal = TooLarge(f"The body is larger than {limit} bytes (--max-request-bytes).")
+    length = http.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > limit:
+        raise refusal
+    raw = bytearray()
+    async for piece in http.stream():
+        raw += piece
+        if len(raw) > limit:
+            raise refusal
+    return bytes(raw)
+
+
+def new_stamp(prefix: str) -> Stamp:
+    """A fresh id in OpenAI's form, and the time."""
+    return Stamp(prefix + uuid.uuid4().hex, int(time.time()))
+
+
+def _headers(job: Job) -> dict[str, str]:
+    headers = {"x-request-id": job.id} if job.id else {}
+    if job.ignored:
+        names = ",".join(
+            re.sub(r"[^A-Za-z0-9_.-]", "?", name[:64]) for name in job.ignored[:MAX_REPORTED_NAMES]
+        )
+        headers["x-headrace-ignored"] = names
+        _log_ignored(names)
+    return headers
+
+
+@functools.lru_cache(maxsize=256)
+def _log_ignored(names: str) -> None:
+    """Once for each set of names, not for each request."""
+    log.warning("fields without effect in a request: %s", names)

@@ -1,0 +1,165 @@
+"""From a stream of deltas to an HTTP response: server-sent events, or one JSON body.
+
+A reply is a pure object of one protocol: it turns deltas into bytes and knows no sockets. This file
+does the input and output around it: it waits for the first delta before it sends a status, so that
+a refused request is a plain HTTP error; it watches the connection, so that a vanished client ends
+its request at once; and it closes the source of deltas on every path, which is what aborts.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Coroutine, Mapping
+from contextlib import aclosing, suppress
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import orjson
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from headrace.core.errors import Cancelled, HeadraceError
+from headrace.core.messages import Delta
+from headrace.frontend.validate import error_of
+from headrace.server.errors import error_body, internal_error
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Deltas = AsyncGenerator[tuple[int, Delta], None]
+DONE = b"data: [DONE]\n\n"
+SLOT = "\0slot\0"
+
+
+@runtime_checkable
+class EventReply(Protocol):
+    """A streamed answer of one protocol. Indices number the requests of the job."""
+
+    def event(self, index: int, delta: Delta) -> bytes:
+        """Events for one delta; may be empty."""
+
+    def end(self) -> bytes:
+        """Events after the last delta, before [DONE]."""
+
+
+class WholeReply(Protocol):
+    """An answer in one piece."""
+
+    def add(self, index: int, delta: Delta) -> None:
+        """Take in one delta."""
+
+    def result(self) -> Any:
+        """The JSON value, once every request has finished."""
+
+
+def to_json(value: Any) -> bytes:
+    """JSON bytes; NaN and infinities become null."""
+    return orjson.dumps(value)
+
+
+def event(value: Any) -> bytes:
+    """One server-sent event with a JSON value."""
+    return b"data: " + to_json(value) + b"\n\n"
+
+
+def split_event(value: Any) -> tuple[bytes, bytes]:
+    """The bytes of an event before and after the last string `SLOT` in it.
+
+    before + to_json(text) + after is the event with `text` there; the rest is encoded only once.
+    """
+    before, _, after = event(value).rpartition(to_json(SLOT))
+    return before, after
+
+
+class EventStream(Response):
+    """Sends the events of `reply` as `deltas` arrive; ends the request if the client leaves."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, deltas: Deltas, reply: EventReply, headers: Mapping[str, str]) -> None:
+        self.deltas = deltas
+        self.reply = reply
+        self.status_code = 200
+        self.background = None
+        self.init_headers({**headers, "cache-control": "no-cache", "x-accel-buffering": "no"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with suppress(Cancelled):
+            await until_disconnect(receive, self._send_events(send))
+
+    async def _send_events(self, send: Send) -> None:
+        started = False
+        async with aclosing(self.deltas) as deltas:
+            try:
+                async for index, delta in deltas:
+                    raise_failure(delta)
+                    body = self.reply.event(index, delta)
+                    if not body:
+                        continue
+                    if not started:
+                        started = True
+                        await self._send_start(send)
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
+                tail = self.reply.end()
+            except HeadraceError as error:
+                if not started:
+                    raise
+                tail = event(error_body(error))
+            except Exception:  # isolates one request: its client must get an answer
+                if not started:
+                    raise
+                log.exception("a stream failed")
+                tail = event(error_body(internal_error()))
+        if not started:
+            await self._send_start(send)
+        await send({"type": "http.response.body", "body": tail + DONE, "more_body": False})
+
+    async def _send_start(self, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(start)
+
+
+async def whole(receive: Receive, deltas: Deltas, reply: WholeReply) -> Any:
+    """The result of `reply` once `deltas` end.
+
+    Raises:
+        Cancelled: the client left first; its requests are aborted.
+        HeadraceError: a request failed; the others of the job are aborted.
+    """
+
+    async def collect() -> Any:
+        async with aclosing(deltas):
+            async for index, delta in deltas:
+                raise_failure(delta)
+                reply.add(index, delta)
+        return reply.result()
+
+    return await until_disconnect(receive, collect())
+
+
+def raise_failure(delta: Delta) -> None:
+    """Raise the HeadraceError with which a request ended, if it did; a client's abort is none."""
+    if delta.finish is not None and (error := error_of(delta.finish)) is not None:
+        raise error
+
+
+async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Run `work`, but cancel it when the client goes away. The request body has been read before.
+
+    Raises:
+        Cancelled: the client went away.
+    """
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Cancelled("The client closed the connection.")
+        return task.result()
+    finally:
+        task.cancel()
+        watch.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
