@@ -1,0 +1,111 @@
+"""Builds what the model sees from a plan and the row tables.
+
+All arithmetic is on whole arrays: the cost of a step does not grow with Python work per token.
+Knows nothing of models or sampling.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from headrace.core.plan import Chunk
+from headrace.layers.batch import ForwardBatch
+from headrace.ops.meta import AttentionMeta
+from headrace.runner.tables import RowTables
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where the chunks of a plan lie among the tokens of a step; int64 [chunks] each.
+
+    A chunk runs positions `start..end` of its `row`, its drafts included, and `offset` is the place
+    of its first token. `known_end` is where drafts begin, and `samples` is bool.
+    """
+
+    row: np.ndarray
+    start: np.ndarray
+    known_end: np.ndarray
+    end: np.ndarray
+    offset: np.ndarray
+    samples: np.ndarray
+
+    @property
+    def tokens(self) -> int:
+        return int(self.offset[-1] + self.end[-1] - self.start[-1])
+
+    def targets(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where tokens are sampled: after the last known token and after every draft.
+
+        Rows, positions of the sampled tokens and places of the logits among the tokens of the
+        step; int64 [n] each, in the order of the chunks.
+        """
+        chunk = np.flatnonzero(self.samples)
+        positions = self.known_end[chunk]
+        counts = self.end[chunk] - positions + 1
+        if counts.any() and counts.max() > 1:
+            first = np.cumsum(counts) - counts
+            chunk = np.repeat(chunk, counts)
+            positions = np.repeat(positions - first, counts) + np.arange(len(chunk))
+        places = (self.offset - self.start - 1)[chunk] + positions
+        return self.row[chunk], positions, places
+
+
+def lay_out(chunks: Sequence[Chunk]) -> Layout:
+    """Columns of the chunks of a plan (at least one)."""
+    flat: list[int] = []
+    for chunk in chunks:
+        flat += (chunk.row, chunk.start, chunk.count, len(chunk.draft), chunk.samples)
+    row, start, count, draft, samples = np.fromiter(flat, np.int64, len(flat)).reshape(-1, 5).T
+    known_end = start + count
+    length = count + draft
+    return Layout(
+        row=row,
+        start=start,
+        known_end=known_end,
+        end=known_end + draft,
+        offset=np.cumsum(length) - length,
+        samples=samples.astype(bool),
+    )
+
+
+def write_drafts(chunks: Sequence[Chunk], tables: RowTables) -> None:
+    """Put proposed tokens where the model reads them, after the known ones."""
+    for chunk in chunks:
+        if chunk.draft:
+            first = chunk.start + chunk.count
+            tables.tokens[chunk.row, first : first + len(chunk.draft)] = chunk.draft
+
+
+def build_batch(
+    layout: Layout, tables: RowTables, caches: list[tuple[torch.Tensor, torch.Tensor]]
+) -> ForwardBatch:
+    """Tokens, positions and attention metadata of a step, looked up in the tables."""
+    chunks, tokens = len(layout.row), layout.tokens
+    if tokens == chunks:
+        rows, positions = layout.row, layout.start
+    else:
+        length = layout.end - layout.start
+        rows = np.repeat(layout.row, length)
+        positions = np.arange(tokens) + np.repeat(layout.start - layout.offset, length)
+    page = positions // tables.page_size
+    # page id * page_size + offset in the page, without computing the offset
+    slots = (tables.pages[rows, page] - page) * tables.page_size + positions
+    query_start = np.empty(chunks + 1, dtype=np.int32)
+    query_start[:-1], query_start[-1] = layout.offset, tokens
+    meta = AttentionMeta(
+        page_table=tables.page_table,
+        rows=torch.from_numpy(layout.row.astype(np.int32)),
+        query_start=torch.from_numpy(query_start),
+        context=torch.from_numpy(layout.end.astype(np.int32)),
+        slots=torch.from_numpy(slots),
+        page_size=tables.page_size,
+    )
+    return ForwardBatch(
+        ids=torch.from_numpy(tables.tokens[rows, positions].astype(np.int64)),
+        positions=torch.from_numpy(positions),
+        meta=meta,
+        caches=caches,
+        prompt_lens=torch.from_numpy(tables.prompt_len[layout.row]),
+    )

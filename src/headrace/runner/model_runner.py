@@ -1,0 +1,145 @@
+"""Executes plans on one device: tables, pages, model, sampler, in this order.
+
+Owns the row tables and the KV pool; the plan says what changes in them. Knows nothing of requests,
+threads or memory planning. Invariant: when `execute` returns, sampled tokens are in the tables, so
+the next plan may run them.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+import numpy as np
+import torch
+
+from headrace.core.config import Limits
+from headrace.core.errors import Unsupported
+from headrace.core.plan import Chunk, ChunkResult, ScoredToken, StateSpec, StepPlan, StepResult
+from headrace.layers.batch import ForwardBatch
+from headrace.runner.batch import Layout, build_batch, lay_out, write_drafts
+from headrace.runner.logits import score_prompt, score_samples, slices
+from headrace.runner.pool import KvPool
+from headrace.runner.sampler import Sampler
+from headrace.runner.tables import RowTables
+
+_NOT_FINITE = "the model's logits are not finite (NaN), or every token is masked"
+
+# Token, whether it means anything, and its score if asked for.
+Drawn = tuple[int, bool, ScoredToken | None]
+
+
+class Model(Protocol):
+    """What a runner asks of an architecture."""
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """Hidden states [tokens, hidden]; writes the state of the tokens to `batch.caches`."""
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Float32 [n, vocab] for hidden states [n, hidden]."""
+        ...
+
+    def state_specs(self) -> list[StateSpec]:
+        """What each layer keeps."""
+        ...
+
+
+class ModelRunner:
+    """One model on one device."""
+
+    def __init__(
+        self,
+        model: Model,
+        limits: Limits,
+        vocab_size: int,
+        eos_token_ids: Sequence[int],
+        dtype: torch.dtype,
+    ) -> None:
+        self.model = model
+        self.vocab_size = vocab_size
+        self.tables = RowTables(
+            limits.max_running_requests, limits.context_length, limits.page_size, vocab_size
+        )
+        pages = limits.max_total_tokens // limits.page_size
+        self.pool = KvPool(model.state_specs(), pages, limits.page_size, dtype)
+        self.sampler = Sampler(self.tables, eos_token_ids)
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run a plan to its end."""
+        began = time.perf_counter()
+        if plan.extras:
+            raise Unsupported(f"nothing here handles {type(plan.extras[0]).__name__}")
+        self.tables.apply(plan)
+        self.pool.copy(plan.copies)
+        results = self._run(plan.chunks) if plan.chunks else []
+        return StepResult(chunks=results, seconds=time.perf_counter() - began)
+
+    def _run(self, chunks: Sequence[Chunk]) -> list[ChunkResult]:
+        layout = lay_out(chunks)
+        write_drafts(chunks, self.tables)
+        hidden = self.model.forward(build_batch(layout, self.tables, self.pool.caches))
+        drawn = self._sample(hidden, layout)
+        results, taken = [], 0
+        for chunk, offset in zip(chunks, layout.offset.tolist(), strict=True):
+            own = drawn[taken : taken + 1 + len(chunk.draft)] if chunk.samples else []
+            taken += len(own)
+            result = self._answer(chunk, own)
+            if chunk.logprob_start >= 0 and not result.error:
+                result = self._add_prompt_scores(result, chunk, hidden[offset:])
+            results.append(result)
+        return results
+
+    def _sample(self, hidden: torch.Tensor, layout: Layout) -> list[Drawn]:
+        """Sample at every target of the layout, in its order, and write the tables.
+
+        What follows a rejected draft is written too; a later step overwrites it before it is read.
+        """
+        rows, positions, places = layout.targets()
+        if len(places) < layout.tokens:
+            hidden = hidden[torch.from_numpy(places)]
+        drawn: list[Drawn] = []
+        for part in slices(len(rows), self.vocab_size):
+            logits = self.model.logits(hidden[part])
+            tokens, valid = self.sampler.sample(logits, rows[part], positions[part])
+            scores = score_samples(logits, tokens, rows[part], self.tables)
+            self.tables.tokens[rows[part], positions[part]] = np.where(valid, tokens, 0)
+            drawn += zip(tokens.tolist(), valid.tolist(), scores, strict=True)
+        return drawn
+
+    def _answer(self, chunk: Chunk, drawn: list[Drawn]) -> ChunkResult:
+        """The first token, and one more for every draft that is what sampling gave."""
+        if chunk.row in self.tables.problems:
+            return ChunkResult(error=self.tables.problems[chunk.row])
+        if chunk.draft:
+            right = [
+                guess == token for guess, (token, _, _) in zip(chunk.draft, drawn, strict=False)
+            ]
+            drawn = drawn[: 1 + [*right, False].index(False)]
+        tokens, scores = [], []
+        for token, valid, score in drawn:
+            if not valid:
+                return ChunkResult(error=_NOT_FINITE)
+            tokens.append(token)
+            if score is not None:
+                scores.append(score)
+        return ChunkResult(tokens, scores)
+
+    def _add_prompt_scores(
+        self, result: ChunkResult, chunk: Chunk, hidden: torch.Tensor
+    ) -> ChunkResult:
+        """Score the prompt tokens after the chunk's positions; `hidden` begins at `chunk.start`."""
+        spec = self.tables.spec(chunk.row)
+        first = max(chunk.start, chunk.logprob_start)
+        stop = min(chunk.start + chunk.count, spec.prompt_len - 1)
+        scores: list[ScoredToken] = []
+        for part in slices(max(0, stop - first), self.vocab_size):
+            begin, end = first + part.start, first + part.stop
+            logits = self.model.logits(hidden[begin - chunk.start : end - chunk.start])
+            following = self.tables.tokens[chunk.row, begin + 1 : end + 1]
+            scores += score_prompt(logits, following, spec.logprobs)
+        if any(math.isnan(score.logprob) for score in scores):
+            return ChunkResult(error=_NOT_FINITE)
+        return msgspec.structs.replace(result, prompt_scores=scores)

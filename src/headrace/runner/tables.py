@@ -1,0 +1,91 @@
+"""What the device side remembers of each row: tokens, page ids, how to sample.
+
+A plan names rows; everything else about a sequence is looked up here. Sampled tokens are written
+here first, so the next plan can run before the scheduler has seen them. Lives in host memory.
+Knows nothing of requests or of the model. Invariant: every token id in the tables is below the
+vocabulary size, whatever a plan brought.
+"""
+
+import numpy as np
+import torch
+
+from headrace.core.messages import unpack_ids
+from headrace.core.plan import NewRow, StepPlan
+from headrace.runner.noise import RowNoise
+
+
+class RowTables:
+    """Columns indexed by row; `apply` is the only way a plan changes them.
+
+    `tokens` int32 [rows, max_len + 1] holds prompt and output, `pages` int32 [rows, max_pages]
+    page ids; both are touched by the system only where they are used. `problems` tells why a row
+    cannot be served; its chunks are answered with that error.
+    """
+
+    def __init__(self, rows: int, max_len: int, page_size: int, vocab_size: int) -> None:
+        self.page_size = page_size
+        self.vocab_size = vocab_size
+        self.tokens = np.zeros((rows, max_len + 1), dtype=np.int32)
+        self.pages = np.zeros((rows, -(-max_len // page_size)), dtype=np.int32)
+        self.page_table = torch.from_numpy(self.pages)
+        self.specs: list[NewRow | None] = [None] * rows
+        self.problems: dict[int, str] = {}
+        self.prompt_len = np.zeros(rows, dtype=np.int32)
+        self.greedy = np.ones(rows, dtype=bool)
+        self.edited = np.zeros(rows, dtype=bool)
+        self.scored = np.zeros(rows, dtype=bool)
+        self.temperature = np.ones(rows, dtype=np.float32)
+        self.top_k = np.full(rows, vocab_size, dtype=np.int64)
+        self.top_p = np.ones(rows, dtype=np.float64)
+        self.min_p = np.zeros(rows, dtype=np.float32)
+        self.noise = RowNoise(rows)
+
+    def apply(self, plan: StepPlan) -> None:
+        """Freed rows, new rows, pages: in this order, as a row may be freed and reused at once."""
+        for row in plan.freed_rows:
+            self.specs[row] = None
+            self.problems.pop(row, None)
+        for spec in plan.new_rows:
+            self._admit(spec)
+        for pages in plan.pages:
+            self.pages[pages.row, pages.first : pages.first + len(pages.ids)] = pages.ids
+
+    def spec(self, row: int) -> NewRow:
+        """The row's sequence as the scheduler announced it."""
+        spec = self.specs[row]
+        assert spec is not None, f"the plan runs row {row}, which holds no sequence"
+        return spec
+
+    def _admit(self, spec: NewRow) -> None:
+        row, sampling = spec.row, spec.sampling
+        self.specs[row] = spec
+        ids = unpack_ids(spec.tokens)
+        problem = self._problem(spec, ids)
+        if problem:
+            self.problems[row] = problem
+            ids = np.zeros_like(ids)
+        self.tokens[row, : len(ids)] = ids
+        self.prompt_len[row] = spec.prompt_len
+        self.greedy[row] = sampling.greedy
+        self.edited[row] = not problem and (
+            sampling.penalized or sampling.min_new_tokens > 0 or bool(sampling.logit_bias)
+        )
+        self.scored[row] = not problem and spec.logprobs is not None
+        self.temperature[row] = 1.0 if sampling.greedy else sampling.temperature
+        limit = sampling.top_k if sampling.top_k > 0 else self.vocab_size
+        self.top_k[row] = min(limit, self.vocab_size)
+        self.top_p[row] = sampling.top_p
+        self.min_p[row] = sampling.min_p
+        self.noise.assign(row, spec.seed, spec.sample_index)
+
+    def _problem(self, spec: NewRow, ids: np.ndarray) -> str:
+        """Why the model cannot take these ids, or "": one bad row must not end a whole step."""
+        wanted = {
+            "input_ids": ids,
+            "logit_bias": np.array(list(spec.sampling.logit_bias), dtype=np.int64),
+            "token_ids_logprob": np.array(spec.logprobs.ids if spec.logprobs else (), np.int64),
+        }
+        for field, values in wanted.items():
+            if values.size and not 0 <= values.min() <= values.max() < self.vocab_size:
+                return f"{field} has an id outside 0..{self.vocab_size - 1}, the vocabulary"
+        return ""
