@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from headrace.layers.batch import ForwardBatch
-from headrace.layers.rope import Rope, length_boundary
+from headrace.layers.rope import Rope, prefix_scope
 from headrace.layers.rope_scaling import attention_factor, inverse_frequencies, read_rope
 from headrace.ops.meta import AttentionMeta
 
@@ -183,6 +183,10 @@ def test_chunks_of_a_prompt_turn_like_the_whole_prompt() -> None:
 @pytest.mark.parametrize(
     ("name", "boundary"), [("llama-3.1", None), ("phi3-longrope", 4096), ("dynamic", 2048)]
 )
-def test_length_boundary(name: str, boundary: int | None) -> None:
+def test_prompts_with_other_frequencies_share_no_prefixes(name: str, boundary: int | None) -> None:
     head_dim, hf = REAL[name]
-    assert length_boundary(read_rope(hf, head_dim)) == boundary
+    spec = read_rope(hf, head_dim)
+    assert prefix_scope(spec, boundary or 100_000) == ""
+    if boundary is not None:
+        beyond, further = prefix_scope(spec, boundary + 1), prefix_scope(spec, boundary + 2)
+        assert beyond and (beyond == further) == (spec.kind == "longrope")

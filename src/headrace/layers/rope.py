@@ -6,7 +6,7 @@ the sequence. transformers takes the longest sequence of the batch; here each to
 length: its prompt's for prompt tokens, position + 1 for tokens after the prompt. That equals
 transformers on a batch of one (whole prompt, then token by token) and depends neither on
 the batch nor on chunking nor on retraction. It does depend on the prompt's length, so prompts on
-different sides of `length_boundary` must not share cached prefixes.
+different sides of a boundary must not share cached prefixes (`prefix_scope`).
 """
 
 import torch
@@ -46,11 +46,14 @@ class Rope:
         self.table = torch.cat(blocks)
 
 
-def length_boundary(spec: RopeSpec) -> int | None:
-    """Prompts longer than this are computed with other frequencies; None if all are alike.
+def prefix_scope(spec: RopeSpec, prompt_len: int) -> str:
+    """Prompts with different scopes have other keys for the same tokens.
 
-    Beyond it "longrope" has one set of frequencies, "dynamic" one for each length.
+    Up to a boundary all are alike. Beyond it "longrope" has one set of frequencies, and "dynamic"
+    one for each length.
     """
     if not spec.by_length:
-        return None
-    return spec.original if spec.kind == "longrope" else spec.max_positions
+        return ""
+    if spec.kind == "longrope":
+        return "long:" if prompt_len > spec.original else ""
+    return f"length {prompt_len}:" if prompt_len > spec.max_positions else ""

@@ -43,6 +43,10 @@ class Model(Protocol):
         """Take every tensor of a checkpoint, in any order; raises LoadError if one is wrong."""
         ...
 
+    def prefix_scope(self, prompt_len: int) -> str:
+        """Prompts of different scope must not share cached prefixes; "" for nearly all models."""
+        ...
+
     def checkpoint_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and whole shape of every tensor that `load_weights` needs."""
         ...

@@ -21,7 +21,7 @@ from headrace.layers.embedding import LMHead, VocabEmbedding
 from headrace.layers.linear import ColumnLinear, RowLinear
 from headrace.layers.mlp import GatedMLP
 from headrace.layers.norm import RMSNorm
-from headrace.layers.rope import Rope
+from headrace.layers.rope import Rope, prefix_scope
 from headrace.layers.rope_scaling import RopeSpec
 from headrace.layers.weights import load_targets
 from headrace.quant.base import Targets, quant_method
@@ -110,6 +110,9 @@ class Decoder(ABC):
 
     def state_specs(self) -> list[StateSpec]:
         return [layer.attention.state_spec() for layer in self.layers]
+
+    def prefix_scope(self, prompt_len: int) -> str:
+        return prefix_scope(self.rope.spec, prompt_len)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         load_targets(self.targets(), weights, self._ignored)

@@ -41,6 +41,10 @@ class FakeWorker:
         future.set_result(StepResult(chunks=[self._answer(chunk) for chunk in plan.chunks]))
         return future
 
+    def prefix_scope(self, prompt_len: int) -> str:
+        """All prompts may share prefixes."""
+        return ""
+
     def close(self) -> None:
         """Nothing to end."""
 

@@ -45,6 +45,10 @@ class Model(Protocol):
         """What each layer keeps."""
         ...
 
+    def prefix_scope(self, prompt_len: int) -> str:
+        """Prompts of different scope must not share cached prefixes."""
+        ...
+
 
 class ModelRunner:
     """One model on one device."""

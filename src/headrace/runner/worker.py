@@ -41,6 +41,7 @@ class TpModelWorker:
             self.close()
             raise
         self.limits = plan.limits
+        self.prefix_scope = self.runner.model.prefix_scope
         self.memory = {
             "weight": round(plan.weights / GIB, 3),
             "kvcache": round(plan.cache / GIB, 3),

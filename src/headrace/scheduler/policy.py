@@ -37,7 +37,7 @@ def dfs_weight(waiting: Sequence[Request], space: Space, now: float) -> list[Req
     for request in waiting:
         limit = max(0, request.known - 1)
         tokens = request.tokens()[:limit]
-        node = space.cache.match(request.spec.namespace, tokens, use=False).node
+        node = space.cache.match(space.namespace(request), tokens, use=False).node
         path: list[int] = []
         while node is not None:
             path.append(id(node))

@@ -7,6 +7,8 @@
 Every page a request uses passes through here, so that none is lost. Knows no plans or policies.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from headrace.cache.pages import PagePool
@@ -17,9 +19,13 @@ from headrace.scheduler.request import Request
 class Space:
     """The page pool and the prefix cache seen as one."""
 
-    def __init__(self, pool: PagePool, cache: PrefixCache) -> None:
+    def __init__(
+        self, pool: PagePool, cache: PrefixCache, scope: Callable[[int], str] = lambda length: ""
+    ) -> None:
+        """`scope(prompt_len)`: prompts of different scope share no prefixes (a model's rule)."""
         self.pool = pool
         self.cache = cache
+        self._scope = scope
         self.evicted_tokens = 0
 
     @property
@@ -43,7 +49,7 @@ class Space:
         logits must score the prompt.
         """
         limit = min(request.known - 1, request.score_from)
-        prefix = self.cache.match(request.spec.namespace, request.tokens()[: max(0, limit)])
+        prefix = self.cache.match(self.namespace(request), request.tokens()[: max(0, limit)])
         if prefix.node is not None:
             self.cache.lock(prefix.node)
         request.pages = list(prefix.pages)
@@ -95,7 +101,7 @@ class Space:
         whole = length // size
         tokens = request.tokens()[: whole * size]
         prefix = self.cache.insert(
-            request.spec.namespace, tokens, request.pages[:whole], request.priority
+            self.namespace(request), tokens, request.pages[:whole], request.priority
         )
         if prefix.node is None:
             return False
@@ -126,10 +132,14 @@ class Space:
         """Forget all prefixes that nobody uses."""
         self.pool.release(self.cache.clear())
 
+    def namespace(self, request: Request) -> str:
+        """Requests of different namespaces share no prefixes."""
+        return self._scope(request.prompt_len) + request.spec.namespace
+
     def uncached(self, request: Request) -> int:
         """Tokens a waiting request would have to compute (for policies)."""
         limit = max(0, min(request.known - 1, request.score_from))
-        prefix = self.cache.match(request.spec.namespace, request.tokens()[:limit], use=False)
+        prefix = self.cache.match(self.namespace(request), request.tokens()[:limit], use=False)
         return request.known - len(prefix.pages) * self.page_size
 
 
