@@ -1,0 +1,55 @@
+"""What a parent and its children tell each other while they start: JSON lines on two pipes.
+
+    parent --Boot--> child's stdin      once; the pipe stays open for as long as the parent lives
+    child --Report--> parent            what it is doing, then Ready or Failed
+
+Plain data, checked when it is read; nothing in it can run.
+"""
+
+from typing import Any
+
+import msgspec
+
+from headrace.core.config import Config, Limits
+from headrace.core.model_info import ModelInfo
+from headrace.ipc.address import Addresses
+
+
+class Boot(msgspec.Struct, frozen=True):
+    """All that a child needs. `options` is `Config.flat()` of the resolved configuration."""
+
+    options: dict[str, Any]
+    info: ModelInfo
+    addresses: Addresses
+
+    @property
+    def config(self) -> Config:
+        return Config.from_flat(self.options)
+
+
+class Loading(msgspec.Struct, frozen=True, tag=True):
+    """The child has come to the step `what`."""
+
+    what: str
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The child serves. `seconds`: how long each step of its start took."""
+
+    seconds: dict[str, float]
+    limits: Limits | None = None
+    memory: dict[str, float] = {}
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The child cannot serve. `traceback` is empty when the error is meant for people."""
+
+    error: str
+    traceback: str = ""
+
+
+Report = Loading | Ready | Failed
+
+encode = msgspec.json.Encoder().encode
+decode_boot = msgspec.json.Decoder(Boot).decode
+decode_report = msgspec.json.Decoder(Report).decode

@@ -1,0 +1,102 @@
+"""The composition root of a scheduler process: one frozen configuration in, one scheduler out.
+
+The only file that names features. The runner is the real worker or the fake one; torch is imported
+for the real one only.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+from headrace.cache.pages import PagePool
+from headrace.cache.prefix import ChunkCache, PrefixCache
+from headrace.cache.radix import RadixCache
+from headrace.core.config import Config, Limits
+from headrace.core.hardware import detect
+from headrace.core.messages import GenerateRequest, unpack_ids
+from headrace.core.model_info import ModelInfo
+from headrace.engine.parts import load_tokenizer_of
+from headrace.runner.fake import FakeWorker
+from headrace.scheduler.commit import OutputRules
+from headrace.scheduler.request import StopMatcher
+from headrace.scheduler.scheduler import Scheduler
+from headrace.scheduler.space import Space
+from headrace.text import stop
+from headrace.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from headrace.runner.worker import TpModelWorker
+
+# Prompt tokens that decide how the first new token is written.
+_TAIL = 8
+
+
+class Built(NamedTuple):
+    """A scheduler with its runner; `memory` in GiB and tokens, for people."""
+
+    scheduler: Scheduler
+    limits: Limits
+    memory: dict[str, float]
+
+
+def build_scheduler(config: Config, info: ModelInfo, progress: Callable[[str], None]) -> Built:
+    """Load the model and put a scheduler on top of it. `config` is resolved.
+
+    Raises:
+        LoadError: the checkpoint cannot be loaded, or does not fit into memory.
+    """
+    progress("tokenizer")
+    tokenizer = load_tokenizer_of(config)
+    progress("weights and KV cache")
+    worker = _worker(config, info)
+    progress("scheduler")
+    scheduler = Scheduler(
+        config.schedule,
+        worker.limits,
+        _space(config, worker),
+        worker,
+        output=OutputRules(
+            eos_token_ids=info.eos_token_ids,
+            stops=stop_factory(tokenizer),
+            stream_interval=config.serve.stream_interval,
+            decode_log_interval=config.observe.decode_log_interval,
+        ),
+    )
+    return Built(scheduler, worker.limits, dict(worker.memory))
+
+
+def stop_factory(tokenizer: Tokenizer | None) -> Callable[[GenerateRequest], StopMatcher | None]:
+    """What makes the matcher of a request's stop strings; None for requests without any."""
+
+    def stops(spec: GenerateRequest) -> StopMatcher | None:
+        sampling = spec.sampling
+        if tokenizer is None or not (sampling.stop or sampling.stop_regex):
+            return None
+        return stop.StopMatcher(
+            tokenizer,
+            unpack_ids(spec.ids)[-_TAIL:].tolist(),
+            sampling.stop,
+            sampling.stop_regex,
+            skip_special_tokens=sampling.skip_special_tokens,
+        )
+
+    return stops
+
+
+def _worker(config: Config, info: ModelInfo) -> "FakeWorker | TpModelWorker":
+    hardware = detect()
+    if config.run.runner == "fake":
+        return FakeWorker(config, info, hardware)
+    from headrace.runner.worker import TpModelWorker
+
+    return TpModelWorker(config, info, hardware)
+
+
+def _space(config: Config, worker: "FakeWorker | TpModelWorker") -> Space:
+    limits = worker.limits
+    pool = PagePool(limits.max_total_tokens // limits.page_size, limits.page_size)
+    cache: PrefixCache
+    if config.cache.disable_radix_cache:
+        cache = ChunkCache()
+    else:
+        cache = RadixCache(limits.page_size, config.cache.radix_eviction_policy)
+    return Space(pool, cache, worker.prefix_scope)

@@ -1,0 +1,136 @@
+"""HTTP in front of a launched engine: app, uvicorn, the moment of being ready, the end.
+
+SIGTERM and SIGINT let running requests finish for a while; a second signal does not wait. A child
+that dies ends the server with an error. /health answers 503 while the children load.
+"""
+
+import asyncio
+import gc
+import logging
+import socket
+from contextlib import aclosing
+from types import FrameType
+
+import uvicorn
+
+from headrace.core.config import Config
+from headrace.core.errors import HeadraceError
+from headrace.core.messages import GenerateRequest, SamplingParams, pack_ids
+from headrace.engine.launch import Launched
+from headrace.engine.stopwatch import process_age, table
+from headrace.frontend.requests import new_rid
+from headrace.frontend.tokenizer_manager import TokenizerManager
+from headrace.frontend.validate import error_of
+from headrace.metrics.record import RequestMetrics
+from headrace.server.app import build_app
+
+logger = logging.getLogger(__name__)
+
+DRAIN_SECONDS = 30
+_LOST_SECONDS = 1
+_WARM_UP = SamplingParams(max_new_tokens=4, temperature=0.0, ignore_eos=True)
+
+
+async def serve(launched: Launched, listener: socket.socket) -> None:
+    """Answer HTTP on `listener` while the children load, and then for real."""
+    manager, config = launched.manager, launched.config
+    await manager.start()
+    app = build_app(manager, config, launched.info)
+    server = HttpServer(uvicorn_config(app, config), manager)
+    launched.watch.begin("wait for children")
+    opening = asyncio.create_task(open_for_service(launched, server, listener))
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        opening.cancel()
+        launched.close()
+        await asyncio.gather(opening, return_exceptions=True)
+        await manager.close()
+    if server.failure is not None:
+        raise server.failure
+
+
+async def open_for_service(
+    launched: Launched, server: "HttpServer", listener: socket.socket
+) -> None:
+    """Wait for the children, try one generation, and tell the world."""
+    manager, watch = launched.manager, launched.watch
+    try:
+        reports = await asyncio.to_thread(launched.wait_ready)
+        await launched.open(reports, server.fail)
+        watch.begin("warm-up")
+        if not launched.config.serve.skip_server_warmup:
+            await warm_up(manager)
+        watch.begin("")
+    except HeadraceError as error:
+        server.fail(error)
+        return
+    gc.collect()
+    gc.freeze()
+    manager.startup = {"total": process_age(), **watch.seconds}
+    processes = {"main": watch.seconds, **{role: r.seconds for role, r in reports.items()}}
+    for line in table(processes, manager.startup["total"]):
+        logger.info(line)
+    manager.ready.set()
+    logger.info("The server is ready at %s", url_of(listener))
+
+
+async def warm_up(manager: TokenizerManager) -> None:
+    """A first generation through all processes, without a trace in cache and metrics.
+
+    Raises:
+        HeadraceError: it failed.
+    """
+    request = GenerateRequest(
+        rid=new_rid(), ids=pack_ids([0, 1 % manager.info.vocab_size]), sampling=_WARM_UP
+    )
+    async with aclosing(manager.generate(request)) as news:
+        async for delta in news:
+            if delta.finish is not None and (error := error_of(delta.finish)) is not None:
+                raise error
+    await manager.control("flush_cache")
+    manager.metrics = RequestMetrics()
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn that ends without raising the signal again, and remembers why it failed."""
+
+    def __init__(self, config: uvicorn.Config, manager: TokenizerManager) -> None:
+        super().__init__(config)
+        self.failure: HeadraceError | None = None
+        self._manager = manager
+
+    def fail(self, error: HeadraceError) -> None:
+        """End soon, and with this error."""
+        self.failure = self.failure or error
+        self.config.timeout_graceful_shutdown = _LOST_SECONDS
+        self.should_exit = True
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called by the signals that end a server; new requests are refused from here on."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+        self._manager.ready.clear()
+
+
+def uvicorn_config(app: object, config: Config) -> uvicorn.Config:
+    """uvicorn with the fast parts, and our logging."""
+    level = config.observe.log_level_http
+    return uvicorn.Config(
+        app,  # type: ignore[arg-type]
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level=level,
+        access_log=level in ("debug", "info"),
+        server_header=False,
+        timeout_keep_alive=config.serve.timeout_keep_alive,
+        timeout_graceful_shutdown=DRAIN_SECONDS,
+    )
+
+
+def url_of(listener: socket.socket) -> str:
+    """Where clients find it."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

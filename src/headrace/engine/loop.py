@@ -1,0 +1,55 @@
+"""The scheduler's loop: messages in, one step, results out. Knows no processes and no models."""
+
+from typing import NamedTuple, NoReturn, Protocol
+
+from headrace.core.messages import ControlReply, Inbound, Outbound
+from headrace.ipc.address import Addresses
+from headrace.ipc.channels import Receiver, Sender
+
+# When requests wait but none can run: how long until the next look.
+_BLOCKED_MS = 2
+
+
+class Steps(Protocol):
+    """What the loop needs of a scheduler."""
+
+    @property
+    def idle(self) -> bool: ...
+    def submit(self, message: Inbound) -> None: ...
+    def step(self) -> bool: ...
+    def take(self) -> list[Outbound]: ...
+
+
+class Ports(NamedTuple):
+    """The scheduler's ends of the channels."""
+
+    inbox: Receiver[Inbound]
+    deltas: Sender
+    replies: Sender
+
+
+def open_ports(addresses: Addresses) -> Ports:
+    """Bind the scheduler's address and connect to the two others."""
+    return Ports(
+        inbox=Receiver[Inbound](addresses.scheduler, Inbound),
+        deltas=Sender(addresses.detokenizer),
+        replies=Sender(addresses.tokenizer),
+    )
+
+
+def run(scheduler: Steps, ports: Ports) -> NoReturn:
+    """Serve for ever. Sleeps while the scheduler is idle."""
+    progressed = True
+    while True:
+        progressed = turn(scheduler, ports, progressed)
+
+
+def turn(scheduler: Steps, ports: Ports, progressed: bool) -> bool:
+    """One round; `progressed` is what the round before returned."""
+    wait = None if scheduler.idle else 0 if progressed else _BLOCKED_MS
+    for message in ports.inbox.take(wait):
+        scheduler.submit(message)
+    progressed = scheduler.step()
+    for out in scheduler.take():
+        (ports.replies if isinstance(out, ControlReply) else ports.deltas).send(out)
+    return progressed

@@ -1,0 +1,94 @@
+"""From a configuration to a resolved one, the model's facts, and its tokenizer. No torch."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from headrace.assets import demo_model_path
+from headrace.core.config import Config, resolve
+from headrace.core.errors import BadRequest, LoadError
+from headrace.core.hardware import detect
+from headrace.core.model_info import ModelInfo, read_model_info
+from headrace.loader.files import resolve_model_path
+from headrace.text.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from headrace.text.chat import TemplateManager
+
+DEMO_NAME = "headrace-demo"
+
+
+def locate(config: Config) -> Config:
+    """The configuration with local folders in place of hub ids, and a name for clients.
+
+    Raises:
+        LoadError: there is no such model.
+    """
+    model = config.model
+    given = model.model_path or str(demo_model_path())
+    name = model.served_model_name or model.model_path or DEMO_NAME
+    path = resolve_model_path(given, model.revision, model.download_dir)
+    tokenizer = path
+    if model.tokenizer_path:
+        tokenizer = resolve_model_path(model.tokenizer_path, "", model.download_dir)
+    located = dataclasses.replace(
+        model, model_path=str(path), tokenizer_path=str(tokenizer), served_model_name=name
+    )
+    return dataclasses.replace(config, model=located)
+
+
+def settle(config: Config) -> tuple[Config, ModelInfo, list[str]]:
+    """(resolved configuration, facts of the model, notes) of a located configuration.
+
+    Raises:
+        LoadError: the checkpoint cannot be read. BadRequest: an option contradicts it.
+    """
+    info = read_model_info(Path(config.model.model_path), _overrides(config))
+    resolved, notes = resolve(config, info, detect())
+    return resolved, info, notes
+
+
+def load_tokenizer_of(config: Config) -> Tokenizer | None:
+    """The tokenizer, or None with --skip-tokenizer-init.
+
+    Raises:
+        LoadError: there is none, or its text cannot be streamed.
+    """
+    if config.model.skip_tokenizer_init:
+        return None
+    tokenizer = load_tokenizer(Path(config.model.tokenizer_path))
+    if decoder := tokenizer.contextual_decoder():
+        raise LoadError(
+            f"text of a tokenizer with the {decoder} decoder cannot be streamed; "
+            "use --skip-tokenizer-init"
+        )
+    return tokenizer
+
+
+def load_templates_of(config: Config) -> "TemplateManager | None":
+    """The chat templates, or None with --skip-tokenizer-init."""
+    if config.model.skip_tokenizer_init:
+        return None
+    from headrace.text.chat import TemplateManager
+
+    folder = Path(config.model.tokenizer_path)
+    return TemplateManager.load(folder, config.model.chat_template or None)
+
+
+def with_tokenizer_ends(info: ModelInfo, tokenizer: Tokenizer | None) -> ModelInfo:
+    """The facts of a model whose output also ends at the tokenizer's own end tokens."""
+    own = tokenizer.eos_token_ids if tokenizer else ()
+    ends = tuple(i for i in dict.fromkeys((*info.eos_token_ids, *own)) if i < info.vocab_size)
+    return msgspec.structs.replace(info, eos_token_ids=ends)
+
+
+def _overrides(config: Config) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(config.model.json_model_override_args, type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise BadRequest(
+            f"--json-model-override-args must be a JSON object: {error}",
+            field="json_model_override_args",
+        ) from None

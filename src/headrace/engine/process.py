@@ -1,0 +1,168 @@
+"""The main program of a child: `python -m headrace.engine.process ROLE REPORT_FD PARENT RUNNER`.
+
+It names itself, loads while it reports, serves, and never outlives its parent: the kernel kills the
+scheduler with the parent, whatever it is doing; the detokenizer, which is never busy for long, also
+removes the folder of sockets. Heavy imports begin before the boot message is there.
+"""
+
+import contextlib
+import faulthandler
+import gc
+import importlib
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from types import FrameType
+from typing import NoReturn
+
+import setproctitle
+
+from headrace.core.errors import HeadraceError
+from headrace.core.messages import Deltas
+from headrace.engine import boot as wire
+from headrace.engine.boot import Boot, Failed, Loading, Ready
+from headrace.engine.stopwatch import Stopwatch
+from headrace.engine.tied import die_with_parent
+from headrace.ipc import address
+from headrace.ipc.channels import Receiver, Sender
+
+# What takes long to import, by role and runner; needed in any case.
+_EARLY = {
+    ("scheduler", "model"): ("torch", "headrace.runner.worker", "headrace.engine.build"),
+    ("scheduler", "fake"): ("headrace.engine.build",),
+    ("detokenizer", "model"): ("headrace.frontend.detokenizer",),
+    ("detokenizer", "fake"): ("headrace.frontend.detokenizer",),
+}
+
+
+def main() -> None:
+    """Serve until killed; returns only when that fails."""
+    role, report_fd, parent, runner = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    watch = Stopwatch()
+    lifeline = Lifeline(role, parent)
+    reports = Reports(report_fd)
+    try:
+        for module in _EARLY[role, runner]:
+            importlib.import_module(module)
+        watch.begin("wait for configuration")
+        boot = lifeline.boot()
+        _log_to_stderr(role, boot.config.observe.log_level)
+        if role == "scheduler":
+            _schedule(boot, reports, watch)
+        else:
+            _detokenize(boot, reports, watch)
+    except HeadraceError as error:
+        reports.send(Failed(error.message))
+    except Exception as error:  # noqa: BLE001  the main of a process: the parent must hear of it
+        reports.send(Failed(f"{type(error).__name__}: {error}", traceback.format_exc()))
+
+
+def _schedule(boot: Boot, reports: "Reports", watch: Stopwatch) -> NoReturn:
+    from headrace.engine.build import build_scheduler
+    from headrace.engine.loop import open_ports, run
+
+    def progress(step: str) -> None:
+        watch.begin(step)
+        reports.send(Loading(step))
+
+    ports = open_ports(boot.addresses)
+    built = build_scheduler(boot.config, boot.info, progress)
+    watch.begin("")
+    reports.send(Ready(watch.seconds, built.limits, built.memory))
+    _settle()
+    run(built.scheduler, ports)
+
+
+def _detokenize(boot: Boot, reports: "Reports", watch: Stopwatch) -> NoReturn:
+    from headrace.engine.parts import load_tokenizer_of
+    from headrace.frontend.detokenizer import DetokenizerManager
+
+    watch.begin("tokenizer")
+    inbox = Receiver[Deltas](boot.addresses.detokenizer, Deltas)
+    outbox = Sender(boot.addresses.tokenizer)
+    manager = DetokenizerManager(load_tokenizer_of(boot.config))
+    watch.begin("")
+    reports.send(Ready(watch.seconds))
+    _settle()
+    manager.run(inbox, outbox)
+
+
+def _settle() -> None:
+    """What was loaded stays: collections need not look at it again."""
+    gc.collect()
+    gc.freeze()
+
+
+def _log_to_stderr(role: str, level: str) -> None:
+    logging.basicConfig(
+        level=level.upper(),
+        stream=sys.stderr,
+        format=f"%(asctime)s {role} %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+    )
+
+
+class Reports:
+    """The pipe to the parent; open for as long as this process lives, so that its end shows."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        os.set_inheritable(fd, False)
+
+    def send(self, report: wire.Report) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._fd, wire.encode(report) + b"\n")
+
+
+class Lifeline:
+    """Ties this process to its parent, through the pipe on stdin and through the kernel."""
+
+    def __init__(self, role: str, parent: int) -> None:
+        self._boots: queue.SimpleQueue[Boot] = queue.SimpleQueue()
+        self._folder = ""
+        self._leaving = threading.Lock()
+        setproctitle.setproctitle(f"headrace::{role}")
+        faulthandler.enable()
+        # Ctrl-C reaches every process of a terminal; only the parent decides what it means.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        death_signal = signal.SIGKILL
+        if role == "detokenizer":
+            signal.signal(signal.SIGTERM, self._leave)
+            death_signal = signal.SIGTERM
+        die_with_parent(parent, death_signal)
+        threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
+
+    def boot(self) -> Boot:
+        """The parent's message; waits for it."""
+        boot = self._boots.get()
+        self._folder = boot.addresses.folder
+        return boot
+
+    def _watch(self) -> None:
+        line = b""
+        while not line.endswith(b"\n"):
+            data = os.read(0, 1 << 16)
+            if not data:
+                self._leave()
+            line += data
+        self._boots.put(wire.decode_boot(line))
+        while os.read(0, 1 << 16):
+            pass
+        self._leave()
+
+    def _leave(self, signum: int = 0, frame: FrameType | None = None) -> NoReturn:
+        """The parent is gone or wants this process to end."""
+        self._leaving.acquire()
+        if self._folder:
+            address.remove(self._folder)
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
+    sys.stderr.flush()
+    os._exit(1)  # whatever threads are left

@@ -1,0 +1,101 @@
+"""From new token ids to new text, one stream per request, in a process of its own.
+
+    scheduler --Deltas(ids)--> DetokenizerManager --Deltas(ids, text)--> tokenizer manager
+
+The scheduler decides when and why a request ends; here its text is cut accordingly. Invariant: what
+comes in goes out, once and in order. Imports neither torch nor transformers; knows of a request
+only what its first delta says.
+"""
+
+from typing import NoReturn
+
+import msgspec
+
+from headrace.core.errors import BadRequest
+from headrace.core.messages import Delta, Deltas, FinishReason, StreamStart, unpack_ids
+from headrace.ipc.channels import Receiver, Sender
+from headrace.text.detokenize import IncrementalDecoder
+from headrace.text.stop import StopFilter
+from headrace.text.tokenizer import Tokenizer
+
+
+class DetokenizerManager:
+    """Owns the text streams. Without a tokenizer it passes everything on as it is."""
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self._tokenizer = tokenizer
+        self._streams: dict[str, TextStream] = {}
+
+    def run(self, inbox: Receiver[Deltas], outbox: Sender) -> NoReturn:
+        """Serve for ever."""
+        while True:
+            for deltas in inbox.take(None):
+                outbox.send(self.advance(deltas))
+
+    def advance(self, deltas: Deltas) -> Deltas:
+        """The deltas of one scheduler step, with their text."""
+        if self._tokenizer is None:
+            return deltas
+        return Deltas([self._advance(delta) for delta in deltas.items], deltas.stats)
+
+    def _advance(self, delta: Delta) -> Delta:
+        stream = self._streams.get(delta.rid)
+        if stream is None:
+            if delta.start is None or self._tokenizer is None:
+                return delta  # it ended before its first token
+            stream = self._streams[delta.rid] = TextStream(self._tokenizer, delta.start)
+        if delta.finish is None:
+            text, finish = stream.push(delta.ids), None
+        else:
+            del self._streams[delta.rid]
+            text, finish = stream.end(delta.ids, delta.finish)
+        return msgspec.structs.replace(delta, text=text, finish=finish, start=None)
+
+
+class TextStream:
+    """The text of one request as it grows."""
+
+    def __init__(self, tokenizer: Tokenizer, start: StreamStart) -> None:
+        self._decoder = IncrementalDecoder(
+            tokenizer,
+            unpack_ids(start.prompt_tail).tolist(),
+            skip_special_tokens=start.skip_special_tokens,
+            spaces_between_special_tokens=start.spaces_between_special_tokens,
+        )
+        self._keep_stop = start.no_stop_trim
+        self._filter: StopFilter | None = None
+        if start.stop or start.stop_regex:
+            self._filter = StopFilter(start.stop, start.stop_regex, self._keep_stop)
+        self._failure: BadRequest | None = None
+
+    def push(self, ids: list[int]) -> str:
+        """The text that these ids make certain."""
+        text = self._decoder.push(ids)
+        return text if self._filter is None else self._filtered(text)
+
+    def end(self, ids: list[int], finish: FinishReason) -> tuple[str, FinishReason]:
+        """The last text, and the reason to report. A matched stop token gives no text."""
+        if finish.type == "stop" and not self._keep_stop and ids[-1:] == [finish.matched]:
+            ids = ids[:-1]
+        text = self.push(ids)
+        tail = self._decoder.finish()
+        if self._filter is None:
+            return text + tail, finish
+        text += self._filtered(tail)
+        if self._failure is not None:
+            return text, _refusal(self._failure)
+        return text + self._filter.finish(), finish
+
+    def _filtered(self, text: str) -> str:
+        """Nothing more comes of a stream whose pattern takes too long; it ends with that error."""
+        assert self._filter is not None
+        if self._failure is None:
+            try:
+                return self._filter.push(text)
+            except BadRequest as error:
+                self._failure = error
+        return ""
+
+
+def _refusal(error: BadRequest) -> FinishReason:
+    return FinishReason("abort", message=error.message, status=error.status, kind=error.kind)

@@ -1,0 +1,41 @@
+"""Identities of requests: fresh ids, and the n samples of one prompt. Pure but for the dice."""
+
+import uuid
+
+import msgspec
+
+from headrace.core.errors import BadRequest
+from headrace.core.messages import GenerateRequest
+
+MAX_SAMPLES = 128
+
+
+def new_rid() -> str:
+    """A fresh request id."""
+    return uuid.uuid4().hex
+
+
+def fan_out(request: GenerateRequest) -> list[GenerateRequest]:
+    """The n samples of a request: `rid_0` to `rid_<n-1>`, one group, told apart by their index.
+
+    Samples with the same seed differ: the noise is keyed by the seed and the sample index.
+
+    Raises:
+        BadRequest: n is out of its bounds.
+    """
+    n = request.sampling.n
+    if not 1 <= n <= MAX_SAMPLES:
+        raise BadRequest(f"n must be 1 to {MAX_SAMPLES}, not {n}", field="n")
+    if n == 1:
+        return [request]
+    sampling = msgspec.structs.replace(request.sampling, n=1)
+    return [
+        msgspec.structs.replace(
+            request,
+            rid=f"{request.rid}_{i}",
+            sampling=sampling,
+            group=f"{request.rid}_0",
+            sample_index=i,
+        )
+        for i in range(n)
+    ]

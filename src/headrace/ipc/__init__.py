@@ -1,0 +1,1 @@
+"""Typed channels between the processes of one server."""

@@ -1,0 +1,1 @@
+"""Prometheus metrics: what is measured, and how it is shown."""
