@@ -37,7 +37,7 @@ check: install-test
 # Shows that the measurements run; the numbers of a busy machine mean nothing.
 bench-smoke: install
 	$(BIN)/headrace bench startup --runs 1
-	$(BIN)/headrace bench control --num-prompts 32 --max-concurrency 8
+	$(BIN)/headrace bench control --concurrency 8 --rounds 1
 
 # Regenerates the option and metric tables.
 docs: install

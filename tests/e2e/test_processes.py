@@ -18,7 +18,7 @@ from headrace.assets import demo_model_path
 from headrace.core.errors import BadRequest, LoadError, WorkerLost
 from tests.support.servers import Server, wait_for
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.timeout(180), pytest.mark.slow]
 SCHEDULER, DETOKENIZER = "headrace::scheduler", "headrace::detokenizer"
 
 
@@ -69,13 +69,17 @@ def test_life_of_a_server(tmp_path):
         assert_nothing_is_left(server, children.values())
 
 
-def test_sigterm_lets_running_requests_finish(tmp_path):
+@pytest.mark.parametrize("everyone", [False, True], ids=["the server", "every process"])
+def test_sigterm_lets_running_requests_finish(tmp_path, everyone):
+    """Also when a service manager or a terminal signals the children, too."""
     with Server(tmp_path, "--runner", "fake") as server:
         server.wait_ready()
         children = server.children().values()
         response = stream(server, 900)
         response.readline()
-        server.process.send_signal(signal.SIGINT)
+        for child in children if everyone else ():
+            child.send_signal(signal.SIGTERM)
+        server.process.send_signal(signal.SIGTERM if everyone else signal.SIGINT)
         lines = [line for line in response if line.startswith(b"data: ")]
         assert lines[-1] == b"data: [DONE]\n"
         last = json.loads(lines[-2].removeprefix(b"data: "))

@@ -44,7 +44,7 @@ def test_one_list_of_ids():
     (request,) = call.requests
     assert not call.as_list and call.stream and request.stream
     assert unpack_ids(request.ids).tolist() == [1, 2, 3]
-    assert (request.rid, request.priority, request.namespace) == ("me", 2, "s")
+    assert (request.rid, request.priority, request.namespace) == ("me", 2, "s\0")
 
 
 def test_a_batch_takes_one_value_or_one_for_each():
@@ -65,7 +65,7 @@ def test_a_batch_takes_one_value_or_one_for_each():
     assert (one.sampling.top_k, two.sampling.top_k) == (1, 2)
     assert one.logprobs is None
     assert two.logprobs == LogprobSpec(0, 2, (5, 6))
-    assert (one.namespace, two.namespace) == ("s\0a", "s")
+    assert (one.namespace, two.namespace) == ("s\0a", "s\0")
 
 
 def test_a_list_of_one_is_still_a_list():

@@ -127,12 +127,13 @@ class Lifeline:
         self._leaving = threading.Lock()
         setproctitle.setproctitle(f"headrace::{role}")
         faulthandler.enable()
-        # Ctrl-C reaches every process of a terminal; only the parent decides what it means.
+        # Ctrl-C and service managers signal every process; only the parent decides what it means.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         death_signal = signal.SIGKILL
         if role == "detokenizer":
-            signal.signal(signal.SIGTERM, self._leave)
-            death_signal = signal.SIGTERM
+            signal.signal(signal.SIGUSR1, self._leave)
+            death_signal = signal.SIGUSR1
         die_with_parent(parent, death_signal)
         threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
 

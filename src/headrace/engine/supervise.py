@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 _LINES_KEPT = 40
 _READ = 1 << 16
-# From SIGTERM to SIGKILL; children have nothing to save.
+# From hanging up to SIGKILL; children have nothing to save.
 _GRACE_SECONDS = 2.0
 
 
@@ -68,6 +68,12 @@ class Child:
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(wire.encode(boot) + b"\n")
 
+    def hang_up(self) -> None:
+        """Close the pipe that ties it to us: it ends at once."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+
     def lines(self, pipe: str, data: bytes) -> list[bytes]:
         """The complete lines of a pipe after `data` came."""
         *whole, self._partial[pipe] = (self._partial[pipe] + data).split(b"\n")
@@ -85,8 +91,7 @@ class Child:
     def close(self) -> None:
         os.close(self.reports)
         self.output.close()
-        assert self.process.stdin is not None
-        self.process.stdin.close()
+        self.hang_up()
 
 
 class Supervisor:
@@ -143,7 +148,7 @@ class Supervisor:
             return  # a fork of the process that owns the children
         self._closing = True
         for child in self._children:
-            child.process.terminate()
+            child.hang_up()
         deadline = time.monotonic() + (_GRACE_SECONDS if self._lost is None else 0.0)
         for child in self._children:
             try:

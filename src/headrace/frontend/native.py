@@ -23,7 +23,7 @@ from headrace.core.messages import (
     pack_ids,
     unpack_ids,
 )
-from headrace.frontend.requests import fan_out, new_rid
+from headrace.frontend.requests import MAX_SAMPLES, fan_out, namespace, new_rid
 from headrace.frontend.sampling import read_sampling
 
 T = TypeVar("T")
@@ -105,6 +105,13 @@ def parse_generate(body: Mapping[str, Any], defaults: SamplingParams) -> Generat
         raise _type_error(error) from None
     prompts, batch = _prompts(fields)
     requests = list(_requests(fields, prompts, batch, defaults))
+    samples = sum(min(request.sampling.n, MAX_SAMPLES) for request in requests)
+    if samples > MAX_BATCH:
+        raise BadRequest(
+            f"{len(prompts)} prompts with their n samples are {samples} requests, more than "
+            f"{MAX_BATCH}",
+            field="n",
+        )
     return GenerateCall(
         requests=[sample for request in requests for sample in fan_out(request)],
         as_list=batch or any(request.sampling.n > 1 for request in requests),
@@ -176,7 +183,7 @@ def _requests(
             stream=bool(fields.stream),
             logprobs=LogprobSpec(start, tops[i] or 0, ids[i]) if logprobs[i] else None,
             priority=priorities[i],
-            namespace="\0".join(filter(None, (salts[i], extra_keys[i]))),
+            namespace=namespace(salts[i], extra_keys[i]),
         )
 
 

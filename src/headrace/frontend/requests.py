@@ -15,6 +15,11 @@ def new_rid() -> str:
     return uuid.uuid4().hex
 
 
+def namespace(cache_salt: str | None, extra_key: str | None) -> str:
+    """The prefix-cache namespace of a request; "" is the one of requests with neither."""
+    return f"{cache_salt or ''}\0{extra_key or ''}" if cache_salt or extra_key else ""
+
+
 def fan_out(request: GenerateRequest) -> list[GenerateRequest]:
     """The n samples of a request: `rid_0` to `rid_<n-1>`, one group, told apart by their index.
 

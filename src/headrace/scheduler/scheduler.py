@@ -190,6 +190,9 @@ class Scheduler:
         return ControlReply(message.id)
 
     def _flush(self, id: int) -> ControlReply:
+        # What is still in flight may be the wasted step of requests that have ended.
+        while self._inflight and not (self.planner.running or self.planner.queue.waiting):
+            self._commit_oldest()
         if not self.idle:
             return ControlReply(
                 id,

@@ -161,7 +161,7 @@ def _server_info(context: Context) -> dict[str, Any]:
     state = {
         "effective_max_running_requests_per_dp": limits.max_running_requests if limits else None,
         "last_gen_throughput": stats.gen_throughput,
-        "memory_usage": {"token_capacity": limits.max_total_tokens if limits else None},
+        "memory_usage": manager.memory,
         **stats_dict(stats),
     }
     return {

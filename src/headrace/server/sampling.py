@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from headrace.core.messages import SamplingParams
+from headrace.frontend.requests import namespace
 from headrace.server.schemas import CommonFields
 
 _SAME_NAME = (
@@ -44,7 +45,7 @@ def sampling_params(
 
 def namespace_of(body: CommonFields) -> str:
     """The prefix-cache namespace of a request, the same as for /generate."""
-    return "\0".join(filter(None, (body.cache_salt, body.extra_key)))
+    return namespace(body.cache_salt, body.extra_key)
 
 
 def _strings(value: str | list[str] | None) -> tuple[str, ...] | None:
