@@ -1,12 +1,14 @@
 """`headrace demo`: the whole path in one command: server, HTTP, a streamed answer, the speed."""
 
 import argparse
+import shutil
 import sys
 import time
 
 from headrace.cli.chat_client import Answer, stream_chat
 
 QUESTION = "Tell me a story about a fox."
+_MOST_TOKENS = 200
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,33 +30,49 @@ def run(namespace: argparse.Namespace) -> int:
 
 
 def _ask(url: str, prompt: str) -> Answer:
-    """Stream the answer; on a terminal a line below it counts tokens."""
-    print("assistant: ", end="", flush=True)
+    """Stream the answer; on a terminal the last line shows how far it is."""
     messages = [{"role": "user", "content": prompt}]
-    progress = _Progress(live=sys.stderr.isatty())
-    answer = stream_chat(url, messages, progress.show, temperature=0.0, max_tokens=200)
-    progress.close()
+    with StatusLine(total=_MOST_TOKENS) as status:
+        print("assistant: ", end="", flush=True)
+        answer = stream_chat(url, messages, status.show, temperature=0.0, max_tokens=_MOST_TOKENS)
+        print()
     return answer
 
 
-class _Progress:
-    """Prints pieces of text as they come and keeps the speed in the terminal's title."""
+class StatusLine:
+    """Prints pieces of text as they come, and below them, on a terminal, a progress bar.
 
-    def __init__(self, *, live: bool) -> None:
-        self._live = live
+    The terminal scrolls in all lines but the last one (DECSTBM), which belongs to the bar.
+    """
+
+    def __init__(self, total: int) -> None:
+        self._total = total
         self._pieces = 0
         self._started = time.perf_counter()
+        self._rows = shutil.get_terminal_size().lines if sys.stdout.isatty() else 0
 
     def show(self, piece: str) -> None:
         print(piece, end="", flush=True)
         self._pieces += bool(piece)
-        if self._live:
-            speed = self._pieces / (time.perf_counter() - self._started)
-            title = f"headrace demo: {self._pieces} pieces, {speed:.0f}/s"
-            print(f"\033]0;{title}\007", end="", file=sys.stderr, flush=True)
+        self._draw()
 
-    def close(self) -> None:
-        print()
+    def _draw(self) -> None:
+        if not self._rows:
+            return
+        speed = self._pieces / (time.perf_counter() - self._started)
+        full = min(30, 30 * self._pieces // self._total)
+        bar = f"[{'#' * full}{'.' * (30 - full)}] {self._pieces} tokens, {speed:.0f}/s"
+        print(f"\0337\033[{self._rows};1H\033[2K{bar}\0338", end="", flush=True)
+
+    def __enter__(self) -> "StatusLine":
+        if self._rows:
+            # A new line first, so that the cursor is inside the region.
+            print(f"\n\033[1A\0337\033[1;{self._rows - 1}r\0338", end="", flush=True)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._rows:
+            print(f"\0337\033[r\033[{self._rows};1H\033[2K\0338", end="", flush=True)
 
 
 def _report(url: str, answer: Answer) -> None:
