@@ -235,9 +235,12 @@ def test_information(engine):
     assert engine.flush_cache() is True
 
 
-def test_no_signal_handler_is_installed(engine):
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+def test_no_signal_handler_is_installed():
+    """Handlers belong to the program that uses the Engine."""
+    watched = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
+    before = [signal.getsignal(number) for number in watched]
+    with Engine(runner="fake", skip_tokenizer_init=True):
+        assert [signal.getsignal(number) for number in watched] == before
 
 
 def test_the_end_leaves_nothing():
