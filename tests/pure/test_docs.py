@@ -54,10 +54,3 @@ def test_documented_flags_exist(words):
     finally:
         sys.argv = old
     assert parser
-
-
-def test_no_private_words():
-    """The repository is written for the world."""
-    private = re.compile(r"/work/|/tmp/dev|extra-index-url|\bsandbox(ed)? machine", re.I)
-    for page in PAGES:
-        assert not private.search(page.read_text(encoding="utf-8")), page
