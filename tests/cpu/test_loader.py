@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from headrace import ops
 from headrace.core.errors import BadRequest, LoadError
 from headrace.core.model_info import read_model_info
 from headrace.dist.comm import SoloGroup
@@ -26,6 +27,7 @@ from headrace.loader.dummy import dummy_tensor, dummy_weights
 from headrace.loader.files import INDEX, resolve_model_path, weight_files
 from headrace.loader.safetensors import iterate_tensors, read_header
 from headrace.models import Model
+from headrace.ops.packed import PackedWeight
 from tests.support.checkpoints import make_case
 from tests.support.paged import run_all
 
@@ -322,6 +324,10 @@ def test_loader_and_models_need_no_transformers() -> None:
 # filling models
 
 
+def whole(packed: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
+    return ops.embedding_packed(torch.arange(packed.out_size), packed, dtype)
+
+
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("wanted", [torch.float32, torch.float16, torch.bfloat16])
 def test_files_of_any_dtype_load_into_any_dtype(
@@ -331,7 +337,10 @@ def test_files_of_any_dtype_load_into_any_dtype(
     model: Any = load(tmp_path, wanted)
     for ours, theirs in (
         (model.embedding.weight, oracle.model.embed_tokens.weight),
-        (model.layers[0].mlp.down.weights["weight"], oracle.model.layers[0].mlp.down_proj.weight),
+        (
+            whole(model.layers[0].mlp.down.weights["packed"], wanted),
+            oracle.model.layers[0].mlp.down_proj.weight,
+        ),
     ):
         assert ours.dtype == wanted
         assert torch.equal(ours, theirs.detach().to(wanted))

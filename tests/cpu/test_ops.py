@@ -1,7 +1,8 @@
 """Each operator, in every implementation, against the formula in fp64 or another library's."""
 
 import math
-from types import ModuleType
+from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,17 +11,18 @@ from torch import Tensor
 from headrace import ops
 from headrace.ops import ref
 from headrace.ops.meta import AttentionMeta
+from tests.support.native import native_level, native_levels, operators
 
-IMPLEMENTATIONS = [ref]
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.fixture(params=IMPLEMENTATIONS, ids=lambda module: module.__name__.rsplit(".", 1)[-1])
-def impl(request: pytest.FixtureRequest) -> ModuleType:
+@pytest.fixture(params=["ref", *native_levels()])
+def impl(request: pytest.FixtureRequest) -> Iterator[SimpleNamespace]:
+    """The operators of the reference, or of the native library at one of its levels."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    module: ModuleType = request.param
-    return module
+    with native_level(request.param):
+        yield operators("ref" if request.param == "ref" else "cpu")
 
 
 def close(ours: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
@@ -32,12 +34,12 @@ def close(ours: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
 def test_every_operator_is_served() -> None:
     table = ops.implementations()
     assert set(table) == set(ref.__all__)
-    assert set(table.values()) == {"ref"}
+    assert set(table.values()) <= {"cpu", "ref"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [False, True])
-def test_linear(impl: ModuleType, dtype: torch.dtype, bias: bool) -> None:
+def test_linear(impl: SimpleNamespace, dtype: torch.dtype, bias: bool) -> None:
     x, weight, b = torch.randn(5, 33), torch.randn(17, 33) / 6, torch.randn(17)
     x, weight, b = x.to(dtype), weight.to(dtype), b.to(dtype)
     exact = x.double() @ weight.double().T + (b.double() if bias else 0)
@@ -46,13 +48,13 @@ def test_linear(impl: ModuleType, dtype: torch.dtype, bias: bool) -> None:
     close(result, exact, dtype)
 
 
-def test_embedding(impl: ModuleType) -> None:
+def test_embedding(impl: SimpleNamespace) -> None:
     weight, ids = torch.randn(11, 7), torch.tensor([3, 0, 10, 3])
     assert torch.equal(impl.embedding(ids, weight), weight[ids])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rms_norm(impl: ModuleType, dtype: torch.dtype) -> None:
+def test_rms_norm(impl: SimpleNamespace, dtype: torch.dtype) -> None:
     x, weight = (torch.randn(6, 40) * 3).to(dtype), torch.randn(40).to(dtype)
     exact = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
     y, kept = impl.rms_norm(x, weight, 1e-5, None)
@@ -62,7 +64,7 @@ def test_rms_norm(impl: ModuleType, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rms_norm_adds_the_residual_first(impl: ModuleType, dtype: torch.dtype) -> None:
+def test_rms_norm_adds_the_residual_first(impl: SimpleNamespace, dtype: torch.dtype) -> None:
     x, residual = torch.randn(6, 40).to(dtype), torch.randn(6, 40).to(dtype)
     weight = torch.randn(40).to(dtype)
     y, added = impl.rms_norm(x, weight, 1e-6, residual)
@@ -70,7 +72,7 @@ def test_rms_norm_adds_the_residual_first(impl: ModuleType, dtype: torch.dtype) 
     assert torch.equal(y, impl.rms_norm(x + residual, weight, 1e-6, None)[0])
 
 
-def test_rms_norm_is_that_of_transformers(impl: ModuleType) -> None:
+def test_rms_norm_is_that_of_transformers(impl: SimpleNamespace) -> None:
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     oracle = LlamaRMSNorm(24, eps=1e-6)
@@ -79,13 +81,13 @@ def test_rms_norm_is_that_of_transformers(impl: ModuleType) -> None:
     close(impl.rms_norm(x, oracle.weight.data, 1e-6, None)[0], oracle(x).detach(), torch.float32)
 
 
-def test_layer_norm(impl: ModuleType) -> None:
+def test_layer_norm(impl: SimpleNamespace) -> None:
     x, weight, bias = torch.randn(6, 40), torch.randn(40), torch.randn(40)
     exact = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
     close(impl.layer_norm(x, weight, bias, 1e-5), exact * weight + bias, torch.float32)
 
 
-def test_rotary_table_rows_are_cosines_and_sines(impl: ModuleType) -> None:
+def test_rotary_table_rows_are_cosines_and_sines(impl: SimpleNamespace) -> None:
     positions, inv_freq = torch.tensor([0, 1, 70_000]), torch.tensor([1.0, 0.01])
     table = impl.rotary_table(positions, inv_freq, 1.5)
     assert table.dtype == torch.float32
@@ -96,7 +98,7 @@ def test_rotary_table_rows_are_cosines_and_sines(impl: ModuleType) -> None:
             assert table[row, column + 2].item() == pytest.approx(1.5 * math.sin(angle), abs=1e-6)
 
 
-def test_rotary_rows_do_not_depend_on_their_neighbors(impl: ModuleType) -> None:
+def test_rotary_rows_do_not_depend_on_their_neighbors(impl: SimpleNamespace) -> None:
     inv_freq = 1 / 10000 ** (torch.arange(0, 64, 2) / 64)
     positions = torch.randint(0, 100_000, (333,))
     table = impl.rotary_table(positions, inv_freq, 1.0)
@@ -105,7 +107,7 @@ def test_rotary_rows_do_not_depend_on_their_neighbors(impl: ModuleType) -> None:
         assert torch.equal(alone[0], table[row])
 
 
-def test_rotary_is_that_of_transformers(impl: ModuleType) -> None:
+def test_rotary_is_that_of_transformers(impl: SimpleNamespace) -> None:
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     q, k = torch.randn(9, 4, 16), torch.randn(9, 2, 16)
@@ -119,7 +121,7 @@ def test_rotary_is_that_of_transformers(impl: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_rotary_turns_pairs_as_complex_numbers(impl: ModuleType, interleaved: bool) -> None:
+def test_rotary_turns_pairs_as_complex_numbers(impl: SimpleNamespace, interleaved: bool) -> None:
     """Partial: 12 of 16 elements turn; both pair layouts."""
     q, k, positions = torch.randn(5, 3, 16), torch.randn(5, 1, 16), torch.tensor([0, 1, 7, 2, 100])
     inv_freq = torch.rand(6)
@@ -137,7 +139,7 @@ def test_rotary_turns_pairs_as_complex_numbers(impl: ModuleType, interleaved: bo
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gated_activations(impl: ModuleType, dtype: torch.dtype) -> None:
+def test_gated_activations(impl: SimpleNamespace, dtype: torch.dtype) -> None:
     x = (torch.randn(4, 20) * 2).to(dtype)
     gate, up = x.double().chunk(2, dim=-1)
     close(impl.silu_mul(x), gate * torch.sigmoid(gate) * up, dtype)
@@ -148,14 +150,14 @@ def test_gated_activations(impl: ModuleType, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_logits_are_fp32(impl: ModuleType, dtype: torch.dtype) -> None:
+def test_logits_are_fp32(impl: SimpleNamespace, dtype: torch.dtype) -> None:
     hidden, weight = torch.randn(3, 32).to(dtype), (torch.randn(50, 32) / 6).to(dtype)
     result = impl.logits(hidden, weight)
     assert result.dtype == torch.float32
     close(result, hidden.double() @ weight.double().T, dtype)
 
 
-def test_write_kv_touches_only_its_slots(impl: ModuleType) -> None:
+def test_write_kv_touches_only_its_slots(impl: SimpleNamespace) -> None:
     k, v = torch.randn(3, 2, 4), torch.randn(3, 2, 5)
     k_cache, v_cache = torch.zeros(6, 8, 2, 4), torch.zeros(6, 8, 2, 5)
     slots = torch.tensor([8 * 5 + 7, 0, 8 * 2 + 3])
@@ -221,7 +223,12 @@ CHUNKS = [(0, 29, 1), (1, 0, 40), (2, 3, 1), (3, 10, 3), (1, 40, 1), (2, 0, 3)]
 )
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
 def test_paged_attention(
-    impl: ModuleType, dtype: torch.dtype, window: int, soft_cap: float, sinks: bool, kv_heads: int
+    impl: SimpleNamespace,
+    dtype: torch.dtype,
+    window: int,
+    soft_cap: float,
+    sinks: bool,
+    kv_heads: int,
 ) -> None:
     """Decode rows, prefill chunks and short runs of one batch, each as if it were alone."""
     paged = Paged([30, 41, 4, 13], kv_heads, 8, dtype)
@@ -252,7 +259,7 @@ def test_paged_attention(
             token += 1
 
 
-def test_paged_attention_never_reads_pages_before_the_window(impl: ModuleType) -> None:
+def test_paged_attention_never_reads_pages_before_the_window(impl: SimpleNamespace) -> None:
     """Freed pages of a windowed layer may be anything, even out of range in the table."""
     paged = Paged([30], 2, 8, torch.float32)
     q = torch.randn(1, 4, 8)
@@ -267,7 +274,7 @@ def test_paged_attention_never_reads_pages_before_the_window(impl: ModuleType) -
 
 
 def test_paged_attention_splits_large_batches(
-    impl: ModuleType, monkeypatch: pytest.MonkeyPatch
+    impl: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Same result when decode rows do not fit one gather and queries not one block."""
     from headrace.ops import ref_attention

@@ -19,7 +19,7 @@ LAYERS: dict[str, set[str]] = {
     "metrics": {"core"},
     "text": {"core"},
     "assets": set(),
-    "ops": set(),
+    "ops": {"core"},
     "dist": {"core"},
     "quant": {"core", "ops", "dist"},
     "layers": {"core", "ops", "dist", "quant"},
@@ -33,8 +33,8 @@ LAYERS: dict[str, set[str]] = {
         "core", "ipc", "cache", "metrics", "text", "assets", "ops", "dist", "quant", "layers",
         "models", "loader", "scheduler", "runner", "frontend", "server",
     },
-    "bench": {"core", "text", "engine", "assets"},
-    "cli": {"core", "engine", "bench", "assets", "text"},
+    "bench": {"core", "text", "engine", "assets", "ops", "dist", "loader", "runner"},
+    "cli": {"core", "engine", "bench", "assets", "text", "ops"},
 }  # fmt: skip
 NO_TORCH = {"core", "cache", "scheduler", "ipc", "text", "frontend", "server", "metrics", "bench"}
 # Words that name features; only their own folder, the composition root and config may use them.

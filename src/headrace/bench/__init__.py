@@ -28,4 +28,10 @@ BENCHMARKS = {
     "control": Benchmark(
         "headrace.bench.control", "Serve made-up tokens; report server CPU time per token."
     ),
+    "kernels": Benchmark(
+        "headrace.bench.kernels", "Measure this machine's limits and each kernel against them."
+    ),
+    "roofline": Benchmark(
+        "headrace.bench.roofline", "Measure a model's steps against this machine's limits."
+    ),
 }

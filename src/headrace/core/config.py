@@ -310,7 +310,7 @@ def resolve(config: Config, info: ModelInfo, hardware: Hardware) -> tuple[Config
         notes.append(f"set {name}={value} because {reason}")
 
     if config.model.dtype == "auto" and info.dtype != "float32" and not hardware.bf16:
-        choose("model", "dtype", "float32", "this CPU has no instructions for narrower types")
+        choose("model", "dtype", "float32", "this CPU computes in it; packed weights stay bfloat16")
     elif config.model.dtype == "auto":
         choose("model", "dtype", info.dtype, "the checkpoint says so")
     elif config.model.dtype in _DTYPE_NAMES:

@@ -52,8 +52,7 @@ class Attention:
         q, k, v = torch.split(qkv, [self.heads, self.kv_heads, self.kv_heads], dim=1)
         if self.q_norm and self.k_norm:
             q, k = self.q_norm(q)[0], self.k_norm(k)[0]
-        q, k = ops.rotary(q, k, cos_sin)
-        ops.write_kv(k, v, *cache, batch.meta.slots)
+        q = ops.rotary_kv(q, k, v, cos_sin, cache, batch.meta.slots)
         mixed = ops.paged_attention(
             q, *cache, batch.meta, scale=self.scale, window=self.spec.window
         )

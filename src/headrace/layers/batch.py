@@ -16,6 +16,7 @@ class ForwardBatch:
     [pages, page_size, kv_heads, head_dim] as the model's `state_specs` say.
     `prompt_lens`: int32 [chunks], length of the prompt of each chunk's row; only models whose
     rotary embedding depends on it read it (see `layers.rope`). Without it a chunk's context counts.
+    `cos_sin`: fp32 [tokens, rotary_dim], the model's `cos_sin` of this batch if already computed.
     """
 
     ids: Tensor
@@ -23,6 +24,7 @@ class ForwardBatch:
     meta: AttentionMeta
     caches: list[tuple[Tensor, Tensor]]
     prompt_lens: Tensor | None = None
+    cos_sin: Tensor | None = None
 
     def lengths(self) -> Tensor:
         """int64 [tokens]: length of the sequence a token was computed in, as rope scaling counts.

@@ -28,8 +28,16 @@ class DummyModelLoader(BaseModelLoader):
     def load_model(self, info: ModelInfo, dtype: torch.dtype, group: Group) -> Model:
         with logged_load(info, dtype, group):
             model = model_class(info.architecture)(info, dtype, group)
-            model.load_weights(dummy_weights(model.checkpoint_shapes()))
+            model.load_weights(_as_stored(info, dummy_weights(model.checkpoint_shapes())))
         return model
+
+
+def _as_stored(
+    info: ModelInfo, weights: Iterator[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Rounded as a real checkpoint of this model is."""
+    for name, tensor in weights:
+        yield name, tensor.to(getattr(torch, info.dtype))
 
 
 def dummy_weights(shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:

@@ -31,6 +31,10 @@ class Model(Protocol):
         """[tokens, hidden], after the final norm; writes the tokens' state to the caches."""
         ...
 
+    def cos_sin(self, batch: ForwardBatch) -> Tensor:
+        """fp32 [tokens, n], what `forward` looks up per position: the cosines and sines of RoPE."""
+        ...
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, hidden] -> fp32 [n, vocab]."""
         ...

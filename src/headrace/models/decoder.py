@@ -100,10 +100,13 @@ class Decoder(ABC):
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         x, residual = self.embedding(batch.ids), None
-        cos_sin = self.rope.prepare(batch)
+        cos_sin = self.cos_sin(batch) if batch.cos_sin is None else batch.cos_sin
         for layer, cache in zip(self.layers, batch.caches, strict=True):
             x, residual = layer(x, residual, cos_sin, batch, cache)
         return self.norm(x, residual)[0]
+
+    def cos_sin(self, batch: ForwardBatch) -> Tensor:
+        return self.rope.prepare(batch)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.head(hidden)
@@ -119,6 +122,7 @@ class Decoder(ABC):
         for layer in self.layers:
             for linear in layer.linears():
                 linear.process_after_loading()
+        self.head.process_after_loading()
 
     def checkpoint_shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: t.shape for name, t in self.targets().items() if not t.covers}

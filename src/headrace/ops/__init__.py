@@ -9,12 +9,15 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from headrace.ops import ref
+from headrace.ops import cpu, ref
 from headrace.ops.meta import AttentionMeta
+from headrace.ops.packed import PackedWeight
 
-_IMPLEMENTATIONS: dict[str, ModuleType] = {"ref": ref}  # best first; `ref` has every operator
+# Best first; `ref` has every operator.
+_IMPLEMENTATIONS: dict[str, ModuleType] = {"cpu": cpu, "ref": ref}
 _serving: dict[str, str] = {}
 
 
@@ -23,9 +26,16 @@ def implementations() -> dict[str, str]:
     return dict(_serving)
 
 
+def set_threads(count: int) -> None:
+    """Threads that one operator may use, the caller included."""
+    torch.set_num_threads(count)
+    if cpu.LIBRARY is not None:
+        cpu.library.set_threads(count)
+
+
 def _best(operator: str) -> Any:
     for name, module in _IMPLEMENTATIONS.items():
-        if hasattr(module, operator):
+        if operator in module.__all__:
             _serving[operator] = name
             return getattr(module, operator)
     raise LookupError(f"no implementation of operator {operator}")
@@ -33,15 +43,21 @@ def _best(operator: str) -> Any:
 
 _linear: Callable[..., Tensor] = _best("linear")
 _embedding: Callable[..., Tensor] = _best("embedding")
+_gather: Callable[..., Tensor] = _best("gather")
 _rms_norm: Callable[..., tuple[Tensor, Tensor]] = _best("rms_norm")
 _layer_norm: Callable[..., Tensor] = _best("layer_norm")
 _rotary_table: Callable[..., Tensor] = _best("rotary_table")
 _rotary: Callable[..., tuple[Tensor, Tensor]] = _best("rotary")
 _write_kv: Callable[..., None] = _best("write_kv")
+_rotary_kv: Callable[..., Tensor] = _best("rotary_kv")
 _paged_attention: Callable[..., Tensor] = _best("paged_attention")
 _silu_mul: Callable[..., Tensor] = _best("silu_mul")
 _gelu_mul: Callable[..., Tensor] = _best("gelu_mul")
 _logits: Callable[..., Tensor] = _best("logits")
+_pack: Callable[..., PackedWeight] = _best("pack")
+_linear_packed: Callable[..., Tensor] = _best("linear_packed")
+_logits_packed: Callable[..., Tensor] = _best("logits_packed")
+_embedding_packed: Callable[..., Tensor] = _best("embedding_packed")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -52,6 +68,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:
     """ids int64 [tokens], weight [vocab, hidden] -> [tokens, hidden]."""
     return _embedding(ids, weight)
+
+
+def gather(x: Tensor, picks: Tensor) -> Tensor:
+    """x [tokens, dim], picks int64 [n] -> rows `picks` of x, [n, dim]."""
+    return _gather(x, picks)
 
 
 def rms_norm(
@@ -98,6 +119,19 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
     _write_kv(k, v, k_cache, v_cache, slots)
 
 
+def rotary_kv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos_sin: Tensor,
+    caches: tuple[Tensor, Tensor],
+    slots: Tensor,
+    interleaved: bool = False,
+) -> Tensor:
+    """`rotary`, then `write_kv` of the turned keys and the values: the turned q."""
+    return _rotary_kv(q, k, v, cos_sin, caches, slots, interleaved)
+
+
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -135,3 +169,27 @@ def gelu_mul(x: Tensor, tanh: bool = True) -> Tensor:
 def logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """hidden [n, hidden], weight [vocab, hidden] -> fp32 [n, vocab]."""
     return _logits(hidden, weight)
+
+
+def pack(weight: Tensor) -> PackedWeight:
+    """weight [out, in] in the form that the `_packed` operators read.
+
+    It may share memory with `weight`. An implementation may store values in a narrower type if
+    none of them changes.
+    """
+    return _pack(weight)
+
+
+def linear_packed(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """`linear` with a packed weight."""
+    return _linear_packed(x, weight, bias)
+
+
+def logits_packed(hidden: Tensor, weight: PackedWeight) -> Tensor:
+    """`logits` with a packed weight."""
+    return _logits_packed(hidden, weight)
+
+
+def embedding_packed(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """`embedding` with a packed weight, as `dtype`."""
+    return _embedding_packed(ids, weight, dtype)

@@ -8,17 +8,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from headrace.ops.packed import PackedWeight, format_of
 from headrace.ops.ref_attention import paged_attention, write_kv
 
 __all__ = [
     "embedding",
+    "embedding_packed",
+    "gather",
     "gelu_mul",
     "layer_norm",
     "linear",
+    "linear_packed",
     "logits",
+    "logits_packed",
+    "pack",
     "paged_attention",
     "rms_norm",
     "rotary",
+    "rotary_kv",
     "rotary_table",
     "silu_mul",
     "write_kv",
@@ -31,6 +38,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:
     return F.embedding(ids, weight)
+
+
+def gather(x: Tensor, picks: Tensor) -> Tensor:
+    return x.index_select(0, picks)
 
 
 def rms_norm(
@@ -67,6 +78,20 @@ def rotary(q: Tensor, k: Tensor, cos_sin: Tensor, interleaved: bool) -> tuple[Te
     return x[:, : q.shape[1]], x[:, q.shape[1] :]
 
 
+def rotary_kv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos_sin: Tensor,
+    caches: tuple[Tensor, Tensor],
+    slots: Tensor,
+    interleaved: bool,
+) -> Tensor:
+    q, k = rotary(q, k, cos_sin, interleaved)
+    write_kv(k, v, *caches, slots)
+    return q
+
+
 def silu_mul(x: Tensor) -> Tensor:
     gate, up = x.chunk(2, dim=-1)
     return (F.silu(gate.float()) * up).to(x.dtype)
@@ -79,3 +104,20 @@ def gelu_mul(x: Tensor, tanh: bool) -> Tensor:
 
 def logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return F.linear(hidden, weight).float()
+
+
+def pack(weight: Tensor) -> PackedWeight:
+    out_size, in_size = weight.shape
+    return PackedWeight(weight, out_size, in_size, format_of(weight))
+
+
+def linear_packed(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight.data, bias)
+
+
+def logits_packed(hidden: Tensor, weight: PackedWeight) -> Tensor:
+    return logits(hidden, weight.data)
+
+
+def embedding_packed(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    return embedding(ids, weight.data).to(dtype)

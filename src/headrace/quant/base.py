@@ -33,6 +33,8 @@ class WeightTarget:
 
 
 Targets = dict[str, WeightTarget]
+Weights = dict[str, Any]
+"""Tensors and packed weights of one layer by name."""
 
 
 @dataclass(frozen=True)
@@ -58,19 +60,19 @@ class LinearShape:
 class QuantMethod(Protocol):
     """One way to store the matrix of a linear layer. Stateless: tensors live in the layer."""
 
-    def create_weights(self, shape: LinearShape, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Uninitialized local tensors by name."""
+    def create_weights(self, shape: LinearShape, dtype: torch.dtype) -> Weights:
+        """Uninitialized local tensors by name; methods may keep packed ones beside them."""
         ...
 
-    def targets(self, shape: LinearShape, weights: dict[str, Tensor], prefix: str) -> Targets:
+    def targets(self, shape: LinearShape, weights: Weights, prefix: str) -> Targets:
         """Checkpoint names that start with `prefix`, and how each fills `weights`."""
         ...
 
-    def process_after_loading(self, weights: dict[str, Tensor]) -> None:
+    def process_after_loading(self, weights: Weights) -> None:
         """Repack `weights` once all targets are filled."""
         ...
 
-    def apply(self, weights: dict[str, Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
+    def apply(self, weights: Weights, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [tokens, in] -> [tokens, out]."""
         ...
 
@@ -78,17 +80,18 @@ class QuantMethod(Protocol):
 class Unquantized:
     """The matrix as it is, in the model's dtype."""
 
-    def create_weights(self, shape: LinearShape, dtype: torch.dtype) -> dict[str, Tensor]:
+    def create_weights(self, shape: LinearShape, dtype: torch.dtype) -> Weights:
         return {"weight": torch.empty(shape.local_rows, shape.columns.local, dtype=dtype)}
 
-    def targets(self, shape: LinearShape, weights: dict[str, Tensor], prefix: str) -> Targets:
+    def targets(self, shape: LinearShape, weights: Weights, prefix: str) -> Targets:
         return part_targets(weights["weight"], shape, prefix, "weight", shape.columns)
 
-    def process_after_loading(self, weights: dict[str, Tensor]) -> None:
-        pass
+    def process_after_loading(self, weights: Weights) -> None:
+        weights["packed"] = ops.pack(weights["weight"])
+        weights["weight"] = placeholder(weights["weight"])
 
-    def apply(self, weights: dict[str, Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
-        return ops.linear(x, weights["weight"], bias)
+    def apply(self, weights: Weights, x: Tensor, bias: Tensor | None) -> Tensor:
+        return ops.linear_packed(x, weights["packed"], bias)
 
 
 def quant_method(hf: Mapping[str, Any]) -> QuantMethod:
@@ -102,6 +105,11 @@ def quant_method(hf: Mapping[str, Any]) -> QuantMethod:
             field="quantization_config",
         )
     return Unquantized()
+
+
+def placeholder(tensor: Tensor) -> Tensor:
+    """Stands for a tensor that was packed: has its shape, holds no memory, cannot be filled."""
+    return torch.empty_like(tensor, device="meta")
 
 
 def part_targets(
@@ -119,6 +127,10 @@ def cut_target(tensor: Tensor, rows: Cut, columns: Cut | None = None) -> WeightT
     """Fill `tensor` [rows.local, columns.local] (or [rows.local]) from the whole tensor."""
 
     def copy(source: Tensor) -> None:
+        if tensor.is_meta:
+            raise LoadError(
+                "these weights are packed already: build the model again to load others"
+            )
         if rows.padded or (columns is not None and columns.padded):
             tensor.zero_()
         for span in rows.spans:

@@ -17,7 +17,7 @@ import torch
 from headrace.core.config import Limits
 from headrace.core.errors import Unsupported
 from headrace.core.plan import Chunk, ChunkResult, ScoredToken, StateSpec, StepPlan, StepResult
-from headrace.layers.batch import ForwardBatch
+from headrace.runner import graph
 from headrace.runner.batch import Layout, build_batch, lay_out, write_drafts
 from headrace.runner.logits import score_prompt, score_samples, slices
 from headrace.runner.pool import KvPool
@@ -30,16 +30,8 @@ _NOT_FINITE = "the model's logits are not finite (NaN), or every token is masked
 Drawn = tuple[int, bool, ScoredToken | None]
 
 
-class Model(Protocol):
+class Model(graph.Model, Protocol):
     """What a runner asks of an architecture."""
-
-    def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Hidden states [tokens, hidden]; writes the state of the tokens to `batch.caches`."""
-        ...
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Float32 [n, vocab] for hidden states [n, hidden]."""
-        ...
 
     def state_specs(self) -> list[StateSpec]:
         """What each layer keeps."""
@@ -47,6 +39,10 @@ class Model(Protocol):
 
     def prefix_scope(self, prompt_len: int) -> str:
         """Prompts of different scope must not share cached prefixes."""
+        ...
+
+    def checkpoint_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and whole shape of every tensor of the checkpoint."""
         ...
 
 
@@ -63,12 +59,28 @@ class ModelRunner:
     ) -> None:
         self.model = model
         self.vocab_size = vocab_size
+        self.dtype = dtype
         self.tables = RowTables(
             limits.max_running_requests, limits.context_length, limits.page_size, vocab_size
         )
         pages = limits.max_total_tokens // limits.page_size
         self.pool = KvPool(model.state_specs(), pages, limits.page_size, dtype)
         self.sampler = Sampler(self.tables, eos_token_ids)
+        self.graph: graph.Graph = graph.EagerGraph(model)
+
+    @torch.inference_mode()
+    def record(self, tokens: int) -> None:
+        """Record the model for steps of up to `tokens` tokens. Writes to page 0, so call it first.
+
+        Without it, or for larger steps, the model runs call by call, with the same results.
+        """
+        self.graph = graph.make_graph(
+            self.model,
+            self.pool.caches,
+            self.tables.page_size,
+            tokens=tokens,
+            picks=min(tokens, next(slices(tokens, self.vocab_size)).stop),
+        )
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -84,7 +96,7 @@ class ModelRunner:
     def _run(self, chunks: Sequence[Chunk]) -> list[ChunkResult]:
         layout = lay_out(chunks)
         write_drafts(chunks, self.tables)
-        hidden = self.model.forward(build_batch(layout, self.tables, self.pool.caches))
+        hidden = self.graph.forward(build_batch(layout, self.tables, self.pool.caches))
         drawn = self._sample(hidden, layout)
         results, taken = [], 0
         for chunk, offset in zip(chunks, layout.offset.tolist(), strict=True):
@@ -92,7 +104,7 @@ class ModelRunner:
             taken += len(own)
             result = self._answer(chunk, own)
             if chunk.logprob_start >= 0 and not result.error:
-                result = self._add_prompt_scores(result, chunk, hidden[offset:])
+                result = self._add_prompt_scores(result, chunk, hidden, offset)
             results.append(result)
         return results
 
@@ -102,11 +114,9 @@ class ModelRunner:
         What follows a rejected draft is written too; a later step overwrites it before it is read.
         """
         rows, positions, places = layout.targets()
-        if len(places) < layout.tokens:
-            hidden = hidden[torch.from_numpy(places)]
         drawn: list[Drawn] = []
         for part in slices(len(rows), self.vocab_size):
-            logits = self.model.logits(hidden[part])
+            logits = self.graph.logits(hidden, places[part])
             tokens, valid = self.sampler.sample(logits, rows[part], positions[part])
             scores = score_samples(logits, tokens, rows[part], self.tables)
             self.tables.tokens[rows[part], positions[part]] = np.where(valid, tokens, 0)
@@ -132,16 +142,17 @@ class ModelRunner:
         return ChunkResult(tokens, scores)
 
     def _add_prompt_scores(
-        self, result: ChunkResult, chunk: Chunk, hidden: torch.Tensor
+        self, result: ChunkResult, chunk: Chunk, hidden: torch.Tensor, offset: int
     ) -> ChunkResult:
-        """Score the prompt tokens after the chunk's positions; `hidden` begins at `chunk.start`."""
+        """Score the prompt tokens after the chunk's positions; row `offset` is `chunk.start`."""
         spec = self.tables.spec(chunk.row)
         first = max(chunk.start, chunk.logprob_start)
         stop = min(chunk.start + chunk.count, spec.prompt_len - 1)
         scores: list[ScoredToken] = []
         for part in slices(max(0, stop - first), self.vocab_size):
             begin, end = first + part.start, first + part.stop
-            logits = self.model.logits(hidden[begin - chunk.start : end - chunk.start])
+            places = np.arange(begin, end) + (offset - chunk.start)
+            logits = self.graph.logits(hidden, places)
             following = self.tables.tokens[chunk.row, begin + 1 : end + 1]
             scores += score_prompt(logits, following, spec.logprobs)
         if any(math.isnan(score.logprob) for score in scores):

@@ -202,7 +202,7 @@ def draw_any(probs: np.ndarray, noise: np.ndarray) -> np.ndarray:
     sums = np.cumsum(blocks, axis=-1, dtype=np.float64)
     target = noise * sums[:, -1]
     block = first_above(sums, target)
-    before = np.where(block > 0, sums[rows, block - 1], 0.0)
+    before: np.ndarray = np.where(block > 0, sums[rows, block - 1], 0.0)
     # Past the end of the last row `take` repeats a value; no row may see what is not its own.
     first = block * _BLOCK
     width = np.arange(min(_BLOCK, vocab))

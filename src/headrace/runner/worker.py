@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
+from headrace import ops
 from headrace.core.config import Config
 from headrace.core.hardware import Hardware
 from headrace.core.model_info import ModelInfo
@@ -72,7 +73,7 @@ def build_runner(
 
     Runs on the thread that will run the model.
     """
-    torch.set_num_threads(config.run.threads or hardware.cores)
+    ops.set_threads(config.run.threads or hardware.cores)
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     model = load_model(info, dtype, SoloGroup(), config.model.load_format)
     values = sum(math.prod(shape) for shape in model.checkpoint_shapes().values())
@@ -86,4 +87,6 @@ def build_runner(
     )
     for line in plan.lines():
         logger.info(line)
-    return ModelRunner(model, plan.limits, info.vocab_size, info.eos_token_ids, dtype), plan
+    runner = ModelRunner(model, plan.limits, info.vocab_size, info.eos_token_ids, dtype)
+    runner.record(config.schedule.chunked_prefill_size + plan.limits.max_running_requests)
+    return runner, plan

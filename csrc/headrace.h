@@ -1,0 +1,218 @@
+// The contract between Python and the kernels: plain C structs, no torch, no C++ types.
+//
+// An operator is an opcode, a fixed argument struct (pointers to weights, caches and activation
+// buffers, sizes that never change) and a step (what differs from one forward pass to the next).
+// Called one at a time for tests, or as a recorded program, replayed in one call per step.
+// The same operators are compiled once for each instruction set; `hr_open` picks the level.
+//
+// Invariant (determinism): the value of an output row depends on that row's inputs alone, never on
+// the number of tokens, chunks or threads. Sums have one fixed order per output element.
+#pragma once
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+#pragma GCC visibility push(default)
+
+typedef enum { HR_F32 = 0, HR_BF16 = 1, HR_F16 = 2, HR_I8 = 3, HR_F8 = 4, HR_I4 = 5 } hr_dtype;
+
+typedef enum { HR_PORTABLE = 0, HR_AVX2 = 1, HR_AVX512 = 2, HR_AVX512_BF16 = 3 } hr_level;
+
+// What differs between steps. All arrays live until the call returns.
+typedef struct {
+  int64_t tokens;             // rows of every activation buffer that are in use
+  int64_t chunks;             // sequences in this step
+  const int64_t* ids;         // [tokens]
+  const int64_t* positions;   // [tokens]
+  const int64_t* slots;       // [tokens] page * page_size + offset of each token's KV
+  const int32_t* page_table;  // [rows, page_stride]
+  int64_t page_stride;
+  const int32_t* rows;         // [chunks] row of each chunk
+  const int32_t* query_start;  // [chunks + 1] offsets of chunks in the token dimension
+  const int32_t* context;      // [chunks] tokens visible after the chunk
+  int64_t picked;              // rows whose logits are wanted
+  const int64_t* picks;        // [picked] token index of each
+} hr_step;
+
+// A 2-D view of activations: `rows` come from the step, `columns` do not change.
+typedef struct {
+  void* data;
+  int64_t stride;  // elements from one row to the next
+  int64_t columns;
+  int32_t dtype;  // hr_dtype
+} hr_rows;
+
+// ---- library ------------------------------------------------------------------------------------
+
+#define HR_ABI 1  // changes whenever a struct or a function here does
+
+int32_t hr_abi(void);
+int32_t hr_level_best(void);              // highest level this machine can run
+int32_t hr_level_in_use(void);            // the best one until another is set
+int32_t hr_set_level(int32_t level);      // -1: this machine cannot run it
+int32_t hr_threads(void);                 // threads per operator, the caller included; 1 at first
+void hr_set_threads(int32_t count);
+
+// Index of an operator; -1 unknown, -2 its argument struct has another size.
+int32_t hr_operator(const char* name, int64_t args_size);
+int32_t hr_operator_count(void);
+const char* hr_operator_name(int32_t index);
+
+// Runs one operator now.
+void hr_call(int32_t operator_index, const void* args, const hr_step* step);
+
+// A program is a list of calls whose arguments are fixed; only the step changes.
+typedef struct hr_program hr_program;
+hr_program* hr_program_new(void);
+void hr_program_free(hr_program* program);
+int64_t hr_program_append(hr_program* program, int32_t operator_index, const void* args,
+                          int64_t size);  // copies args; returns the call's number
+int64_t hr_program_length(const hr_program* program);
+void hr_replay(const hr_program* program, const hr_step* step);
+
+// Which count of the step says how many rows of its buffers an operator works on.
+typedef enum { HR_TOKENS = 0, HR_PICKED = 1 } hr_over;
+
+// ---- arguments of operators, by family ----------------------------------------------------------
+
+// copy: target[i] = source[i] for the step's tokens; same dtype and columns. (kernels/copy.cpp)
+typedef struct {
+  hr_rows source;
+  hr_rows target;
+} hr_copy_args;
+
+// probe_*: what this machine can do at most (kernels/probe.cpp). Each runs `pieces` pieces of work
+// on the team: reading `bytes` bytes of `data`, or `rounds` rounds of HR_PROBE_CHAINS independent
+// vector instructions. `sink` [pieces] keeps the compiler honest.
+typedef struct {
+  const void* data;
+  float* sink;
+  int64_t pieces;
+  int64_t bytes;
+  int64_t rounds;
+} hr_probe_args;
+
+#define HR_PROBE_CHAINS 24
+
+// The weight of a linear layer, W [out, in], cut into panels of HR_PANEL outputs. A panel holds its
+// k-th inputs side by side, so a product reads memory front to back. Rows past `out` and inputs
+// past `in` are zero. Layouts of one panel (kernels/linear_pack.cpp):
+//   f32, f16  [in, up to even][HR_PANEL]           bf16  [in / 2, up][HR_PANEL][2 inputs]
+typedef struct {
+  void* data;
+  const float* scales;
+  int64_t out;
+  int64_t in;
+  int32_t dtype;  // hr_dtype
+  int32_t group;  // inputs per scale; 0: one scale per output
+} hr_weight;
+
+#define HR_PANEL 32
+
+// Bytes of `data`; out, in, dtype and group are given.
+int64_t hr_weight_bytes(const hr_weight* weight);
+
+// pack: fill `weight.data` from `source` [out, in], of the same dtype.
+typedef struct {
+  hr_rows source;
+  hr_weight weight;
+} hr_pack_args;
+
+// linear: y = x W^T + bias; x and y fp32, bf16 or f16, sums in fp32. (kernels/linear.cpp)
+typedef struct {
+  hr_rows x;
+  hr_rows y;
+  hr_weight weight;
+  const void* bias;  // [out] or null
+  int32_t bias_dtype;
+  int32_t over;  // hr_over
+} hr_linear_args;
+
+// unpack: rows step.ids of a packed weight, y [tokens, in] of any float dtype (an embedding).
+typedef struct {
+  hr_weight weight;
+  hr_rows y;
+} hr_unpack_args;
+
+// embedding: y[i] = weight[step.ids[i]], weight [vocab, y.columns]. (kernels/elementwise.cpp)
+typedef struct {
+  const void* weight;
+  hr_rows y;
+  int32_t dtype;  // of weight
+} hr_embedding_args;
+
+// gather: y[i] = x[step.picks[i]] for the step's tokens; same dtype and columns.
+typedef struct {
+  hr_rows x;
+  hr_rows y;
+} hr_gather_args;
+
+// gated: y = act(gate) * up, where x = gate | up.
+typedef enum { HR_SILU = 0, HR_GELU_TANH = 1, HR_GELU_ERF = 2 } hr_activation;
+typedef struct {
+  hr_rows x;
+  hr_rows y;
+  int32_t activation;
+} hr_gated_args;
+
+// rms_norm: of each of `parts` equal parts of a row. `residual` may have no data: then nothing is
+// added and `total` is not written. Dtypes are equal, but for the weight's. (kernels/norm.cpp)
+typedef struct {
+  hr_rows x;
+  hr_rows residual;
+  hr_rows total;  // x + residual
+  hr_rows y;
+  const void* weight;  // [columns / parts]
+  int32_t weight_dtype;
+  float eps;
+  int64_t parts;
+} hr_rms_norm_args;
+
+// layer_norm: bias may be null.
+typedef struct {
+  hr_rows x;
+  hr_rows y;
+  const void* weight;
+  const void* bias;
+  int32_t weight_dtype;
+  float eps;
+} hr_layer_norm_args;
+
+// rotary_kv: turns the heads of q and k in place by the angles of row i of cos_sin (cosines | sines,
+// fp32), then writes k and v to slot step.slots[i] of the caches. Without cos_sin nothing turns,
+// without keys nothing is written. (kernels/rope.cpp)
+typedef struct {
+  hr_rows q;
+  hr_rows k;
+  hr_rows v;
+  hr_rows cos_sin;
+  void* keys;    // [slots, k.columns]
+  void* values;  // [slots, v.columns]
+  int64_t heads;
+  int64_t kv_heads;
+  int32_t cache_dtype;
+  int32_t interleaved;
+} hr_rotary_kv_args;
+
+// paged_attention: see headrace.ops. (kernels/attention.cpp)
+#define HR_MOST_HEAD_DIM 512
+typedef struct {
+  hr_rows q;           // [tokens, heads * head_dim]
+  hr_rows out;         // the same
+  const void* keys;    // [pages, page_size, kv_heads, head_dim]
+  const void* values;  // the same
+  const float* sinks;  // [heads] or null
+  int64_t heads;
+  int64_t kv_heads;
+  int64_t page_size;
+  int64_t window;  // 0: everything
+  float scale;
+  float soft_cap;  // 0: none
+  int32_t cache_dtype;
+} hr_attention_args;
+
+#pragma GCC visibility pop
+#ifdef __cplusplus
+}
+#endif

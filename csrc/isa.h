@@ -1,0 +1,10 @@
+// Instruction-set levels: what this CPU and operating system allow.
+#pragma once
+#include "headrace.h"
+
+namespace hr {
+
+// The highest level that may run here.
+hr_level best_level();
+
+}  // namespace hr

@@ -1,0 +1,100 @@
+// probe_*: the limits that kernels are measured against: read bandwidth and multiply-add rates.
+//
+// probe_fma, probe_bf16 and probe_int8 keep HR_PROBE_CHAINS sums in registers, enough to hide the
+// latency of two units. probe_width tells the products that one instruction does, 0 where the level
+// has no such instruction.
+#include "simd.h"
+
+// A register whose value the compiler may not guess.
+#if HR_LEVEL >= 2
+#define HR_OPAQUE(x) __asm__ volatile("" : "+v"(x))
+#elif defined(__x86_64__)
+#define HR_OPAQUE(x) __asm__ volatile("" : "+x"(x))
+#else
+#define HR_OPAQUE(x) __asm__ volatile("" : "+m"(x))
+#endif
+
+namespace HR_NS {
+
+static void probe_read(const hr_probe_args& args, const hr_step&) {
+  hr::parallel(args.pieces, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const char* data = static_cast<const char*>(args.data) + i * args.bytes;
+      vu sums[4] = {};
+      for (int64_t at = 0; at + 16 * kLanes <= args.bytes; at += 16 * kLanes) {
+        prefetch(data + at + 1024);
+        for (int v = 0; v < 4; ++v) {
+          vu word;
+          memcpy(&word, data + at + v * 4 * kLanes, sizeof word);
+          sums[v] = sums[v] | word;
+        }
+      }
+      args.sink[i] = sum(__builtin_convertvector(sums[0] | sums[1] | sums[2] | sums[3], vf));
+    }
+  });
+}
+
+// `rounds` times: every chain gets one more product of x and y. Opaque to the optimizer.
+template <class Vector, class Multiply>
+static float chains(int64_t rounds, Vector x, Vector y, const Multiply& multiply) {
+  Vector sums[HR_PROBE_CHAINS] = {};
+  for (int64_t i = 0; i < rounds; ++i) {
+#pragma GCC unroll 64
+    for (Vector& total : sums) {
+      total = multiply(total, x, y);
+      HR_OPAQUE(total);
+    }
+  }
+  float all = 0;
+#pragma GCC unroll 64
+  for (Vector total : sums) all += total[0];
+  return all;
+}
+
+template <class Vector, class Multiply>
+static void run_chains(const hr_probe_args& args, const Multiply& multiply) {
+  hr::parallel(args.pieces, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      args.sink[i] = chains(args.rounds, Vector{} + 1, Vector{} + 1, multiply);
+    }
+  });
+}
+
+static void probe_fma(const hr_probe_args& args, const hr_step&) {
+  run_chains<vf>(args, [](vf c, vf x, vf y) { return fma(x, y, c); });
+}
+
+static void probe_bf16(const hr_probe_args& args, const hr_step&) {
+#if HR_LEVEL >= 3
+  run_chains<vf>(args, [](vf c, vf x, vf y) {
+    return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)x, (__m512bh)y);
+  });
+#else
+  probe_fma(args, hr_step{});
+#endif
+}
+
+static void probe_int8(const hr_probe_args& args, const hr_step&) {
+#if HR_LEVEL >= 3
+  run_chains<vi>(args, [](vi c, vi x, vi y) {
+    return (vi)_mm512_dpbusd_epi32((__m512i)c, (__m512i)x, (__m512i)y);
+  });
+#else
+  probe_fma(args, hr_step{});
+#endif
+}
+
+// sink[0..2] = products per instruction of fma, bf16 and int8.
+static void probe_width(const hr_probe_args& args, const hr_step&) {
+  args.sink[0] = kLanes;
+  args.sink[1] = HR_LEVEL >= 3 ? 2 * kLanes : 0;
+  args.sink[2] = HR_LEVEL >= 3 ? 4 * kLanes : 0;
+}
+
+HR_OPERATOR(probe_read, hr_probe_args)
+HR_OPERATOR(probe_fma, hr_probe_args)
+HR_OPERATOR(probe_bf16, hr_probe_args)
+HR_OPERATOR(probe_int8, hr_probe_args)
+HR_OPERATOR(probe_width, hr_probe_args)
+
+}  // namespace HR_NS

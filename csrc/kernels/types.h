@@ -1,0 +1,76 @@
+// Rows of activations in any float dtype, and functions of vectors beyond simd.h.
+//
+// Part of the kernel files: the same rules as simd.h.
+#pragma once
+#include "simd.h"
+
+namespace HR_NS {
+
+template <class T>
+HR_INLINE T* row_of(const hr_rows& rows, int64_t row) {
+  return static_cast<T*>(rows.data) + row * rows.stride;
+}
+
+// Up to kLanes elements; the lanes past them are zero, the memory past them is not touched.
+template <class T>
+HR_INLINE vf take(const T* p, int64_t count) {
+  return count == kLanes ? load(p) : load_part(p, count);
+}
+template <class T>
+HR_INLINE void put(T* p, vf x, int64_t count) {
+  if (count == kLanes) {
+    store(p, x);
+  } else {
+    store_part(p, x, count);
+  }
+}
+
+// Elements [column, column + count) of a row, as fp32.
+template <class T>
+static inline void load_elements(const T* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
+  for (; i < count; ++i) to[i] = widen(from[i]);
+}
+template <class T>
+static inline void store_elements(const float* from, int64_t count, T* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
+  for (; i < count; ++i) narrow(from[i], to + i);
+}
+static inline void load_row(const hr_rows& rows, int64_t row, int64_t column, int64_t count,
+                            float* to) {
+  if (rows.dtype == HR_F32) load_elements(row_of<float>(rows, row) + column, count, to);
+  if (rows.dtype == HR_BF16) load_elements(row_of<bf16>(rows, row) + column, count, to);
+  if (rows.dtype == HR_F16) load_elements(row_of<f16>(rows, row) + column, count, to);
+}
+static inline void store_row(const hr_rows& rows, int64_t row, int64_t column, int64_t count,
+                             const float* from) {
+  if (rows.dtype == HR_F32) store_elements(from, count, row_of<float>(rows, row) + column);
+  if (rows.dtype == HR_BF16) store_elements(from, count, row_of<bf16>(rows, row) + column);
+  if (rows.dtype == HR_F16) store_elements(from, count, row_of<f16>(rows, row) + column);
+}
+
+// Calls body(T()) for the element type of a float dtype.
+template <class Body>
+static inline void with_type(int32_t dtype, const Body& body) {
+  if (dtype == HR_F32) body(float());
+  if (dtype == HR_BF16) body(bf16());
+  if (dtype == HR_F16) body(f16());
+}
+
+// Absolute error below 2e-7.
+HR_INLINE vf tanh(vf x) { return set(1.0f) - set(2.0f) / (exp(x + x) + set(1.0f)); }
+
+// Absolute error below 5e-7: Abramowitz and Stegun, 7.1.26.
+HR_INLINE vf erf(vf x) {
+  const vf size = max(x, zero() - x), t = set(1.0f) / fma(set(0.3275911f), size, set(1.0f));
+  vf p = fma(set(1.061405429f), t, set(-1.453152027f));
+  p = fma(p, t, set(1.421413741f));
+  p = fma(p, t, set(-0.284496736f));
+  p = fma(p, t, set(0.254829592f));
+  const vf y = set(1.0f) - p * t * exp(zero() - size * size);
+  return select(x < zero(), zero() - y, y);
+}
+
+}  // namespace HR_NS

@@ -1,0 +1,129 @@
+"""`headrace bench kernels`: every linear operator as a fraction of what the machine can do.
+
+First the limits are measured: read bandwidth and multiply-add rates. Then each product of the
+shapes of real models, timed as the best of many short runs (a shared machine still shows its limit
+now and then), against the lower of two limits: reading the weights, and multiplying. Weights are
+copied until they exceed the caches. Does not know models or servers.
+"""
+
+import argparse
+import os
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+from headrace.bench.report import add_arguments as add_report_arguments
+from headrace.bench.report import align, emit, note
+from headrace.core.errors import BadRequest, HeadraceError
+from headrace.core.hardware import detect
+
+# name -> [(out, in)] of a layer's four products and the head's first rows
+SHAPES = {
+    "qwen3-0.6b": ((4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072), (16384, 1024)),
+    "llama-3.2-1b": ((3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192)),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shapes", choices=tuple(SHAPES), help="one model's shapes; default: all")
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=[1, 16, 32, 512], help="rows of x (tokens)"
+    )
+    parser.add_argument("--formats", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--threads", type=int, default=0, help="0 takes the usable cores")
+    parser.add_argument("--seconds", type=float, default=0.5, help="time for each measurement")
+    add_report_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from headrace import ops
+    from headrace.ops.cpu.library import LIBRARY
+
+    if LIBRARY is None:
+        raise HeadraceError(
+            "the native kernels are not built: install a C++ compiler and reinstall"
+        )
+    _check(args)
+    threads = args.threads or detect().cores
+    ops.set_threads(threads)
+    note("times are the best of many short runs; the machine may be busy with other work")
+    result = measure_limits(args.seconds, threads)
+    result["operators"] = list(measure_linear(args, result))
+    result["load_average"] = os.getloadavg()[0]
+    emit(args, result, table(result))
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    from headrace.ops.packed import FLOAT_FORMATS
+
+    unknown = set(args.formats) - set(FLOAT_FORMATS)
+    if unknown:
+        known = ", ".join(FLOAT_FORMATS)
+        raise BadRequest(f"--formats knows {known}, not {min(unknown)}", field="formats")
+    if min(args.rows) < 1:
+        raise BadRequest(f"--rows must be at least 1, not {min(args.rows)}", field="rows")
+
+
+def measure_limits(seconds: float, threads: int) -> dict[str, Any]:
+    """Bytes and operations per second of this machine."""
+    from headrace.ops.cpu import library, probe
+
+    return {
+        "level": library.level(),
+        "threads": threads,
+        "read_bytes_per_s": probe.read_bandwidth(seconds),
+        "operations_per_s": probe.peak_rates(seconds),
+    }
+
+
+def measure_linear(args: argparse.Namespace, limits: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """One dict per shape, format and number of rows."""
+    from headrace.ops.cpu.probe import time_linear
+
+    read, peak = limits["read_bytes_per_s"], limits["operations_per_s"]["fp32"]
+    shapes = [(model, *shape) for model in SHAPES for shape in SHAPES[model]]
+    for (model, out_size, in_size), name, rows in product(shapes, args.formats, args.rows):
+        if args.shapes not in (None, model):
+            continue
+        took = time_linear(out_size, in_size, name, rows, args.seconds)
+        reading, multiplying = took.bytes_read / read, took.operations / peak
+        yield {
+            "model": model,
+            "out": out_size,
+            "in": in_size,
+            "format": name,
+            "rows": rows,
+            "microseconds": took.seconds * 1e6,
+            "bytes_per_s": took.bytes_read / took.seconds,
+            "operations_per_s": took.operations / took.seconds,
+            "bound": "read" if reading > multiplying else "multiply",
+            "fraction_of_limit": max(reading, multiplying) / took.seconds,
+        }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Limits and operators for people."""
+    rates = ", ".join(f"{v / 1e9:.0f} G/s {k}" for k, v in result["operations_per_s"].items())
+    rows = [
+        [
+            f"{item['model']} [{item['out']}, {item['in']}] {item['format']}",
+            str(item["rows"]),
+            f"{item['microseconds']:.0f}",
+            f"{item['bytes_per_s'] / 1e9:.1f}",
+            f"{item['operations_per_s'] / 1e9:.0f}",
+            item["bound"],
+            f"{item['fraction_of_limit']:.0%}",
+        ]
+        for item in result["operators"]
+    ]
+    header = ["linear", "rows", "us", "GB/s", "GFLOP/s", "bound", "of limit"]
+    return "\n".join(
+        [
+            f"{result['level']}, {result['threads']} threads: read "
+            f"{result['read_bytes_per_s'] / 1e9:.1f} GB/s; multiply-add {rates}",
+            f"load average {result['load_average']:.1f}",
+            "",
+            *align(header, rows),
+        ]
+    )

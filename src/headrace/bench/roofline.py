@@ -1,0 +1,214 @@
+"""`headrace bench roofline MODEL`: steps of a model as a fraction of what the machine can do.
+
+Measures the machine's read bandwidth and multiply-add rate, then whole steps of the runner (batch,
+model, logits, greedy sampling): prefill of one prompt, and decode of several sequences at a given
+context. A step must read every weight once and the keys and values that its tokens see, and
+multiply: the lower of the two limits is the roofline. Weights are those of the checkpoint, or
+made up with --load-format dummy. The best of many steps counts, as machines are often shared.
+"""
+
+import argparse
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from headrace.bench.flags import positive_float, positive_int
+from headrace.bench.report import add_arguments as add_report_arguments
+from headrace.bench.report import align, emit, note
+from headrace.core.config import Config, resolve
+from headrace.core.errors import HeadraceError
+from headrace.core.hardware import detect
+from headrace.core.messages import SamplingParams, pack_ids
+from headrace.core.model_info import ModelInfo, read_model_info
+from headrace.core.plan import Chunk, NewRow, Pages, StepPlan
+
+if TYPE_CHECKING:
+    from headrace.runner.model_runner import ModelRunner
+
+_PAGE = 16
+
+
+@dataclass(frozen=True)
+class Work:
+    """One kind of step: `rows` sequences that run `count` tokens each, `context` at the end."""
+
+    name: str
+    rows: int
+    count: int
+    context: int
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.count
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model makes a step read and multiply."""
+
+    linear: int  # weights that multiply every token
+    head: int  # weights that multiply sampled tokens
+    kv_bytes: int  # per token of context
+    heads_dim: int  # attention heads x head_dim, all layers
+    weight_bytes: int  # per weight
+
+    def bytes_read(self, work: Work) -> int:
+        weights = (self.linear + self.head) * self.weight_bytes
+        return weights + work.rows * work.context * self.kv_bytes
+
+    def operations(self, work: Work) -> int:
+        products = self.linear * work.tokens + self.head * work.rows
+        seen = work.count * work.context - work.count * (work.count - 1) // 2
+        return 2 * products + 4 * work.rows * seen * self.heads_dim
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="folder of the model")
+    parser.add_argument("--load-format", default="auto", help="dummy makes weights up")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--batches", type=positive_int, nargs="+", default=[1, 4, 8, 16, 32])
+    parser.add_argument("--prompts", type=positive_int, nargs="+", default=[512, 2048])
+    parser.add_argument("--context", type=positive_int, default=256, help="tokens when decoding")
+    parser.add_argument("--threads", type=int, default=0, help="0 takes the usable cores")
+    parser.add_argument("--seconds", type=positive_float, default=2.0, help="for each kind of step")
+    add_report_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from headrace.bench.kernels import measure_limits
+    from headrace.loader.files import resolve_model_path
+    from headrace.ops.cpu.library import LIBRARY
+
+    if LIBRARY is None:
+        raise HeadraceError("the native kernels are not built: install a C++ compiler, reinstall")
+    info = read_model_info(resolve_model_path(args.model))
+    work = [Work(f"prefill {n}", 1, n, n) for n in args.prompts if n < info.context_length]
+    context = min(args.context, info.context_length - 1)
+    work += [Work(f"decode batch {n}", n, 1, context) for n in args.batches]
+    runner, cost = load(args, info, work)
+    note("times are the best of many steps; the machine may be busy with other work")
+    limits = measure_limits(0.5, args.threads or detect().cores)
+    steps = [fraction(work, cost, limits, seconds) for work, seconds in timed(runner, work, args)]
+    result = {"model": args.model, **limits, "steps": steps, "load_average": os.getloadavg()[0]}
+    emit(args, result, table(result))
+    return 0
+
+
+def load(args: argparse.Namespace, info: ModelInfo, work: list[Work]) -> tuple["ModelRunner", Cost]:
+    """A runner with room for all of `work`, its cache written."""
+    from headrace.runner.worker import build_runner
+
+    rows = max(item.rows for item in work)
+    asked = {
+        "model_path": args.model,
+        "load_format": args.load_format,
+        "dtype": args.dtype,
+        "skip_tokenizer_init": True,
+        "page_size": _PAGE,
+        "max_running_requests": rows,
+        "max_total_tokens": max(item.rows * (item.context + _PAGE) for item in work),
+        "chunked_prefill_size": max(item.tokens for item in work),
+        "threads": args.threads,
+    }
+    hardware = detect()
+    config, _ = resolve(Config.from_flat(asked), info, hardware)
+    runner, plan = build_runner(config, info, hardware)
+    for cache in runner.pool.caches:
+        for tensor in cache:
+            tensor.fill_(0.01)
+    matrices = {
+        name: math.prod(shape)
+        for name, shape in runner.model.checkpoint_shapes().items()
+        if len(shape) > 1
+    }
+    head = info.vocab_size * info.hidden_size
+    outside = [size for name, size in matrices.items() if "embed" in name or "lm_head" in name]
+    specs = runner.model.state_specs()
+    cost = Cost(
+        linear=sum(matrices.values()) - sum(outside),
+        head=head,
+        kv_bytes=plan.bytes_per_token,
+        heads_dim=len(specs) * info.num_heads * info.head_dim,
+        weight_bytes=runner.dtype.itemsize,
+    )
+    return runner, cost
+
+
+def timed(
+    runner: "ModelRunner", work: list[Work], args: argparse.Namespace
+) -> Iterator[tuple[Work, float]]:
+    """Each kind of step with the seconds of its best run."""
+    for item in work:
+        runner.execute(setup(item))
+        plan = StepPlan(
+            step=1,
+            chunks=[Chunk(row, item.context - item.count, item.count) for row in range(item.rows)],
+        )
+        best, count, end = math.inf, 0, time.perf_counter() + args.seconds
+        while count < 3 or time.perf_counter() < end:
+            result = runner.execute(plan)
+            if result.chunks[0].error:
+                raise HeadraceError(f"{item.name}: {result.chunks[0].error}")
+            best, count = min(best, result.seconds), count + 1
+        yield item, best
+        runner.execute(StepPlan(step=2, chunks=[], freed_rows=list(range(item.rows))))
+
+
+def setup(work: Work) -> StepPlan:
+    """A plan that only announces the rows and their pages."""
+    pages = -(-(work.context + 1) // _PAGE)
+    tokens = pack_ids([1] * work.context)
+    return StepPlan(
+        step=0,
+        chunks=[],
+        new_rows=[
+            NewRow(row, tokens, work.context, SamplingParams(temperature=0.0), seed=0)
+            for row in range(work.rows)
+        ],
+        pages=[
+            Pages(row, 0, list(range(row * pages, (row + 1) * pages))) for row in range(work.rows)
+        ],
+    )
+
+
+def fraction(work: Work, cost: Cost, limits: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """The measured step beside its limits; tokens per second."""
+    reading = cost.bytes_read(work) / limits["read_bytes_per_s"]
+    multiplying = cost.operations(work) / limits["operations_per_s"]["fp32"]
+    limit = max(reading, multiplying)
+    return {
+        "name": work.name,
+        "milliseconds": seconds * 1e3,
+        "tokens_per_s": work.tokens / seconds,
+        "limit_tokens_per_s": work.tokens / limit,
+        "bound": "read" if reading > multiplying else "multiply",
+        "fraction_of_limit": limit / seconds,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Limits and steps for people."""
+    rows = [
+        [
+            step["name"],
+            f"{step['milliseconds']:.2f}",
+            f"{step['tokens_per_s']:.0f}",
+            f"{step['limit_tokens_per_s']:.0f}",
+            step["bound"],
+            f"{step['fraction_of_limit']:.0%}",
+        ]
+        for step in result["steps"]
+    ]
+    peak = result["operations_per_s"]["fp32"]
+    return "\n".join(
+        [
+            f"{result['model']}, {result['level']}, {result['threads']} threads: read "
+            f"{result['read_bytes_per_s'] / 1e9:.1f} GB/s, fp32 multiply-add {peak / 1e9:.0f} G/s",
+            f"load average {result['load_average']:.1f}",
+            "",
+            *align(["step", "ms", "token/s", "limit", "bound", "of limit"], rows),
+        ]
+    )

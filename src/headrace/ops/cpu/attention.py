@@ -1,0 +1,82 @@
+"""paged_attention: binding of csrc/kernels/attention.cpp."""
+
+from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from headrace.ops.cpu.library import DTYPES, Operator, Rows, Step, rows
+from headrace.ops.cpu.record import empty
+from headrace.ops.meta import AttentionMeta
+
+_MOST_HEAD_DIM = 512  # HR_MOST_HEAD_DIM
+
+
+class _AttentionArgs(Structure):
+    _fields_ = (
+        ("q", Rows),
+        ("out", Rows),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("sinks", c_void_p),
+        ("heads", c_int64),
+        ("kv_heads", c_int64),
+        ("page_size", c_int64),
+        ("window", c_int64),
+        ("scale", c_float),
+        ("soft_cap", c_float),
+        ("cache_dtype", c_int32),
+    )
+
+
+_ATTENTION = Operator("paged_attention", _AttentionArgs)
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    meta: AttentionMeta,
+    *,
+    scale: float,
+    window: int,
+    soft_cap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Heads of up to 512 elements; `sinks` in fp32."""
+    tokens, heads, dim = q.shape
+    if dim > _MOST_HEAD_DIM or v_cache.shape[-1] != dim:
+        raise ValueError(f"heads of {dim} and {v_cache.shape[-1]} elements have no kernel")
+    if sinks is not None and sinks.dtype != torch.float32:
+        raise ValueError(f"attention sinks must be float32, not {sinks.dtype}")
+    out = empty((tokens, heads, dim), q.dtype)
+    args = _AttentionArgs(
+        q=rows(q.view(tokens, -1)),
+        out=rows(out.view(tokens, -1)),
+        keys=k_cache.data_ptr(),
+        values=v_cache.data_ptr(),
+        sinks=None if sinks is None else sinks.data_ptr(),
+        heads=heads,
+        kv_heads=k_cache.shape[2],
+        page_size=meta.page_size,
+        window=window,
+        scale=scale,
+        soft_cap=soft_cap,
+        cache_dtype=DTYPES[k_cache.dtype],
+    )
+    _ATTENTION(args, step_of(meta, tokens))
+    return out
+
+
+def step_of(meta: AttentionMeta, tokens: int) -> Step:
+    """The part of a step that attention reads; `meta` must outlive it."""
+    return Step(
+        tokens=tokens,
+        chunks=len(meta.rows),
+        slots=meta.slots.data_ptr(),
+        page_table=meta.page_table.data_ptr(),
+        page_stride=meta.page_table.stride(0),
+        rows=meta.rows.data_ptr(),
+        query_start=meta.query_start.data_ptr(),
+        context=meta.context.data_ptr(),
+    )

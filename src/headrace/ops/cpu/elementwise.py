@@ -1,0 +1,54 @@
+"""embedding, gather, silu_mul, gelu_mul: bindings of csrc/kernels/elementwise.cpp."""
+
+from ctypes import Structure, c_int32, c_void_p
+
+from torch import Tensor
+
+from headrace.ops.cpu.library import DTYPES, Operator, Rows, Step, rows
+from headrace.ops.cpu.record import empty
+
+_SILU, _GELU_TANH, _GELU_ERF = range(3)
+
+
+class _EmbeddingArgs(Structure):
+    _fields_ = (("weight", c_void_p), ("y", Rows), ("dtype", c_int32))
+
+
+class _GatherArgs(Structure):
+    _fields_ = (("x", Rows), ("y", Rows))
+
+
+class _GatedArgs(Structure):
+    _fields_ = (("x", Rows), ("y", Rows), ("activation", c_int32))
+
+
+_EMBEDDING = Operator("embedding", _EmbeddingArgs)
+_GATHER = Operator("gather", _GatherArgs)
+_GATED = Operator("gated", _GatedArgs)
+
+
+def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    y = empty((len(ids), weight.shape[1]), weight.dtype)
+    args = _EmbeddingArgs(weight.data_ptr(), rows(y), DTYPES[weight.dtype])
+    _EMBEDDING(args, Step(tokens=len(ids), ids=ids.data_ptr()))
+    return y
+
+
+def gather(x: Tensor, picks: Tensor) -> Tensor:
+    y = empty((len(picks), x.shape[1]), x.dtype)
+    _GATHER(_GatherArgs(rows(x), rows(y)), Step(tokens=len(picks), picks=picks.data_ptr()))
+    return y
+
+
+def silu_mul(x: Tensor) -> Tensor:
+    return _gated(x, _SILU)
+
+
+def gelu_mul(x: Tensor, tanh: bool) -> Tensor:
+    return _gated(x, _GELU_TANH if tanh else _GELU_ERF)
+
+
+def _gated(x: Tensor, activation: int) -> Tensor:
+    y = empty((len(x), x.shape[1] // 2), x.dtype)
+    _GATED(_GatedArgs(rows(x), rows(y), activation), Step(tokens=len(x)))
+    return y

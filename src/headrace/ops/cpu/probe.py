@@ -1,0 +1,110 @@
+"""What this machine can do at most, and how fast a product is: csrc/kernels/probe.cpp.
+
+Times are the best of many short runs, so that a machine shared with other work still shows its
+limit now and then.
+"""
+
+import time
+from collections.abc import Callable
+from ctypes import Structure, c_int64, c_void_p
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from headrace.ops.cpu import library
+from headrace.ops.cpu.library import Operator, Step
+from headrace.ops.cpu.matmul import linear_packed
+from headrace.ops.cpu.packing import pack
+
+_CHAINS = 24  # HR_PROBE_CHAINS
+_ROUNDS = 2000
+_READ_BYTES = 64 << 10  # per piece
+_READ_TOTAL = 256 << 20  # more than any cache
+_READ_AT_ONCE = 8 << 20
+_COPIES_BYTES = 96 << 20  # weights that no cache holds
+_COPIES = 31
+_BURST = 4e8  # operations of one run of a large product, unless 1024 outputs are more
+
+
+class _Args(Structure):
+    _fields_ = (
+        ("data", c_void_p),
+        ("sink", c_void_p),
+        ("pieces", c_int64),
+        ("bytes", c_int64),
+        ("rounds", c_int64),
+    )
+
+
+class Product(NamedTuple):
+    """One measured product: `bytes_read` of weights, `operations` (a product and a sum are two)."""
+
+    seconds: float
+    bytes_read: int
+    operations: float
+
+
+def best_seconds(work: Callable[[], object], budget: float) -> float:
+    """The shortest run of `work` among as many as fit in `budget` seconds, at least three."""
+    best, count, end = float("inf"), 0, time.perf_counter() + budget
+    while count < 3 or time.perf_counter() < end:
+        began = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - began)
+        count += 1
+    return best
+
+
+def read_bandwidth(budget: float = 0.5) -> float:
+    """Bytes per second from memory, all threads."""
+    data = torch.ones(_READ_TOTAL, dtype=torch.uint8)
+    pieces = _READ_AT_ONCE // _READ_BYTES
+    sink = torch.zeros(pieces)
+    probe, place = Operator("probe_read", _Args), 0
+
+    def work() -> None:
+        nonlocal place
+        args = _Args(data.data_ptr() + place, sink.data_ptr(), pieces, _READ_BYTES, 0)
+        probe(args, Step())
+        place = (place + _READ_AT_ONCE) % _READ_TOTAL
+
+    return _READ_AT_ONCE / best_seconds(work, budget)
+
+
+def peak_rates(budget: float = 0.3) -> dict[str, float]:
+    """Operations (a product and a sum are two) per second, all threads, by type.
+
+    Types without an instruction of their own at the level in use are missing.
+    """
+    pieces = 4 * library.native().hr_threads()
+    sink = torch.zeros(max(3, pieces))
+    args = _Args(None, sink.data_ptr(), pieces, 0, _ROUNDS)
+    Operator("probe_width", _Args)(args, Step())
+    widths = dict(zip(("fp32", "bf16", "int8"), sink[:3].tolist(), strict=True))
+    rates: dict[str, float] = {}
+    for name, operator in (("fp32", "probe_fma"), ("bf16", "probe_bf16"), ("int8", "probe_int8")):
+        if widths[name]:
+            seconds = best_seconds(partial(Operator(operator, _Args), args, Step()), budget)
+            rates[name] = 2 * widths[name] * _CHAINS * _ROUNDS * pieces / seconds
+    return rates
+
+
+def time_linear(out_size: int, in_size: int, format: str, rows: int, budget: float) -> Product:
+    """fp32 x [rows, in] times a weight that lies in memory, not in a cache.
+
+    A product of many rows takes fewer outputs than asked for: the rates do not depend on them.
+    """
+    most = max(1024, int(_BURST / (2 * rows * in_size)) // 32 * 32)
+    weight = torch.randn(min(out_size, most), in_size).to(getattr(torch, format))
+    first = pack(weight)
+    copies = [first, *(pack(weight) for _ in range(min(_COPIES, _COPIES_BYTES // first.nbytes)))]
+    x = torch.randn(rows, in_size)
+    turn = 0
+
+    def work() -> None:
+        nonlocal turn
+        linear_packed(x, copies[turn % len(copies)], None)
+        turn += 1
+
+    return Product(best_seconds(work, budget), first.nbytes, 2.0 * rows * weight.numel())

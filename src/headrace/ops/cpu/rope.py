@@ -1,0 +1,77 @@
+"""rotary, write_kv, rotary_kv: bindings of csrc/kernels/rope.cpp, one kernel for all three."""
+
+from ctypes import Structure, c_int32, c_int64, c_void_p
+
+from torch import Tensor
+
+from headrace.ops.cpu.library import DTYPES, Operator, Rows, Step, rows
+
+
+class _RotaryKvArgs(Structure):
+    _fields_ = (
+        ("q", Rows),
+        ("k", Rows),
+        ("v", Rows),
+        ("cos_sin", Rows),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("heads", c_int64),
+        ("kv_heads", c_int64),
+        ("cache_dtype", c_int32),
+        ("interleaved", c_int32),
+    )
+
+
+_ROTARY_KV = Operator("rotary_kv", _RotaryKvArgs)
+
+
+def rotary(q: Tensor, k: Tensor, cos_sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    args = _RotaryKvArgs(
+        q=_flat(q),
+        k=_flat(k),
+        cos_sin=rows(cos_sin),
+        heads=q.shape[1],
+        kv_heads=k.shape[1],
+        interleaved=interleaved,
+    )
+    _ROTARY_KV(args, Step(tokens=len(q)))
+    return q, k
+
+
+def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    args = _RotaryKvArgs(k=_flat(k), v=_flat(v), kv_heads=k.shape[1])
+    _cache_into(args, k_cache, v_cache)
+    _ROTARY_KV(args, Step(tokens=len(k), slots=slots.data_ptr()))
+
+
+def rotary_kv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos_sin: Tensor,
+    caches: tuple[Tensor, Tensor],
+    slots: Tensor,
+    interleaved: bool,
+) -> Tensor:
+    args = _RotaryKvArgs(
+        q=_flat(q),
+        k=_flat(k),
+        v=_flat(v),
+        cos_sin=rows(cos_sin),
+        heads=q.shape[1],
+        kv_heads=k.shape[1],
+        interleaved=interleaved,
+    )
+    _cache_into(args, *caches)
+    _ROTARY_KV(args, Step(tokens=len(q), slots=slots.data_ptr()))
+    return q
+
+
+def _cache_into(args: _RotaryKvArgs, k_cache: Tensor, v_cache: Tensor) -> None:
+    args.keys, args.values = k_cache.data_ptr(), v_cache.data_ptr()
+    args.cache_dtype = DTYPES[k_cache.dtype]
+
+
+def _flat(x: Tensor) -> Rows:
+    """[tokens, heads, dim] whose heads are adjacent, as rows."""
+    return rows(x.view(len(x), -1))
