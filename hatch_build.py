@@ -89,11 +89,14 @@ def _units() -> list[tuple[Path, list[str], str]]:
     levels = (
         list(LEVELS.items()) if platform.machine() in ("x86_64", "AMD64") else [("portable", [])]
     )
+    wanted = os.environ.get("HEADRACE_BUILD_LEVELS")
+    if wanted:  # for work on kernels: the levels left out must not be chosen at run time
+        levels = [level for level in levels if level[0] in wanted.split(",")]
     kernels = sorted((SOURCES / "kernels").glob("*.cpp"), key=lambda path: -path.stat().st_size)
     return [
-        (path, [*flags, f"-DHR_LEVEL={number}"], f"{path.stem}-{level}")
+        (path, [*flags, f"-DHR_LEVEL={list(LEVELS).index(level)}"], f"{path.stem}-{level}")
         for path in kernels
-        for number, (level, flags) in enumerate(levels)
+        for level, flags in levels
     ] + [(path, [], path.stem) for path in sorted(SOURCES.glob("*.cpp"))]
 
 

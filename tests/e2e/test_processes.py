@@ -1,5 +1,6 @@
 """How the processes start, fail and end: with their own words, at once, leaving nothing."""
 
+import contextlib
 import http.client
 import json
 import os
@@ -95,6 +96,18 @@ def test_sigkill_leaves_nothing(tmp_path):
         server.process.kill()
         server.process.wait()
         assert_nothing_is_left(server, children)
+
+
+def test_the_signal_of_a_lost_parent_may_come_many_times(tmp_path):
+    """The kernel sends it once for each thread of the parent that dies."""
+    with Server(tmp_path, "--runner", "fake") as server:
+        server.wait_ready()
+        detokenizer = server.children()[DETOKENIZER]
+        with contextlib.suppress(ProcessLookupError):
+            for _ in range(100_000):
+                os.kill(detokenizer.pid, signal.SIGUSR1)
+        wait_for(lambda: gone([detokenizer]), 5)
+        assert server.process.wait(10) == 1
 
 
 def test_sigkill_of_a_busy_server_leaves_nothing(tmp_path):

@@ -145,19 +145,19 @@ class Lifeline:
 
     def _watch(self) -> None:
         line = b""
-        while not line.endswith(b"\n"):
-            data = os.read(0, 1 << 16)
-            if not data:
-                self._leave()
+        while data := os.read(0, 1 << 16):
             line += data
-        self._boots.put(wire.decode_boot(line))
-        while os.read(0, 1 << 16):
-            pass
+            if line.endswith(b"\n"):
+                self._boots.put(wire.decode_boot(line))
+                line = b""
         self._leave()
 
-    def _leave(self, signum: int = 0, frame: FrameType | None = None) -> NoReturn:
+    def _leave(self, signum: int = 0, frame: FrameType | None = None) -> None:
         """The parent is gone or wants this process to end."""
-        self._leaving.acquire()
+        # The kernel signals once for each dying thread of the parent, so this may interrupt itself:
+        # who comes second must not wait.
+        if not self._leaving.acquire(blocking=False):
+            return
         if self._folder:
             address.remove(self._folder)
         os._exit(0)
