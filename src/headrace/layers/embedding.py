@@ -1,16 +1,15 @@
 """Token embedding and output head, both cut along the vocabulary.
 
-A head packs its matrix; the embedding that it is tied to then reads the packed one too.
+Both read the matrix in the form that the head multiplies with: a tied one is there once.
 """
 
-import torch
 from torch import Tensor
 
 from headrace import ops
 from headrace.dist.topology import even, whole
 from headrace.layers.build import Build
 from headrace.ops.packed import PackedWeight
-from headrace.quant.base import Targets, cut_target, placeholder
+from headrace.quant.base import Matrix, Targets, cut_target, when_filled
 
 
 class VocabEmbedding:
@@ -20,37 +19,30 @@ class VocabEmbedding:
         self.rows = even(vocab_size, build.shard)
         self.columns = whole(hidden_size)
         self.group = build.group
-        self.weight = torch.empty(self.rows.local, hidden_size, dtype=build.dtype)
-        self.packed: PackedWeight | None = None
         self.dtype = build.dtype
         self.first = self.rows.local * build.shard.rank
+        self.weight = Matrix(self.rows.local, hidden_size, build.dtype)
+        self.packed: PackedWeight
 
     def __call__(self, ids: Tensor) -> Tensor:
         if self.group.size == 1:
-            return self._look_up(ids)
+            return ops.embedding_packed(ids, self.packed, self.dtype)
         local = ids - self.first
         elsewhere = (local < 0) | (local >= self.rows.local)
-        hidden = self._look_up(local.masked_fill(elsewhere, 0))
+        ids = local.masked_fill(elsewhere, 0)
+        hidden = ops.embedding_packed(ids, self.packed, self.dtype)
         return self.group.all_reduce(hidden.masked_fill(elsewhere[:, None], 0))
-
-    def _look_up(self, ids: Tensor) -> Tensor:
-        if self.packed is not None:
-            return ops.embedding_packed(ids, self.packed, self.dtype)
-        return ops.embedding(ids, self.weight)
-
-    def pack(self) -> None:
-        """Keep the matrix in the form that `logits` multiplies with, and in no other."""
-        self.packed = ops.pack(self.weight)
-        self.weight = placeholder(self.weight)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, hidden] -> fp32 [n, rows.local]."""
-        if self.packed is not None:
-            return ops.logits_packed(hidden, self.packed)
-        return ops.logits(hidden, self.weight)
+        return ops.logits_packed(hidden, self.packed)
 
     def targets(self, prefix: str) -> Targets:
-        return {f"{prefix}.weight": cut_target(self.weight, self.rows, self.columns)}
+        target = cut_target(self.weight.open, self.rows, self.columns)
+        return when_filled({f"{prefix}.weight": target}, self._pack)
+
+    def _pack(self) -> None:
+        self.packed = self.weight.pack()
 
 
 class LMHead:
@@ -69,9 +61,6 @@ class LMHead:
     def __call__(self, hidden: Tensor) -> Tensor:
         local = self.table.logits(hidden)
         return self.table.group.all_gather(local)[:, : self.vocab_size]
-
-    def process_after_loading(self) -> None:
-        self.table.pack()
 
     def targets(self, prefix: str) -> Targets:
         return {} if self.tied else self.table.targets(prefix)

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from headrace.dist.topology import Cut, HeadSplit, even, whole
 from headrace.layers.build import Build
-from headrace.quant.base import LinearShape, Part, Targets, part_targets, stacked_target
+from headrace.quant.base import (
+    LinearShape,
+    Part,
+    Targets,
+    part_targets,
+    plain,
+    stacked_target,
+    when_filled,
+)
 
 
 class ColumnLinear:
@@ -37,18 +45,15 @@ class ColumnLinear:
     def targets(self, prefix: str) -> Targets:
         """Targets of each part, and of the stacked tensor if it has a name."""
         found: Targets = {}
-        weights = self.method.targets(self.shape, self.weights, prefix)
+        weights = packed_when_filled(self, prefix)
         biases: Targets = {}
         if self.bias is not None:
-            biases = part_targets(self.bias, self.shape, prefix, "bias", None)
+            biases = part_targets(plain(self.bias), self.shape, prefix, "bias", None)
         for suffix, targets in (("weight", weights), ("bias", biases)):
             found |= targets
             if self.stacked and targets:
                 found[f"{prefix}{self.stacked}.{suffix}"] = stacked_target(targets)
         return found
-
-    def process_after_loading(self) -> None:
-        self.method.process_after_loading(self.weights)
 
 
 class RowLinear:
@@ -69,13 +74,17 @@ class RowLinear:
         return self.group.all_reduce(self.method.apply(self.weights, x, bias))
 
     def targets(self, prefix: str) -> Targets:
-        found = self.method.targets(self.shape, self.weights, prefix)
+        found = packed_when_filled(self, prefix)
         if self.bias is not None:
-            found |= part_targets(self.bias, self.shape, prefix, "bias", None)
+            found |= part_targets(plain(self.bias), self.shape, prefix, "bias", None)
         return found
 
-    def process_after_loading(self) -> None:
-        self.method.process_after_loading(self.weights)
+
+def packed_when_filled(linear: ColumnLinear | RowLinear, prefix: str) -> Targets:
+    """Targets of the matrix, which is packed at once, so that few unpacked ones exist at a time."""
+    method, weights = linear.method, linear.weights
+    targets = method.targets(linear.shape, weights, prefix)
+    return when_filled(targets, lambda: method.process_after_loading(weights))
 
 
 def qkv_linear(

@@ -6,7 +6,7 @@ from torch import Tensor
 from headrace import ops
 from headrace.dist.topology import whole
 from headrace.layers.build import Build
-from headrace.quant.base import Targets, cut_target
+from headrace.quant.base import Targets, cut_target, plain
 
 
 class RMSNorm:
@@ -21,4 +21,4 @@ class RMSNorm:
         return ops.rms_norm(x, self.weight, self.eps, residual)
 
     def targets(self, prefix: str) -> Targets:
-        return {f"{prefix}.weight": cut_target(self.weight, whole(len(self.weight)))}
+        return {f"{prefix}.weight": cut_target(plain(self.weight), whole(len(self.weight)))}

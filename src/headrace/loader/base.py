@@ -1,5 +1,6 @@
 """What every loader does: make the model, fill it, say how long it took."""
 
+import ctypes
 import logging
 import time
 from abc import ABC, abstractmethod
@@ -41,6 +42,7 @@ def logged_load(info: ModelInfo, dtype: torch.dtype, group: Group) -> Iterator[N
     begin, before = time.perf_counter(), _resident()
     logger.info("Load weight begin. avail mem=%.2f GB", detect().memory_available / 2**30)
     yield
+    _trim()
     logger.info(
         "Load weight end. elapsed=%.2f s, type=%s, dtype=%s, rank=%d/%d, avail mem=%.2f GB, "
         "mem usage=%.2f GB.",
@@ -57,3 +59,10 @@ def logged_load(info: ModelInfo, dtype: torch.dtype, group: Group) -> Iterator[N
 def _resident() -> int:
     resident: int = psutil.Process().memory_info().rss
     return resident
+
+
+def _trim() -> None:
+    """Give back to the system what loading needed for a while; glibc keeps it for later."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

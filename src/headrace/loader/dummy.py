@@ -28,32 +28,30 @@ class DummyModelLoader(BaseModelLoader):
     def load_model(self, info: ModelInfo, dtype: torch.dtype, group: Group) -> Model:
         with logged_load(info, dtype, group):
             model = model_class(info.architecture)(info, dtype, group)
-            model.load_weights(_as_stored(info, dummy_weights(model.checkpoint_shapes())))
+            # Rounded as a real checkpoint of this model is.
+            stored = getattr(torch, info.dtype)
+            model.load_weights(dummy_weights(model.checkpoint_shapes(), stored))
         return model
 
 
-def _as_stored(
-    info: ModelInfo, weights: Iterator[tuple[str, Tensor]]
+def dummy_weights(
+    shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = torch.float32
 ) -> Iterator[tuple[str, Tensor]]:
-    """Rounded as a real checkpoint of this model is."""
-    for name, tensor in weights:
-        yield name, tensor.to(getattr(torch, info.dtype))
-
-
-def dummy_weights(shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
-    """fp32 tensors, uniform in +-0.02; norm weights are around 1, so that activations live."""
+    """Uniform in +-0.02; norm weights are around 1, so that activations live."""
     for name, shape in shapes.items():
-        tensor = dummy_tensor(name, shape)
-        yield name, tensor + 1 if name.endswith("norm.weight") else tensor
+        center = 1.0 if name.endswith("norm.weight") else 0.0
+        yield name, dummy_tensor(name, shape, dtype, center)
 
 
-def dummy_tensor(name: str, shape: tuple[int, ...]) -> Tensor:
-    """fp32 values in +-0.02 that depend on `name` and the element's index only."""
-    tensor = torch.empty(shape)
-    flat = tensor.view(-1)
+def dummy_tensor(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, center: float = 0.0
+) -> Tensor:
+    """Values around `center` that depend on `name` and the element's index only."""
+    tensor = torch.empty(shape, dtype=dtype)
+    flat, pool = tensor.view(-1), (_pool() + center).to(dtype)
     place, filled = zlib.crc32(name.encode()) % _POOL, 0
     while filled < len(flat):
-        piece = _pool()[place : place + len(flat) - filled]
+        piece = pool[place : place + len(flat) - filled]
         flat[filled : filled + len(piece)] = piece
         filled, place = filled + len(piece), 0
     return tensor

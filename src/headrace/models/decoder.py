@@ -18,7 +18,6 @@ from headrace.layers.attention import Attention, AttentionSpec
 from headrace.layers.batch import ForwardBatch
 from headrace.layers.build import Build
 from headrace.layers.embedding import LMHead, VocabEmbedding
-from headrace.layers.linear import ColumnLinear, RowLinear
 from headrace.layers.mlp import GatedMLP
 from headrace.layers.norm import RMSNorm
 from headrace.layers.rope import Rope, prefix_scope
@@ -73,9 +72,6 @@ class DecoderLayer:
             | self.mlp.targets(f"{prefix}mlp.")
         )
 
-    def linears(self) -> tuple[ColumnLinear | RowLinear, ...]:
-        return (self.attention.qkv, self.attention.out, self.mlp.gate_up, self.mlp.down)
-
 
 class Decoder(ABC):
     """The `Model` of a dense decoder. A family is a subclass that only overrides `describe`."""
@@ -119,10 +115,6 @@ class Decoder(ABC):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         load_targets(self.targets(), weights, self._ignored)
-        for layer in self.layers:
-            for linear in layer.linears():
-                linear.process_after_loading()
-        self.head.process_after_loading()
 
     def checkpoint_shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: t.shape for name, t in self.targets().items() if not t.covers}

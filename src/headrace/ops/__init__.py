@@ -54,6 +54,7 @@ _paged_attention: Callable[..., Tensor] = _best("paged_attention")
 _silu_mul: Callable[..., Tensor] = _best("silu_mul")
 _gelu_mul: Callable[..., Tensor] = _best("gelu_mul")
 _logits: Callable[..., Tensor] = _best("logits")
+_stored_dtype: Callable[..., torch.dtype] = _best("stored_dtype")
 _pack: Callable[..., PackedWeight] = _best("pack")
 _linear_packed: Callable[..., Tensor] = _best("linear_packed")
 _logits_packed: Callable[..., Tensor] = _best("logits_packed")
@@ -169,6 +170,15 @@ def gelu_mul(x: Tensor, tanh: bool = True) -> Tensor:
 def logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """hidden [n, hidden], weight [vocab, hidden] -> fp32 [n, vocab]."""
     return _logits(hidden, weight)
+
+
+def stored_dtype(source: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+    """The dtype to hold a matrix in until it is packed.
+
+    `source` is that of the checkpoint, `dtype` the model's. A narrower one than the model's is
+    chosen only if it has all values and the packed operators read it.
+    """
+    return _stored_dtype(source, dtype)
 
 
 def pack(weight: Tensor) -> PackedWeight:

@@ -28,6 +28,7 @@ __all__ = [
     "rotary_kv",
     "rotary_table",
     "silu_mul",
+    "stored_dtype",
     "write_kv",
 ]
 
@@ -104,6 +105,10 @@ def gelu_mul(x: Tensor, tanh: bool) -> Tensor:
 
 def logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return F.linear(hidden, weight).float()
+
+
+def stored_dtype(source: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+    return dtype
 
 
 def pack(weight: Tensor) -> PackedWeight:

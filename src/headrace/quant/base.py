@@ -5,7 +5,7 @@ says which checkpoint tensors fill them (`WeightTarget`), and multiplies. Does n
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from headrace import ops
 from headrace.core.errors import LoadError
 from headrace.dist.topology import Cut, Span
+from headrace.ops.packed import PackedWeight
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -33,6 +34,9 @@ class WeightTarget:
 
 
 Targets = dict[str, WeightTarget]
+Place = Callable[[torch.dtype], Tensor]
+"""Gives the local tensor that a tensor of some dtype is about to fill; targets hold no tensors, as
+they live longer than what is packed."""
 Weights = dict[str, Any]
 """Tensors and packed weights of one layer by name."""
 
@@ -69,7 +73,7 @@ class QuantMethod(Protocol):
         ...
 
     def process_after_loading(self, weights: Weights) -> None:
-        """Repack `weights` once all targets are filled."""
+        """Repack `weights`; called as soon as all targets are filled."""
         ...
 
     def apply(self, weights: Weights, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -77,18 +81,50 @@ class QuantMethod(Protocol):
         ...
 
 
+class Matrix:
+    """A matrix [rows, columns] while it is loaded.
+
+    It takes memory from its first values until it is packed. What is multiplied in `dtype` may be
+    kept in a narrower one, if the checkpoint has it so.
+    """
+
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype) -> None:
+        self.shape, self.dtype = (rows, columns), dtype
+        self._values: Tensor | None = None
+        self._packed = False
+
+    def open(self, source: torch.dtype) -> Tensor:
+        """The values, to be filled from a tensor of dtype `source`."""
+        if self._packed:
+            raise LoadError(
+                "these weights are packed already: build the model again to load others"
+            )
+        dtype = ops.stored_dtype(source, self.dtype)
+        if self._values is None:
+            self._values = torch.empty(self.shape, dtype=dtype)
+        elif self._values.dtype != dtype:  # parts of different precision
+            self._values = self._values.to(self.dtype)
+        return self._values
+
+    def pack(self) -> PackedWeight:
+        """The packed matrix; the unpacked values go."""
+        assert self._values is not None
+        packed = ops.pack(self._values)
+        self._values, self._packed = None, True
+        return packed
+
+
 class Unquantized:
     """The matrix as it is, in the model's dtype."""
 
     def create_weights(self, shape: LinearShape, dtype: torch.dtype) -> Weights:
-        return {"weight": torch.empty(shape.local_rows, shape.columns.local, dtype=dtype)}
+        return {"weight": Matrix(shape.local_rows, shape.columns.local, dtype)}
 
     def targets(self, shape: LinearShape, weights: Weights, prefix: str) -> Targets:
-        return part_targets(weights["weight"], shape, prefix, "weight", shape.columns)
+        return part_targets(weights["weight"].open, shape, prefix, "weight", shape.columns)
 
     def process_after_loading(self, weights: Weights) -> None:
-        weights["packed"] = ops.pack(weights["weight"])
-        weights["weight"] = placeholder(weights["weight"])
+        weights["packed"] = weights["weight"].pack()
 
     def apply(self, weights: Weights, x: Tensor, bias: Tensor | None) -> Tensor:
         return ops.linear_packed(x, weights["packed"], bias)
@@ -107,30 +143,26 @@ def quant_method(hf: Mapping[str, Any]) -> QuantMethod:
     return Unquantized()
 
 
-def placeholder(tensor: Tensor) -> Tensor:
-    """Stands for a tensor that was packed: has its shape, holds no memory, cannot be filled."""
-    return torch.empty_like(tensor, device="meta")
-
-
 def part_targets(
-    tensor: Tensor, shape: LinearShape, prefix: str, suffix: str, columns: Cut | None
+    stack: Place, shape: LinearShape, prefix: str, suffix: str, columns: Cut | None
 ) -> Targets:
-    """Targets of `tensor`, the stacked rows of all parts; a vector if `columns` is None."""
-    pieces = torch.split(tensor, [part.rows.local for part in shape.parts])
+    """Targets of the stacked rows of all parts; a vector if `columns` is None."""
+    sizes = [part.rows.local for part in shape.parts]
+
+    def piece(index: int) -> Place:
+        return lambda source: torch.split(stack(source), sizes)[index]
+
     return {
-        f"{prefix}{part.name}.{suffix}": cut_target(piece, part.rows, columns)
-        for part, piece in zip(shape.parts, pieces, strict=True)
+        f"{prefix}{part.name}.{suffix}": cut_target(piece(index), part.rows, columns)
+        for index, part in enumerate(shape.parts)
     }
 
 
-def cut_target(tensor: Tensor, rows: Cut, columns: Cut | None = None) -> WeightTarget:
-    """Fill `tensor` [rows.local, columns.local] (or [rows.local]) from the whole tensor."""
+def cut_target(place: Place, rows: Cut, columns: Cut | None = None) -> WeightTarget:
+    """Fill a place [rows.local, columns.local] (or [rows.local]) from the whole tensor."""
 
     def copy(source: Tensor) -> None:
-        if tensor.is_meta:
-            raise LoadError(
-                "these weights are packed already: build the model again to load others"
-            )
+        tensor = place(source.dtype)
         if rows.padded or (columns is not None and columns.padded):
             tensor.zero_()
         for span in rows.spans:
@@ -138,6 +170,22 @@ def cut_target(tensor: Tensor, rows: Cut, columns: Cut | None = None) -> WeightT
 
     shape = (rows.full,) if columns is None else (rows.full, columns.full)
     return WeightTarget(shape=shape, copy=copy)
+
+
+def when_filled(targets: Targets, then: Callable[[], None]) -> Targets:
+    """The same targets; `then` runs as soon as all of them are filled."""
+    left = set(targets)
+
+    def counted(name: str, target: WeightTarget) -> WeightTarget:
+        def copy(source: Tensor) -> None:
+            target.copy(source)
+            left.discard(name)
+            if not left:
+                then()
+
+        return replace(target, copy=copy)
+
+    return {name: counted(name, target) for name, target in targets.items()}
 
 
 def stacked_target(targets: Targets) -> WeightTarget:
@@ -163,3 +211,8 @@ def _copy_rows(target: Tensor, source: Tensor, columns: Cut | None) -> None:
 
 def _narrow(tensor: Tensor, dim: int, span: Span) -> Tensor:
     return tensor.narrow(dim, span.target, span.count)
+
+
+def plain(tensor: Tensor) -> Place:
+    """The place of a tensor that stays as it is."""
+    return lambda source: tensor

@@ -5,7 +5,6 @@ fails becomes a result with an error, and the next one runs. Knows nothing of re
 """
 
 import logging
-import math
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -16,6 +15,7 @@ from headrace.core.hardware import Hardware
 from headrace.core.model_info import ModelInfo
 from headrace.core.plan import StepPlan, StepResult
 from headrace.dist.comm import SoloGroup
+from headrace.layers.weights import held_bytes
 from headrace.loader import load_model
 from headrace.runner.memory import GIB, MemoryPlan, plan_memory, step_cost
 from headrace.runner.model_runner import ModelRunner
@@ -76,10 +76,9 @@ def build_runner(
     ops.set_threads(config.run.threads or hardware.cores)
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     model = load_model(info, dtype, SoloGroup(), config.model.load_format)
-    values = sum(math.prod(shape) for shape in model.checkpoint_shapes().values())
     plan = plan_memory(
         hardware,
-        values * dtype.itemsize,
+        held_bytes(model),
         sum(spec.bytes_per_token(dtype.itemsize) for spec in model.state_specs()),
         config,
         config.model.context_length or info.context_length,

@@ -50,6 +50,11 @@ def mirror(weight: PackedWeight) -> Weight:
     return Weight(weight.data.data_ptr(), None, weight.out_size, weight.in_size, dtype, 0)
 
 
+def stored_dtype(source: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+    exact = dtype == torch.float32 and source in (torch.bfloat16, torch.float16)
+    return source if exact else dtype
+
+
 def pack(weight: Tensor) -> PackedWeight:
     """fp32 values that were bf16 are kept as bf16: half the bytes, bitwise the same products."""
     if weight.dtype == torch.float32 and _was_bf16(weight):
