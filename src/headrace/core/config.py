@@ -47,6 +47,9 @@ class ModelOptions:
     load_format: str = option(
         "auto", "How weights are read.", choices=("auto", "safetensors", "dummy")
     )
+    weight_cache: str = option(
+        "", "Folder for packed weights: a second start maps them. Empty keeps none."
+    )
     dtype: str = option(
         "auto",
         "Type of weights and activations; auto takes the checkpoint's.",

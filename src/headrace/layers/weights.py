@@ -1,16 +1,11 @@
-"""Pours checkpoint tensors into their targets, names every tensor that does not fit; weighs."""
+"""Pours checkpoint tensors into their targets, and names every tensor that does not fit."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from torch import Tensor
 
 from headrace.core.errors import LoadError
-from headrace.ops.packed import PackedWeight
 from headrace.quant.base import Targets, WeightTarget
-
-# Objects that hold weights come from these packages.
-_OURS = ("headrace.layers", "headrace.models", "headrace.quant")
 
 
 def load_targets(
@@ -64,25 +59,3 @@ def _check_complete(targets: Targets, filled: set[str]) -> None:
             f"missing tensor {name} with shape {targets[name].shape}: "
             f"the checkpoint does not have it{others}"
         )
-
-
-def held_bytes(model: object) -> int:
-    """Bytes of all tensors that a model and its layers hold, packed or not, each storage once."""
-    storages: dict[int, int] = {}
-    _weigh(model, storages, set())
-    return sum(storages.values())
-
-
-def _weigh(held: Any, storages: dict[int, int], seen: set[int]) -> None:
-    if id(held) in seen:
-        return
-    seen.add(id(held))
-    if isinstance(held, Tensor):
-        storage = held.untyped_storage()
-        if not held.is_meta:
-            storages[storage.data_ptr()] = storage.nbytes()
-    elif isinstance(held, dict | list | tuple):
-        for item in held.values() if isinstance(held, dict) else held:
-            _weigh(item, storages, seen)
-    elif isinstance(held, PackedWeight) or type(held).__module__.startswith(_OURS):
-        _weigh(getattr(held, "__dict__", {}), storages, seen)

@@ -20,14 +20,25 @@ LOAD_FORMATS = ("auto", "safetensors", "dummy")
 
 
 def load_model(
-    info: ModelInfo, dtype: "torch.dtype", group: "Group", load_format: str = "auto"
+    info: ModelInfo,
+    dtype: "torch.dtype",
+    group: "Group",
+    load_format: str = "auto",
+    weight_cache: str = "",
 ) -> "Model":
     """Build the model of `info` for this rank and fill its weights.
+
+    `weight_cache`: a folder of packed weights, used and filled; empty for none.
 
     Raises:
         LoadError: unknown architecture, or the checkpoint does not fit it.
     """
-    return get_model_loader(load_format).load_model(info, dtype, group)
+    loader = get_model_loader(load_format)
+    if not weight_cache:
+        return loader.load_model(info, dtype, group)
+    from headrace.loader.snapshot import load_through
+
+    return load_through(weight_cache, loader, load_format, info, dtype, group)
 
 
 def get_model_loader(load_format: str) -> "BaseModelLoader":

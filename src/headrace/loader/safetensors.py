@@ -58,21 +58,18 @@ def read_header(path: Path) -> list[Entry]:
     Raises:
         LoadError: not a safetensors file, or its numbers do not add up.
     """
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
-                raise LoadError(
-                    f"{path} is not a safetensors file, or is cut off: its header should have "
-                    f"{length} bytes, the file has {size}"
-                )
-            text = file.read(length)
-    except OSError as error:
-        raise LoadError(f"{path} cannot be read: {error}") from error
-    entries = _entries(path, _parse(path, text), 8 + length)
-    _check_layout(path, entries, 8 + length, size)
+    text, size = _header_text(path)
+    header = _parse(path, text)
+    header.pop("__metadata__", None)
+    entries = _entries(path, header, 8 + len(text))
+    _check_layout(path, entries, 8 + len(text), size)
     return entries
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts that the writer of a file added; raises LoadError as `read_header`."""
+    metadata = _parse(path, _header_text(path)[0]).get("__metadata__")
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def iterate_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -107,6 +104,22 @@ def _view(data: mmap.mmap, entry: Entry) -> Tensor:
     return flat.view(entry.shape)
 
 
+def _header_text(path: Path) -> tuple[bytes, int]:
+    """The header's bytes and the size of the file."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
+                raise LoadError(
+                    f"{path} is not a safetensors file, or is cut off: its header should have "
+                    f"{length} bytes, the file has {size}"
+                )
+            return file.read(length), size
+    except OSError as error:
+        raise LoadError(f"{path} cannot be read: {error}") from error
+
+
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
@@ -114,7 +127,6 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
         raise LoadError(f"{path} has a broken safetensors header: {error}") from error
     if not isinstance(header, dict):
         raise LoadError(f"{path} has a safetensors header that is not an object")
-    header.pop("__metadata__", None)
     return header
 
 

@@ -26,6 +26,11 @@ def implementations() -> dict[str, str]:
     return dict(_serving)
 
 
+def packing() -> str:
+    """Names the layout that `pack` makes; weights packed under one name fit no other."""
+    return f"{_serving['pack']}-{cpu.library.ABI if _serving['pack'] == 'cpu' else 0}"
+
+
 def set_threads(count: int) -> None:
     """Threads that one operator may use, the caller included."""
     torch.set_num_threads(count)

@@ -15,7 +15,7 @@ from headrace.core.hardware import Hardware
 from headrace.core.model_info import ModelInfo
 from headrace.core.plan import StepPlan, StepResult
 from headrace.dist.comm import SoloGroup
-from headrace.layers.weights import held_bytes
+from headrace.layers.held import held_bytes
 from headrace.loader import load_model
 from headrace.runner.memory import GIB, MemoryPlan, plan_memory, step_cost
 from headrace.runner.model_runner import ModelRunner
@@ -75,7 +75,9 @@ def build_runner(
     """
     ops.set_threads(config.run.threads or hardware.cores)
     dtype: torch.dtype = getattr(torch, config.model.dtype)
-    model = load_model(info, dtype, SoloGroup(), config.model.load_format)
+    model = load_model(
+        info, dtype, SoloGroup(), config.model.load_format, config.model.weight_cache
+    )
     plan = plan_memory(
         hardware,
         held_bytes(model),

@@ -36,7 +36,8 @@ DTYPES = {
 }
 """hr_dtype of torch's."""
 
-_ABI = 1
+ABI = 1
+"""HR_ABI: also names the layouts of packed weights."""
 _FILE = Path(__file__).parent.parent / "_native" / "libheadrace.so"
 _FUNCTIONS: dict[str, tuple[type[Any] | None, list[Any]]] = {
     "hr_abi": (c_int32, []),
@@ -169,7 +170,7 @@ def _load() -> ctypes.CDLL | None:
     for name, (result, arguments) in _FUNCTIONS.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    if library.hr_abi() != _ABI:
+    if library.hr_abi() != ABI:
         logger.warning("%s is of another version: operators run in torch", _FILE.name)
         return None
     return library
