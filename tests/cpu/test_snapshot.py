@@ -10,15 +10,17 @@ import torch
 from headrace import ops
 from headrace.core.model_info import read_model_info
 from headrace.dist.comm import SoloGroup
+from headrace.layers.build import Build
 from headrace.layers.held import held, held_bytes
 from headrace.loader import load_model
 from headrace.loader.snapshot import snapshot_path
 from headrace.ops.packed import PackedWeight
+from headrace.quant import quant_method
 from tests.support.checkpoints import make_case
 
 
 def load(folder: Path, cache: Path, dtype: torch.dtype = torch.float32) -> Any:
-    return load_model(read_model_info(folder), dtype, SoloGroup(), "auto", str(cache))
+    return load_model(read_model_info(folder), dtype, SoloGroup(), weight_cache=str(cache))
 
 
 def contents(model: Any) -> dict[Any, list[Any]]:
@@ -71,7 +73,8 @@ def test_a_damaged_snapshot_costs_time_only(
 ) -> None:
     first = load(folder, tmp_path / "cache")
     info = read_model_info(folder)
-    path = snapshot_path(tmp_path / "cache", info, torch.float32, SoloGroup(), "auto")
+    build = Build(torch.float32, SoloGroup(), quant_method(info.hf))
+    path = snapshot_path(tmp_path / "cache", info, build, "auto")
     good = path.read_bytes()
     if damage == "another model":
         make_case(tmp_path / "other", "llama")

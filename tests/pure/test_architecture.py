@@ -24,7 +24,7 @@ LAYERS: dict[str, set[str]] = {
     "quant": {"core", "ops", "dist"},
     "layers": {"core", "ops", "dist", "quant"},
     "models": {"core", "ops", "dist", "quant", "layers"},
-    "loader": {"core", "dist", "quant", "models"},
+    "loader": {"core", "ops", "dist", "quant", "layers", "models"},
     "scheduler": {"core", "cache", "metrics"},
     "runner": {"core", "ops", "dist", "layers", "loader"},
     "frontend": {"core", "ipc", "text", "metrics"},

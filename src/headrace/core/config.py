@@ -47,6 +47,11 @@ class ModelOptions:
     load_format: str = option(
         "auto", "How weights are read.", choices=("auto", "safetensors", "dummy")
     )
+    quantization: str = option(
+        "none",
+        "Quantize the weights while they are loaded.",
+        choices=("none", "int8", "int4", "fp8"),
+    )
     weight_cache: str = option(
         "", "Folder for packed weights: a second start maps them. Empty keeps none."
     )

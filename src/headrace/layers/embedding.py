@@ -23,6 +23,7 @@ class VocabEmbedding:
         self.first = self.rows.local * build.shard.rank
         self.weight = Matrix(self.rows.local, hidden_size, build.dtype)
         self.packed: PackedWeight
+        self.format = build.quant.head_format
 
     def __call__(self, ids: Tensor) -> Tensor:
         if self.group.size == 1:
@@ -42,7 +43,7 @@ class VocabEmbedding:
         return when_filled({f"{prefix}.weight": target}, self._pack)
 
     def _pack(self) -> None:
-        self.packed = self.weight.pack()
+        self.packed = self.weight.pack(self.format)
 
 
 class LMHead:

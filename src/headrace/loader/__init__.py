@@ -24,21 +24,28 @@ def load_model(
     dtype: "torch.dtype",
     group: "Group",
     load_format: str = "auto",
+    *,
+    quantization: str = "none",
     weight_cache: str = "",
 ) -> "Model":
     """Build the model of `info` for this rank and fill its weights.
 
-    `weight_cache`: a folder of packed weights, used and filled; empty for none.
+    `quantization`: a format to quantize to while loading. `weight_cache`: a folder of packed
+    weights, used and filled; empty for none.
 
     Raises:
         LoadError: unknown architecture, or the checkpoint does not fit it.
     """
+    from headrace.layers.build import Build
+    from headrace.quant import quant_method
+
+    build = Build(dtype, group, quant_method(info.hf, quantization))
     loader = get_model_loader(load_format)
     if not weight_cache:
-        return loader.load_model(info, dtype, group)
+        return loader.load_model(info, build)
     from headrace.loader.snapshot import load_through
 
-    return load_through(weight_cache, loader, load_format, info, dtype, group)
+    return load_through(weight_cache, loader, load_format, info, build)
 
 
 def get_model_loader(load_format: str) -> "BaseModelLoader":

@@ -9,11 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-import torch
 
 from headrace.core.hardware import detect
 from headrace.core.model_info import ModelInfo
-from headrace.dist.comm import Group
+from headrace.layers.build import Build
 from headrace.loader.files import resolve_model_path
 from headrace.models import Model
 
@@ -28,7 +27,7 @@ class BaseModelLoader(ABC):
         return resolve_model_path(path, revision, download_dir)
 
     @abstractmethod
-    def load_model(self, info: ModelInfo, dtype: torch.dtype, group: Group) -> Model:
+    def load_model(self, info: ModelInfo, build: Build) -> Model:
         """The model of `info` with this rank's weights, from the local folder `info.path`.
 
         Raises:
@@ -37,7 +36,7 @@ class BaseModelLoader(ABC):
 
 
 @contextmanager
-def logged_load(info: ModelInfo, dtype: torch.dtype, group: Group) -> Iterator[None]:
+def logged_load(info: ModelInfo, build: Build) -> Iterator[None]:
     """Log the beginning and the end of a load, with time and memory."""
     begin, before = time.perf_counter(), _resident()
     logger.info("Load weight begin. avail mem=%.2f GB", detect().memory_available / 2**30)
@@ -48,9 +47,9 @@ def logged_load(info: ModelInfo, dtype: torch.dtype, group: Group) -> Iterator[N
         "mem usage=%.2f GB.",
         time.perf_counter() - begin,
         info.architecture,
-        str(dtype).removeprefix("torch."),
-        group.rank,
-        group.size,
+        str(build.dtype).removeprefix("torch."),
+        build.group.rank,
+        build.group.size,
         detect().memory_available / 2**30,
         (_resident() - before) / 2**30,
     )

@@ -4,11 +4,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from headrace.core.model_info import ModelInfo
-from headrace.dist.comm import Group
+from headrace.layers.build import Build
 from headrace.loader.base import BaseModelLoader, logged_load
 from headrace.loader.files import WeightFiles, weight_files
 from headrace.loader.safetensors import iterate_tensors
@@ -18,11 +17,11 @@ from headrace.models import Model, model_class
 class DefaultModelLoader(BaseModelLoader):
     """Formats auto and safetensors."""
 
-    def load_model(self, info: ModelInfo, dtype: torch.dtype, group: Group) -> Model:
+    def load_model(self, info: ModelInfo, build: Build) -> Model:
         files = weight_files(Path(info.path))
-        with logged_load(info, dtype, group):
-            model = model_class(info.architecture)(info, dtype, group)
-            model.load_weights(_with_progress(files, quiet=group.rank != 0))
+        with logged_load(info, build):
+            model = model_class(info.architecture)(info, build)
+            model.load_weights(_with_progress(files, quiet=build.group.rank != 0))
         return model
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from headrace.core.model_info import ModelInfo
-from headrace.dist.comm import Group
+from headrace.layers.build import Build
 from headrace.loader.base import BaseModelLoader, logged_load
 from headrace.models import Model, model_class
 
@@ -25,9 +25,9 @@ _RANGE = 0.02
 class DummyModelLoader(BaseModelLoader):
     """Format dummy; needs only config.json."""
 
-    def load_model(self, info: ModelInfo, dtype: torch.dtype, group: Group) -> Model:
-        with logged_load(info, dtype, group):
-            model = model_class(info.architecture)(info, dtype, group)
+    def load_model(self, info: ModelInfo, build: Build) -> Model:
+        with logged_load(info, build):
+            model = model_class(info.architecture)(info, build)
             # Rounded as a real checkpoint of this model is.
             stored = getattr(torch, info.dtype)
             model.load_weights(dummy_weights(model.checkpoint_shapes(), stored))

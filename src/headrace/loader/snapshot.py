@@ -22,7 +22,7 @@ from torch import Tensor
 from headrace import __version__, ops
 from headrace.core.errors import LoadError
 from headrace.core.model_info import ModelInfo
-from headrace.dist.comm import Group
+from headrace.layers.build import Build
 from headrace.layers.held import held, put
 from headrace.loader.base import BaseModelLoader, logged_load
 from headrace.loader.safetensors import read_header, read_metadata
@@ -41,24 +41,23 @@ def load_through(
     loader: BaseModelLoader,
     load_format: str,
     info: ModelInfo,
-    dtype: torch.dtype,
-    group: Group,
+    build: Build,
 ) -> Model:
     """The model from its snapshot in `folder`, or from `loader` and then saved there.
 
     A snapshot that cannot be read or written costs time, not the start.
     """
-    path = snapshot_path(Path(folder).expanduser(), info, dtype, group, load_format)
+    path = snapshot_path(Path(folder).expanduser(), info, build, load_format)
     if path.exists():
         try:
-            with logged_load(info, dtype, group):
-                model = model_class(info.architecture)(info, dtype, group)
+            with logged_load(info, build):
+                model = model_class(info.architecture)(info, build)
                 restore(model, path)
         except LoadError as error:
             logger.warning("the weight cache is not used: %s", error.message)
         else:
             return model
-    model = loader.load_model(info, dtype, group)
+    model = loader.load_model(info, build)
     try:
         save(model, path)
     except OSError as error:
@@ -66,9 +65,7 @@ def load_through(
     return model
 
 
-def snapshot_path(
-    folder: Path, info: ModelInfo, dtype: torch.dtype, group: Group, load_format: str
-) -> Path:
+def snapshot_path(folder: Path, info: ModelInfo, build: Build, load_format: str) -> Path:
     """Where the snapshot of this checkpoint on this rank is, or would be."""
     checkpoint = Path(info.path)
     files = sorted(path for path in checkpoint.iterdir() if path.is_file())
@@ -76,9 +73,10 @@ def snapshot_path(
         "headrace": [__version__, _FORMAT, ops.packing()],
         "checkpoint": [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files],
         "config": info.hf,
-        "dtype": str(dtype),
+        "dtype": str(build.dtype),
+        "quantization": build.quant.name,
         "format": load_format,
-        "rank": [group.rank, group.size],
+        "rank": [build.group.rank, build.group.size],
     }
     digest = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
     return folder / f"{checkpoint.name}-{digest[:24]}.safetensors"

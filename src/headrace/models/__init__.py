@@ -5,14 +5,13 @@ import importlib
 from collections.abc import Iterable
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from headrace.core.errors import LoadError
 from headrace.core.model_info import ModelInfo
 from headrace.core.plan import StateSpec
-from headrace.dist.comm import Group
 from headrace.layers.batch import ForwardBatch
+from headrace.layers.build import Build
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "dense:LlamaForCausalLM",
@@ -25,7 +24,7 @@ ARCHITECTURES = {
 class Model(Protocol):
     """One rank's part of a network. Weights are uninitialized until `load_weights`."""
 
-    def __init__(self, info: ModelInfo, dtype: torch.dtype, group: Group) -> None: ...
+    def __init__(self, info: ModelInfo, build: Build) -> None: ...
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """[tokens, hidden], after the final norm; writes the tokens' state to the caches."""

@@ -8,12 +8,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from headrace.core.model_info import ModelInfo
 from headrace.core.plan import StateSpec
-from headrace.dist.comm import Group
 from headrace.layers.attention import Attention, AttentionSpec
 from headrace.layers.batch import ForwardBatch
 from headrace.layers.build import Build
@@ -23,7 +21,7 @@ from headrace.layers.norm import RMSNorm
 from headrace.layers.rope import Rope, prefix_scope
 from headrace.layers.rope_scaling import RopeSpec
 from headrace.layers.weights import load_targets
-from headrace.quant.base import Targets, quant_method
+from headrace.quant.base import Targets
 
 
 @dataclass(frozen=True)
@@ -76,9 +74,8 @@ class DecoderLayer:
 class Decoder(ABC):
     """The `Model` of a dense decoder. A family is a subclass that only overrides `describe`."""
 
-    def __init__(self, info: ModelInfo, dtype: torch.dtype, group: Group) -> None:
+    def __init__(self, info: ModelInfo, build: Build) -> None:
         spec = self.describe(info)
-        build = Build(dtype, group, quant_method(info.hf))
         hidden = spec.attention.hidden_size
         self.tied = spec.tied
         self.embedding = VocabEmbedding(spec.vocab_size, hidden, build)

@@ -186,13 +186,13 @@ def stored_dtype(source: torch.dtype, dtype: torch.dtype) -> torch.dtype:
     return _stored_dtype(source, dtype)
 
 
-def pack(weight: Tensor) -> PackedWeight:
+def pack(weight: Tensor, format: str = "", group: int = 0) -> PackedWeight:
     """weight [out, in] in the form that the `_packed` operators read.
 
     It may share memory with `weight`. An implementation may store values in a narrower type if
     none of them changes.
     """
-    return _pack(weight)
+    return _pack(weight, format, group)
 
 
 def linear_packed(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:

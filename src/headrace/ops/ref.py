@@ -111,7 +111,7 @@ def stored_dtype(source: torch.dtype, dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def pack(weight: Tensor) -> PackedWeight:
+def pack(weight: Tensor, format: str = "", group: int = 0) -> PackedWeight:
     out_size, in_size = weight.shape
     return PackedWeight(weight, out_size, in_size, format_of(weight))
 

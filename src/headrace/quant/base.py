@@ -1,10 +1,10 @@
-"""The protocol of quantization methods, the method that does not quantize, and weight targets.
+"""The protocol of quantization methods, matrices while they are loaded, and weight targets.
 
 A linear layer describes its matrix and its cut (`LinearShape`); a method makes the local tensors,
 says which checkpoint tensors fill them (`WeightTarget`), and multiplies. Does not know layers.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -62,7 +62,16 @@ class LinearShape:
 
 
 class QuantMethod(Protocol):
-    """One way to store the matrix of a linear layer. Stateless: tensors live in the layer."""
+    """One way to store the matrix of a linear layer. Stateless: tensors live in the layer.
+
+    `name` tells methods apart; `head_format` is what the output head is packed to.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def head_format(self) -> str: ...
 
     def create_weights(self, shape: LinearShape, dtype: torch.dtype) -> Weights:
         """Uninitialized local tensors by name; methods may keep packed ones beside them."""
@@ -106,41 +115,12 @@ class Matrix:
             self._values = self._values.to(self.dtype)
         return self._values
 
-    def pack(self) -> PackedWeight:
-        """The packed matrix; the unpacked values go."""
+    def pack(self, format: str = "", group: int = 0) -> PackedWeight:
+        """The matrix in a format of `ops.pack`; the unpacked values go."""
         assert self._values is not None
-        packed = ops.pack(self._values)
+        packed = ops.pack(self._values, format, group)
         self._values, self._packed = None, True
         return packed
-
-
-class Unquantized:
-    """The matrix as it is, in the model's dtype."""
-
-    def create_weights(self, shape: LinearShape, dtype: torch.dtype) -> Weights:
-        return {"weight": Matrix(shape.local_rows, shape.columns.local, dtype)}
-
-    def targets(self, shape: LinearShape, weights: Weights, prefix: str) -> Targets:
-        return part_targets(weights["weight"].open, shape, prefix, "weight", shape.columns)
-
-    def process_after_loading(self, weights: Weights) -> None:
-        weights["packed"] = weights["weight"].pack()
-
-    def apply(self, weights: Weights, x: Tensor, bias: Tensor | None) -> Tensor:
-        return ops.linear_packed(x, weights["packed"], bias)
-
-
-def quant_method(hf: Mapping[str, Any]) -> QuantMethod:
-    """The method that a config.json asks for."""
-    config = hf.get("quantization_config")
-    if config:
-        name = config.get("quant_method") if isinstance(config, dict) else config
-        raise LoadError(
-            f"the checkpoint is quantized (quantization_config.quant_method={name!r}), "
-            "which is not supported; use the unquantized checkpoint",
-            field="quantization_config",
-        )
-    return Unquantized()
 
 
 def part_targets(

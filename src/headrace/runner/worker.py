@@ -75,8 +75,14 @@ def build_runner(
     """
     ops.set_threads(config.run.threads or hardware.cores)
     dtype: torch.dtype = getattr(torch, config.model.dtype)
+    asked = config.model
     model = load_model(
-        info, dtype, SoloGroup(), config.model.load_format, config.model.weight_cache
+        info,
+        dtype,
+        SoloGroup(),
+        asked.load_format,
+        quantization=asked.quantization,
+        weight_cache=asked.weight_cache,
     )
     plan = plan_memory(
         hardware,

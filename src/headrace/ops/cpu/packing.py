@@ -55,7 +55,7 @@ def stored_dtype(source: torch.dtype, dtype: torch.dtype) -> torch.dtype:
     return source if exact else dtype
 
 
-def pack(weight: Tensor) -> PackedWeight:
+def pack(weight: Tensor, format: str = "", group: int = 0) -> PackedWeight:
     """fp32 values that were bf16 are kept as bf16: half the bytes, bitwise the same products."""
     if weight.dtype == torch.float32 and _was_bf16(weight):
         weight = weight.bfloat16()
