@@ -45,7 +45,7 @@ typedef struct {
 
 // ---- library ------------------------------------------------------------------------------------
 
-#define HR_ABI 1  // changes whenever a struct or a function here does
+#define HR_ABI 2  // changes whenever a struct or a function here does
 
 int32_t hr_abi(void);
 int32_t hr_level_best(void);              // highest level this machine can run
@@ -99,14 +99,27 @@ typedef struct {
 // k-th inputs side by side, so a product reads memory front to back. Rows past `out` and inputs
 // past `in` are zero. Layouts of one panel (kernels/linear_pack.cpp):
 //   f32, f16  [in, up to even][HR_PANEL]           bf16  [in / 2, up][HR_PANEL][2 inputs]
+// Low-bit weights (kernels/linear_int8.cpp, linear_int4.cpp, linear_fp8.cpp):
+//   i8  [in / 4, up][HR_PANEL][4 inputs] of value + 128; `scales` [out, up to HR_PANEL]
+//   i4  [in / group, up] of (scale f16 [HR_PANEL], and what hr_scaling adds;
+//       [group / 8][HR_PANEL][4] bytes, byte i: input i in the low half, input 4 + i in the high)
+//   f8  [in][HR_PANEL] of e4m3; `scales` [in / group, up, or 1][out, up to HR_PANEL]
 typedef struct {
   void* data;
-  const float* scales;
+  const float* scales;  // fp32, of i8 and f8 alone
   int64_t out;
   int64_t in;
-  int32_t dtype;  // hr_dtype
-  int32_t group;  // inputs per scale; 0: one scale per output
+  int32_t dtype;    // hr_dtype
+  int32_t group;    // inputs per scale, i4: 16, 32, 64 or 128, f8: 128; 0: one scale per output
+  int32_t scaling;  // hr_scaling, of i4
 } hr_weight;
+
+// What an unsigned value of 4 bits stands for, and what lies beside the scales of its group.
+typedef enum {
+  HR_SYMMETRIC = 0,  // scale * (q - 8)
+  HR_ZEROS = 1,      // scale * (q - zero), zero f16 [HR_PANEL]
+  HR_OFFSETS = 2     // scale * q - offset, scale and offset both f32 [HR_PANEL]
+} hr_scaling;
 
 #define HR_PANEL 32
 
@@ -119,7 +132,19 @@ typedef struct {
   hr_weight weight;
 } hr_pack_args;
 
+// pack_int8, pack_int4, pack_fp8: fill `weight.data` from `source` [out, in]. Where that is a float
+// matrix (not for fp8) it is quantized as headrace.ops.ref defines. Else it holds bytes: signed
+// values, values of 0..15, or e4m3.
+typedef struct {
+  hr_rows source;
+  hr_weight weight;
+  float* scales;         // i8: [out], written when quantizing; i4: [out, in / group, up], read
+  const float* offsets;  // i4: as `scales`; null where symmetric
+} hr_pack_lowbit_args;
+
 // linear: y = x W^T + bias; x and y fp32, bf16 or f16, sums in fp32. (kernels/linear.cpp)
+// linear_int8, linear_int4: x is quantized to 8 bits per row, or per row and group of inputs, and
+// multiplied in integers; linear_fp8: weights are widened to fp32. (kernels/linear_*.cpp)
 typedef struct {
   hr_rows x;
   hr_rows y;
@@ -129,7 +154,8 @@ typedef struct {
   int32_t over;  // hr_over
 } hr_linear_args;
 
-// unpack: rows step.ids of a packed weight, y [tokens, in] of any float dtype (an embedding).
+// unpack, unpack_int8, unpack_int4, unpack_fp8: rows step.ids of a packed weight, y [tokens, in] of
+// any float dtype (an embedding).
 typedef struct {
   hr_weight weight;
   hr_rows y;

@@ -19,8 +19,16 @@ from headrace.quant import quant_method
 from tests.support.checkpoints import make_case
 
 
-def load(folder: Path, cache: Path, dtype: torch.dtype = torch.float32) -> Any:
-    return load_model(read_model_info(folder), dtype, SoloGroup(), weight_cache=str(cache))
+def load(
+    folder: Path, cache: Path, dtype: torch.dtype = torch.float32, quantization: str = "none"
+) -> Any:
+    return load_model(
+        read_model_info(folder),
+        dtype,
+        SoloGroup(),
+        quantization=quantization,
+        weight_cache=str(cache),
+    )
 
 
 def contents(model: Any) -> dict[Any, list[Any]]:
@@ -39,13 +47,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("case", ["llama-tied", "llama-bias", "qwen3"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_second_load_maps_the_same_weights(tmp_path: Path, case: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4", "fp8"])
+def test_a_second_load_maps_the_same_weights(tmp_path: Path, case: str, quantization: str) -> None:
+    dtype = torch.bfloat16 if case == "llama-bias" else torch.float32
     make_case(tmp_path / "model", case)
-    first = load(tmp_path / "model", tmp_path / "cache", dtype)
+    first = load(tmp_path / "model", tmp_path / "cache", dtype, quantization)
     (file,) = (tmp_path / "cache").iterdir()
     stamp = file.stat().st_mtime_ns
-    second = load(tmp_path / "model", tmp_path / "cache", dtype)
+    second = load(tmp_path / "model", tmp_path / "cache", dtype, quantization)
     assert file.stat().st_mtime_ns == stamp
     assert contents(first) == contents(second)
     assert held_bytes(second) >= held_bytes(first) > 0
@@ -54,6 +63,9 @@ def test_a_second_load_maps_the_same_weights(tmp_path: Path, case: str, dtype: t
     ids = torch.arange(5)
     assert torch.equal(first.embedding(ids), second.embedding(ids))
     packed = first.layers[0].mlp.down.weights["packed"]
+    assert packed.format == (
+        str(dtype).removeprefix("torch.") if quantization == "none" else quantization
+    )
     x = torch.randn(3, packed.in_size).to(dtype)
     restored = second.layers[0].mlp.down.weights["packed"]
     assert torch.equal(ops.linear_packed(x, packed), ops.linear_packed(x, restored))

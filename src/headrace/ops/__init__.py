@@ -61,6 +61,7 @@ _gelu_mul: Callable[..., Tensor] = _best("gelu_mul")
 _logits: Callable[..., Tensor] = _best("logits")
 _stored_dtype: Callable[..., torch.dtype] = _best("stored_dtype")
 _pack: Callable[..., PackedWeight] = _best("pack")
+_pack_quantized: Callable[..., PackedWeight] = _best("pack_quantized")
 _linear_packed: Callable[..., Tensor] = _best("linear_packed")
 _logits_packed: Callable[..., Tensor] = _best("logits_packed")
 _embedding_packed: Callable[..., Tensor] = _best("embedding_packed")
@@ -189,14 +190,33 @@ def stored_dtype(source: torch.dtype, dtype: torch.dtype) -> torch.dtype:
 def pack(weight: Tensor, format: str = "", group: int = 0) -> PackedWeight:
     """weight [out, in] in the form that the `_packed` operators read.
 
-    It may share memory with `weight`. An implementation may store values in a narrower type if
-    none of them changes.
+    Without a format the values stay: the result may share memory with `weight`, and an
+    implementation may store it in a narrower type if no value changes. "int8", "int4" and "fp8"
+    quantize: int8 and fp8 with a scale per output, int4 with one per `group` inputs (16, 32, 64 or
+    128; 0 takes 32). `headrace.ops.ref_lowbit` defines the arithmetic.
     """
     return _pack(weight, format, group)
 
 
+def pack_quantized(
+    values: Tensor, scales: Tensor, format: str, group: int = 0, offsets: Tensor | None = None
+) -> PackedWeight:
+    """A matrix that a checkpoint brings quantized, laid out for the `_packed` operators.
+
+    Nothing is rounded: element [o, i] stays values * scale - offset in fp32.
+    int8: values int8 [out, in], scales [out] or one. fp8: values float8_e4m3fn, scales [out], one,
+    or [out / 128, in / 128] with group=128. int4: values uint8 0..15, scales [out, in / group] and
+    offsets of that shape, zero point * scale where there is a zero point; without offsets it is 8.
+    Raises ValueError for other shapes and values.
+    """
+    return _pack_quantized(values, scales, format, group, offsets)
+
+
 def linear_packed(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """`linear` with a packed weight."""
+    """`linear` with a packed weight.
+
+    int8 and int4 weights also quantize x: to int8 with a scale per row, or per row and group.
+    """
     return _linear_packed(x, weight, bias)
 
 

@@ -1,7 +1,7 @@
 """The matrix of a linear layer in the form that one implementation multiplies with.
 
-Made once by `ops.pack`, which is free to change layout, and type if asked to quantize. Only the
-implementation that made it understands `data`.
+Made once by `ops.pack`, which is free to change layout, and type if asked to quantize, or by
+`ops.pack_quantized`. Only the implementation that made it understands `data`.
 """
 
 from dataclasses import dataclass
@@ -10,14 +10,18 @@ import torch
 from torch import Tensor
 
 FORMATS = ("float32", "bfloat16", "float16", "int8", "int4", "fp8")
+INT4_GROUPS = (16, 32, 64, 128)
+FP8_BLOCK = 128
+MOST_INT8_INPUTS = 1 << 16  # so that no sum of products leaves 32 bits
 
 
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
     """W [out_size, in_size].
 
-    `format`: one of `FORMATS`; `scales`: fp32 [out_size], or [out_size, in_size / group] if there
-    are `group` inputs per scale, None for floats.
+    `format`: one of `FORMATS`. `scales` and `offsets`: what `data` does not hold itself, in the
+    shape that the implementation likes, None for floats. `group`: inputs per scale, 0 for one scale
+    per output. `variant`: of the layout of `data`.
     """
 
     data: Tensor
@@ -26,10 +30,13 @@ class PackedWeight:
     format: str
     scales: Tensor | None = None
     group: int = 0
+    offsets: Tensor | None = None
+    variant: int = 0
 
     @property
     def nbytes(self) -> int:
-        return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
+        parts = (self.data, self.scales, self.offsets)
+        return sum(part.nbytes for part in parts if part is not None)
 
 
 def format_of(weight: Tensor) -> str:
@@ -38,3 +45,69 @@ def format_of(weight: Tensor) -> str:
 
 
 FLOAT_FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """A low-bit matrix [out, in] before it is laid out, as `ops.pack_quantized` describes it.
+
+    `scales` and `offsets` are fp32 [out, groups], one group if `group` is 0. No `offsets` for int4
+    means 8 * scales.
+    """
+
+    format: str
+    values: Tensor
+    scales: Tensor
+    group: int = 0
+    offsets: Tensor | None = None
+
+
+def check_quantized(
+    values: Tensor, scales: Tensor, format: str, group: int, offsets: Tensor | None
+) -> Quantized:
+    """The arguments of `ops.pack_quantized` in one shape.
+
+    Raises:
+        ValueError: a shape, dtype or value that the format does not have.
+    """
+    _check_values(values, format)
+    check_group(format, group, values.shape[1])
+    if offsets is not None and format != "int4":
+        raise ValueError(f"{format} has no offsets")
+    shape = values.shape[0], -(-values.shape[1] // group) if group else 1
+    found = None if offsets is None else _spread(offsets, shape, "offsets")
+    return Quantized(format, values.contiguous(), _spread(scales, shape, "scales"), group, found)
+
+
+def check_group(format: str, group: int, in_size: int) -> None:
+    """Raises ValueError where the format has no such group."""
+    allowed = {"int8": (0,), "int4": INT4_GROUPS, "fp8": (0, FP8_BLOCK)}.get(format, (0,))
+    if group not in allowed:
+        raise ValueError(f"the group of {format} must be one of {allowed}, not {group}")
+    if format == "int8" and in_size > MOST_INT8_INPUTS:
+        raise ValueError(f"int8 takes at most {MOST_INT8_INPUTS} inputs, not {in_size}")
+
+
+def _check_values(values: Tensor, format: str) -> None:
+    dtypes = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}
+    if format not in dtypes:
+        raise ValueError(f"format must be one of {', '.join(dtypes)}, not {format!r}")
+    if values.dim() != 2 or values.dtype != dtypes[format]:
+        raise ValueError(f"{format} needs {dtypes[format]} values [out, in], not {values.dtype}")
+    if format == "int4" and values.numel() and int(values.max()) > 15:
+        raise ValueError(f"an int4 value is {int(values.max())}, not 0..15")
+    if format == "fp8" and bool((values.view(torch.uint8) & 0x7F == 0x7F).any()):
+        raise ValueError("an fp8 value is not a number")
+
+
+def _spread(scales: Tensor, shape: tuple[int, int], name: str) -> Tensor:
+    """One per tensor, output, group or block of 128 outputs -> fp32 [out, groups]."""
+    out_size, groups = shape
+    scales = scales.float()
+    if scales.dim() == 2 and scales.shape == (-(-out_size // FP8_BLOCK), groups):
+        scales = scales.repeat_interleave(FP8_BLOCK, 0)[:out_size]
+    elif scales.dim() < 2 and groups == 1:
+        scales = scales.reshape(-1, 1)
+    if scales.dim() != 2 or scales.shape[0] not in (1, out_size) or scales.shape[1] != groups:
+        raise ValueError(f"{name} of shape {list(scales.shape)} do not fit {list(shape)}")
+    return scales.expand(shape).contiguous()

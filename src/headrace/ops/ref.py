@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headrace.ops.packed import PackedWeight, format_of
+from headrace.ops import ref_lowbit
+from headrace.ops.packed import FLOAT_FORMATS, PackedWeight, check_quantized, format_of
 from headrace.ops.ref_attention import paged_attention, write_kv
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "logits",
     "logits_packed",
     "pack",
+    "pack_quantized",
     "paged_attention",
     "rms_norm",
     "rotary",
@@ -112,17 +114,31 @@ def stored_dtype(source: torch.dtype, dtype: torch.dtype) -> torch.dtype:
 
 
 def pack(weight: Tensor, format: str = "", group: int = 0) -> PackedWeight:
+    if format not in ("", format_of(weight)):
+        return ref_lowbit.pack(ref_lowbit.quantize(weight, format, group))
     out_size, in_size = weight.shape
     return PackedWeight(weight, out_size, in_size, format_of(weight))
 
 
+def pack_quantized(
+    values: Tensor, scales: Tensor, format: str, group: int = 0, offsets: Tensor | None = None
+) -> PackedWeight:
+    return ref_lowbit.pack(check_quantized(values, scales, format, group, offsets))
+
+
 def linear_packed(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    if weight.format not in FLOAT_FORMATS:
+        return ref_lowbit.linear(x, weight, bias).to(x.dtype)
     return F.linear(x, weight.data, bias)
 
 
 def logits_packed(hidden: Tensor, weight: PackedWeight) -> Tensor:
+    if weight.format not in FLOAT_FORMATS:
+        return ref_lowbit.linear(hidden, weight, None)
     return logits(hidden, weight.data)
 
 
 def embedding_packed(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    if weight.format not in FLOAT_FORMATS:
+        return ref_lowbit.rows(weight, ids).to(dtype)
     return embedding(ids, weight.data).to(dtype)

@@ -12,7 +12,7 @@ if LIBRARY is not None:
     from headrace.ops.cpu.elementwise import embedding, gather, gelu_mul, silu_mul
     from headrace.ops.cpu.matmul import linear_packed, logits_packed
     from headrace.ops.cpu.norm import layer_norm, rms_norm
-    from headrace.ops.cpu.packing import embedding_packed, pack, stored_dtype
+    from headrace.ops.cpu.packing import embedding_packed, pack, pack_quantized, stored_dtype
     from headrace.ops.cpu.rope import rotary, rotary_kv, write_kv
 
     __all__ += [
@@ -24,6 +24,7 @@ if LIBRARY is not None:
         "linear_packed",
         "logits_packed",
         "pack",
+        "pack_quantized",
         "paged_attention",
         "rms_norm",
         "rotary",

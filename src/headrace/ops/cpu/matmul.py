@@ -1,4 +1,4 @@
-"""linear_packed and logits_packed: bindings of csrc/kernels/linear.cpp."""
+"""linear_packed and logits_packed: bindings of csrc/kernels/linear.cpp and linear_*.cpp."""
 
 from ctypes import Structure, c_int32, c_void_p
 
@@ -25,6 +25,7 @@ class _LinearArgs(Structure):
 
 
 _LINEAR = Operator("linear", _LinearArgs)
+_LOWBIT = {name: Operator(f"linear_{name}", _LinearArgs) for name in ("int8", "int4", "fp8")}
 
 
 def linear_packed(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
@@ -41,5 +42,5 @@ def _multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor, o
         raise ValueError(f"x has {x.shape[1]} columns, the weight {weight.in_size} inputs")
     address, kind = (None, 0) if bias is None else (bias.data_ptr(), DTYPES[bias.dtype])
     args = _LinearArgs(rows(x), rows(y), mirror(weight), address, kind, over)
-    _LINEAR(args, Step(tokens=len(x), picked=len(x)))
+    _LOWBIT.get(weight.format, _LINEAR)(args, Step(tokens=len(x), picked=len(x)))
     return y

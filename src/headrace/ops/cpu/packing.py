@@ -1,4 +1,4 @@
-"""pack and embedding_packed: weights in panels (csrc/kernels/linear_pack.cpp).
+"""pack and embedding_packed: weights in panels (csrc/kernels/linear_*.cpp).
 
 Panels lie in memory of their own, on huge pages where the system grants them: a decode step reads
 every byte of every weight once.
@@ -9,14 +9,30 @@ import mmap
 from ctypes import Structure, c_int32, c_int64, c_void_p
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from headrace.ops import ref_lowbit
 from headrace.ops.cpu.library import DTYPES, Operator, Rows, Step, native, rows
 from headrace.ops.cpu.record import empty
-from headrace.ops.packed import FLOAT_FORMATS, PackedWeight, format_of
+from headrace.ops.packed import (
+    FLOAT_FORMATS,
+    PackedWeight,
+    Quantized,
+    check_group,
+    check_quantized,
+    format_of,
+)
 
 _HUGE_PAGE = 2 << 20
 _BLOCK = 1 << 18  # elements looked at together
+_PANEL = 32  # HR_PANEL
+_DTYPES = {name: DTYPES[dtype] for name, dtype in FLOAT_FORMATS.items()} | {
+    "int8": 3,
+    "fp8": 4,
+    "int4": 5,
+}
+_SYMMETRIC, _ZEROS, _OFFSETS = range(3)  # hr_scaling
 
 
 class Weight(Structure):
@@ -29,11 +45,16 @@ class Weight(Structure):
         ("in_size", c_int64),
         ("dtype", c_int32),
         ("group", c_int32),
+        ("scaling", c_int32),
     )
 
 
 class _PackArgs(Structure):
     _fields_ = (("source", Rows), ("weight", Weight))
+
+
+class _PackLowbitArgs(Structure):
+    _fields_ = (("source", Rows), ("weight", Weight), ("scales", c_void_p), ("offsets", c_void_p))
 
 
 class _UnpackArgs(Structure):
@@ -42,12 +63,22 @@ class _UnpackArgs(Structure):
 
 _PACK = Operator("pack", _PackArgs)
 _UNPACK = Operator("unpack", _UnpackArgs)
+_PACK_LOWBIT = {name: Operator(f"pack_{name}", _PackLowbitArgs) for name in ("int8", "int4", "fp8")}
+_UNPACK_LOWBIT = {name: Operator(f"unpack_{name}", _UnpackArgs) for name in ("int8", "int4", "fp8")}
 
 
 def mirror(weight: PackedWeight) -> Weight:
     """The struct that kernels take; `weight` must outlive its use."""
-    dtype = DTYPES[FLOAT_FORMATS[weight.format]]
-    return Weight(weight.data.data_ptr(), None, weight.out_size, weight.in_size, dtype, 0)
+    scales = None if weight.scales is None else weight.scales.data_ptr()
+    return Weight(
+        weight.data.data_ptr(),
+        scales,
+        weight.out_size,
+        weight.in_size,
+        _DTYPES[weight.format],
+        weight.group,
+        weight.variant,
+    )
 
 
 def stored_dtype(source: torch.dtype, dtype: torch.dtype) -> torch.dtype:
@@ -57,20 +88,82 @@ def stored_dtype(source: torch.dtype, dtype: torch.dtype) -> torch.dtype:
 
 def pack(weight: Tensor, format: str = "", group: int = 0) -> PackedWeight:
     """fp32 values that were bf16 are kept as bf16: half the bytes, bitwise the same products."""
+    if format not in ("", format_of(weight)):
+        return _quantize(weight, format, group)
     if weight.dtype == torch.float32 and _was_bf16(weight):
         weight = weight.bfloat16()
-    out_size, in_size = weight.shape
-    shape = Weight(None, None, out_size, in_size, DTYPES[weight.dtype], 0)
-    size = native().hr_weight_bytes(ctypes.byref(shape))
-    packed = PackedWeight(_memory(size), out_size, in_size, format_of(weight))
+    packed = _new(tuple(weight.shape), format_of(weight))
     _PACK(_PackArgs(rows(weight.contiguous()), mirror(packed)), Step())
     return packed
 
 
+def pack_quantized(
+    values: Tensor, scales: Tensor, format: str, group: int = 0, offsets: Tensor | None = None
+) -> PackedWeight:
+    return _lay_out(check_quantized(values, scales, format, group, offsets))
+
+
 def embedding_packed(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     y = empty((len(ids), weight.in_size), dtype)
-    _UNPACK(_UnpackArgs(mirror(weight), rows(y)), Step(tokens=len(ids), ids=ids.data_ptr()))
+    args = _UnpackArgs(mirror(weight), rows(y))
+    unpack = _UNPACK_LOWBIT.get(weight.format, _UNPACK)
+    unpack(args, Step(tokens=len(ids), ids=ids.data_ptr()))
     return y
+
+
+def _new(shape: tuple[int, ...], format: str, group: int = 0, variant: int = 0) -> PackedWeight:
+    """Memory for a weight [out, in] and, where kernels want them apart, for its scales."""
+    out_size, in_size = shape
+    asked = Weight(None, None, out_size, in_size, _DTYPES[format], group, variant)
+    data = _memory(native().hr_weight_bytes(ctypes.byref(asked)))
+    scales = None
+    if format in ("int8", "fp8"):
+        groups = -(-in_size // group) if group else 1
+        scales = torch.zeros(groups, -(-out_size // _PANEL) * _PANEL)
+    return PackedWeight(data, out_size, in_size, format, scales, group, None, variant)
+
+
+def _quantize(weight: Tensor, format: str, group: int) -> PackedWeight:
+    if format not in ("int8", "int4"):
+        return _lay_out(ref_lowbit.quantize(weight, format, group))
+    if format == "int4":
+        group = group or ref_lowbit.DEFAULT_GROUP
+    check_group(format, group, weight.shape[1])
+    packed = _new(tuple(weight.shape), format, group, _SYMMETRIC)
+    shape = mirror(packed)
+    source = rows(weight.contiguous())
+    _PACK_LOWBIT[format](_PackLowbitArgs(source, shape, shape.scales, None), Step())
+    return packed
+
+
+def _lay_out(weight: Quantized) -> PackedWeight:
+    variant = _scaling(weight) if weight.format == "int4" else 0
+    packed = _new(tuple(weight.values.shape), weight.format, weight.group, variant)
+    if packed.scales is not None:
+        missing = packed.scales.shape[1] - packed.out_size
+        packed.scales.copy_(F.pad(weight.scales.T, (0, missing)))
+    scales, offsets = weight.scales.contiguous(), weight.offsets
+    if variant and offsets is None:
+        offsets = 8 * scales
+    address = None if offsets is None else offsets.data_ptr()
+    source = rows(weight.values.view(torch.int8))
+    args = _PackLowbitArgs(source, mirror(packed), scales.data_ptr(), address)
+    _PACK_LOWBIT[weight.format](args, Step())
+    return packed
+
+
+def _scaling(weight: Quantized) -> int:
+    """The smallest form that holds the scales and offsets of an int4 weight exactly."""
+    scales, offsets = weight.scales, weight.offsets
+    if not torch.equal(scales.half().float(), scales):
+        return _OFFSETS
+    if offsets is None:
+        return _SYMMETRIC
+    zeros = torch.where(scales == 0, 0.0, offsets / scales)
+    if torch.equal(8 * scales, offsets):
+        return _SYMMETRIC
+    exact = torch.equal(zeros.half().float(), zeros) and torch.equal(zeros * scales, offsets)
+    return _ZEROS if exact else _OFFSETS
 
 
 def _was_bf16(weight: Tensor) -> bool:

@@ -1,0 +1,82 @@
+// Exact sums of products of unsigned and signed bytes, the inner step of int8 and int4 products.
+//
+// The unsigned byte is the weight (an int8 weight plus 128, or 4 bits), the signed one x, -127..127.
+// Level 3 has one instruction for four products. Below it bytes become 16-bit words: of int8 the
+// even and odd bytes apart, of int4 two products at once, whose sums of up to eight fit 16 bits.
+// -DHR_EMULATE replaces the instruction of level 3, so that its kernels can be tested without it.
+//
+// Part of the kernel files: the same rules as simd.h.
+#pragma once
+#include "simd.h"
+
+namespace HR_NS {
+
+typedef int16_t vs __attribute__((vector_size(4 * kLanes), may_alias));
+typedef uint16_t vus __attribute__((vector_size(4 * kLanes), may_alias));
+
+HR_INLINE vu load_words(const void* p) {
+  vu words;
+  memcpy(&words, p, sizeof words);
+  return words;
+}
+// The 4 bytes at p in every lane.
+HR_INLINE vi repeat(const void* p) {
+  int32_t word;
+  memcpy(&word, p, 4);
+  return set_int(word);
+}
+
+// Bytes of x for four inputs: the bytes themselves, or words (0, 2), (1, 3) of 16 bits each.
+constexpr int64_t kInt8Quad = HR_LEVEL >= 3 ? 4 : 8;
+constexpr int64_t kInt4Quad = HR_LEVEL >= 1 ? 4 : 8;
+
+HR_INLINE void place_quad(const int8_t* from, int64_t quad_bytes, char* to) {
+  if (quad_bytes == 4) {
+    memcpy(to, from, 4);
+  } else {
+    const int16_t words[4] = {from[0], from[2], from[1], from[3]};
+    memcpy(to, words, 8);
+  }
+}
+
+HR_INLINE vs even_bytes(vu u) { return (vs)(u & 0x00ff00ffu); }
+HR_INLINE vs odd_bytes(vu u) { return (vs)((vus)u >> 8); }
+
+// Each lane: the sum of its two 16-bit products, which themselves fit 16 bits.
+HR_INLINE vi pair_dot(vs a, vs b) {
+#if HR_LEVEL >= 2
+  return (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif HR_LEVEL == 1
+  return (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+  const vi products = (vi)(a * b);
+  return ((products << 16) >> 16) + (products >> 16);
+#endif
+}
+
+#if HR_LEVEL >= 3
+// c + the four products of each lane. Inline assembly, because gcc 12 copies the sums of intrinsics
+// from register to register.
+HR_INLINE vi dot4(vi c, vu u, vi s) {
+#ifdef HR_EMULATE
+  const vi even = pair_dot(even_bytes(u), ((vs)s << 8) >> 8);
+  return c + even + pair_dot(odd_bytes(u), (vs)s >> 8);
+#else
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(u), "v"(s));
+  return c;
+#endif
+}
+#else
+// c + in each 16-bit word two products, or at level 0 the same from words; `x` points to one quad.
+HR_INLINE vs dot_nibbles(vs c, vu u, const char* x) {
+#if HR_LEVEL == 2
+  return c + (vs)_mm512_maddubs_epi16((__m512i)u, (__m512i)repeat(x));
+#elif HR_LEVEL == 1
+  return c + (vs)_mm256_maddubs_epi16((__m256i)u, (__m256i)repeat(x));
+#else
+  return c + even_bytes(u) * (vs)repeat(x) + odd_bytes(u) * (vs)repeat(x + 4);
+#endif
+}
+#endif
+
+}  // namespace HR_NS

@@ -1,0 +1,157 @@
+// linear_fp8: fp8 e4m3 weights with scales per tensor, output or block; x stays float, sums in fp32.
+//
+// Pieces of a panel, kPiece inputs long, are widened to fp32 with their scale into first-level cache
+// and then multiplied with every tile of rows. One accumulator per output element runs over k from 0
+// to the end; between pieces it is parked in memory as fp32, which changes nothing.
+#include "lowbit.h"
+
+namespace HR_NS {
+
+// The register tile: kRows rows of x by kVectors vectors of outputs.
+constexpr int kVectors = 2;
+constexpr int kRows = HR_LEVEL >= 2 ? 12 : HR_LEVEL == 1 ? 6 : 4;
+constexpr int kTile = kVectors * kLanes;
+constexpr int64_t kPiece = 128;  // inputs; the side of the blocks that share a scale
+
+// An e4m3 number moved to where f16 has its parts is its value / 256.
+HR_INLINE float widen_e4m3(uint8_t bits) {
+  const f16 half = {static_cast<uint16_t>((bits & 0x80) << 8 | (bits & 0x7f) << 7)};
+  return widen(half) * 256.0f;
+}
+
+// w [count][HR_PANEL] to fp32, times the panel's scales.
+static void widen_piece(const uint8_t* w, int64_t count, const float* scales, float* out) {
+  alignas(64) float scale[HR_PANEL];
+  for (int j = 0; j < HR_PANEL; ++j) scale[j] = scales[j] * (HR_LEVEL >= 1 ? 256.0f : 1.0f);
+  for (int64_t k = 0; k < count; ++k, w += HR_PANEL, out += HR_PANEL) {
+    if (k % 2 == 0) prefetch(w + kAhead);
+#if HR_LEVEL >= 2
+    const __m512i word = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)w));
+    const __m512i half = _mm512_and_si512(_mm512_slli_epi16(word, 7), _mm512_set1_epi16(-0x4001));
+    store(out, (vf)_mm512_cvtph_ps(_mm512_castsi512_si256(half)) * load(scale));
+    store(out + 16, (vf)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1)) * load(scale + 16));
+#elif HR_LEVEL == 1
+    for (int j = 0; j < HR_PANEL; j += 16) {
+      const __m256i word = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(w + j)));
+      const __m256i half = _mm256_and_si256(_mm256_slli_epi16(word, 7), _mm256_set1_epi16(-0x4001));
+      const vf low = (vf)_mm256_cvtph_ps(_mm256_castsi256_si128(half));
+      const vf high = (vf)_mm256_cvtph_ps(_mm256_extracti128_si256(half, 1));
+      store(out + j, low * load(scale + j));
+      store(out + j + 8, high * load(scale + j + 8));
+    }
+#else
+    for (int j = 0; j < HR_PANEL; ++j) out[j] = widen_e4m3(w[j]) * scale[j];
+#endif
+  }
+}
+
+// c [R, HR_PANEL] gets `count` inputs more; w [count][HR_PANEL], x [count][R].
+template <int R>
+static void tile(const float* w, const float* x, int64_t count, float* c, bool first) {
+  for (int j = 0; j < HR_PANEL; j += kTile) {
+    vf sum[R][kVectors];
+    for (int r = 0; r < R; ++r) {
+      for (int v = 0; v < kVectors; ++v) {
+        sum[r][v] = first ? zero() : load(c + r * HR_PANEL + j + v * kLanes);
+      }
+    }
+    for (int64_t k = 0; k < count; ++k) {
+      vf part[kVectors];
+      for (int v = 0; v < kVectors; ++v) part[v] = load(w + k * HR_PANEL + j + v * kLanes);
+      for (int r = 0; r < R; ++r) {
+        const vf b = set(x[k * R + r]);
+        for (int v = 0; v < kVectors; ++v) sum[r][v] = fma(b, part[v], sum[r][v]);
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      for (int v = 0; v < kVectors; ++v) store(c + r * HR_PANEL + j + v * kLanes, sum[r][v]);
+    }
+  }
+}
+
+using TileOf = void (*)(const float*, const float*, int64_t, float*, bool);
+static constexpr TileOf kTiles[] = {
+    nullptr, tile<1>, tile<2>, tile<3>,  tile<4>,
+#if HR_LEVEL >= 1
+    tile<5>, tile<6>,
+#endif
+#if HR_LEVEL >= 2
+    tile<7>, tile<8>, tile<9>, tile<10>, tile<11>, tile<12>,
+#endif
+};
+
+// Rows of x as fp32 [in][rows of the tile], tile after tile.
+static const float* lay_out(const hr_rows& x, int64_t first, const RowTiles& tiles) {
+  const size_t bytes = static_cast<size_t>(tiles.rows * x.columns) * 4;
+  float* values = static_cast<float*>(hr::scratch(bytes, 0));
+  each_row(tiles.rows, x.columns, [&](int64_t row) {
+    const RowBuffer buffer(x.columns);
+    buffer.read(x, first + row, x.columns);
+    const int64_t tile = tiles.holding(row), begin = tiles.begin(tile), size = tiles.size(tile);
+    float* to = values + begin * x.columns + row - begin;
+    for (int64_t k = 0; k < x.columns; ++k) to[k * size] = buffer.numbers[k];
+  });
+  return values;
+}
+
+static void linear_fp8(const hr_linear_args& args, const hr_step& step) {
+  const hr_weight& w = args.weight;
+  const int64_t columns = round_up(w.out, HR_PANEL);  // of scales
+  each_part(args, step, [&](int64_t first, int64_t rows) {
+    const RowTiles tiles(rows, kRows);
+    const float* x = lay_out(args.x, first, tiles);
+    const auto block = [&](int64_t p, int64_t begin, int64_t end) {
+      const int64_t row = tiles.begin(begin), count = tiles.begin(end) - row;
+      const int64_t bytes = (kPiece + count) * HR_PANEL * 4;
+      float* piece = static_cast<float*>(hr::scratch(static_cast<size_t>(bytes), 1));
+      float* sums = piece + kPiece * HR_PANEL;  // [count][HR_PANEL]
+      const uint8_t* panel = static_cast<const uint8_t*>(w.data) + p * w.in * HR_PANEL;
+      for (int64_t k = 0; k < w.in; k += kPiece) {
+        const int64_t size = least(kPiece, w.in - k);
+        const float* scales = w.scales + p * HR_PANEL + (w.group ? k / w.group * columns : 0);
+        widen_piece(panel + k * HR_PANEL, size, scales, piece);
+        for (int64_t t = begin; t < end; ++t) {
+          const int64_t at = tiles.begin(t), of = tiles.size(t);
+          kTiles[of](piece, x + at * w.in + k * of, size, sums + (at - row) * HR_PANEL, k == 0);
+        }
+      }
+      const Result result(args, p);
+      for (int64_t r = 0; r < count; ++r) {
+        for (int j = 0; j < HR_PANEL; j += kLanes) {
+          result.write(first + row + r, j, load(sums + r * HR_PANEL + j));
+        }
+      }
+    };
+    each_block(panels_of(w), tiles, kRows * w.in * 4, w.in * rows * HR_PANEL, block);
+  });
+}
+
+static void pack_fp8(const hr_pack_lowbit_args& args, const hr_step&) {
+  const hr_weight w = args.weight;
+  hr::parallel(panels_of(w), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      uint8_t* panel = static_cast<uint8_t*>(w.data) + p * w.in * HR_PANEL;
+      memset(panel, 0, static_cast<size_t>(w.in * HR_PANEL));
+      for (int64_t j = 0; j < HR_PANEL && p * HR_PANEL + j < w.out; ++j) {
+        const uint8_t* values = row_of<uint8_t>(args.source, p * HR_PANEL + j);
+        for (int64_t k = 0; k < w.in; ++k) panel[k * HR_PANEL + j] = values[k];
+      }
+    }
+  });
+}
+
+static void unpack_fp8(const hr_unpack_args& args, const hr_step& step) {
+  const hr_weight w = args.weight;
+  const int64_t columns = round_up(w.out, HR_PANEL);
+  unpack_rows(args, step, [&](int64_t row, int64_t k) {
+    const int64_t at = (row / HR_PANEL * w.in + k) * HR_PANEL + row % HR_PANEL;
+    const float scale = w.scales[row + (w.group ? k / w.group * columns : 0)];
+    return widen_e4m3(static_cast<const uint8_t*>(w.data)[at]) * scale;
+  });
+}
+
+HR_OPERATOR(linear_fp8, hr_linear_args)
+HR_OPERATOR(pack_fp8, hr_pack_lowbit_args)
+HR_OPERATOR(unpack_fp8, hr_unpack_args)
+
+}  // namespace HR_NS
