@@ -97,7 +97,12 @@ def make_requests(vocab: int, count: int, most: int, longest: int) -> list[Gener
 
 
 def serve(
-    folder: Path, requests: list[GenerateRequest], variant: Variant, *, alone: bool = False
+    folder: Path,
+    requests: list[GenerateRequest],
+    variant: Variant,
+    *,
+    alone: bool = False,
+    **model: Any,
 ) -> dict[str, Answer]:
     """Answers of a fresh scheduler, to all requests at once or to one after the other."""
     info = read_model_info(folder)
@@ -107,6 +112,7 @@ def serve(
         "skip_tokenizer_init": True,
         "max_running_requests": 8,
         "max_total_tokens": 4096,
+        **model,
         **variant.options,
     }
     memory = 8 << 30
@@ -134,16 +140,17 @@ def numbers(answer: Answer) -> tuple[Any, ...]:
     return answer.ids, answer.values, answer.top, prompt
 
 
-def check(folder: Path, requests: list[GenerateRequest], variants: list[str]) -> None:
-    """Every variant gives the answers of requests that run alone."""
-    truth = serve(folder, requests, ALONE, alone=True)
+def check(folder: Path, requests: list[GenerateRequest], variants: list[str], **model: Any) -> None:
+    """Every variant gives the answers of requests that run alone, with these options."""
+    truth = serve(folder, requests, ALONE, alone=True, **model)
     assert all(answer.values for answer in truth.values())
     random = np.random.default_rng(5)
     for name in variants:
         shuffled = VARIANTS[name].shuffled
         order = random.permutation(len(requests)) if shuffled else np.arange(len(requests))
         ordered = [requests[index] for index in order]
-        assert differing(truth, serve(folder, ordered, VARIANTS[name])) == [], name
+        answers = serve(folder, ordered, VARIANTS[name], **model)
+        assert differing(truth, answers) == [], name
 
 
 def check_retraction(folder: Path, requests: list[GenerateRequest]) -> None:
@@ -194,6 +201,20 @@ def test_the_demo_model():
     folder = demo_model_path()
     vocab = read_model_info(folder).vocab_size
     check(folder, make_requests(vocab, 8, 8, 140), ["chunks-of-16", "two-threads"])
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4", "fp8"])
+def test_quantized_weights(tmp_path, quantization):
+    folder = tiny(tmp_path, "qwen3")
+    requests = make_requests(101, 9, 8, 140)
+    variants = ["shuffled", "chunks-of-16", "two-threads", "call-by-call"]
+    check(folder, requests, variants, quantization=quantization)
+
+
+def test_bfloat16_activations(tmp_path):
+    folder = tiny(tmp_path, "qwen3")
+    requests = make_requests(101, 9, 8, 140)
+    check(folder, requests, ["shuffled", "chunks-of-16", "two-threads"], dtype="bfloat16")
 
 
 @pytest.mark.slow
