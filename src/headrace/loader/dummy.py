@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from headrace.core.model_info import ModelInfo
-from headrace.dist.comm import Group
+from headrace.dist.comm import Group, SoloGroup
 from headrace.loader.base import BaseModelLoader, logged_load
 from headrace.models import Model, model_class
 
@@ -30,6 +30,12 @@ class DummyModelLoader(BaseModelLoader):
             model = model_class(info.architecture)(info, dtype, group)
             model.load_weights(_as_stored(info, dummy_weights(model.checkpoint_shapes())))
         return model
+
+
+def dummy_checkpoint(info: ModelInfo) -> dict[str, Tensor]:
+    """Every tensor that format dummy makes up for this model, as a checkpoint would store it."""
+    model = model_class(info.architecture)(info, getattr(torch, info.dtype), SoloGroup())
+    return dict(_as_stored(info, dummy_weights(model.checkpoint_shapes())))
 
 
 def _as_stored(
