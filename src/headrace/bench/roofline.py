@@ -121,9 +121,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     runner, cost = load(args, info, work)
     note("the machine may be busy with other work: compare the limits before and after")
     threads = args.threads or detect().cores
-    before = measure_limits(0.5, threads)
+    budget = min(0.5, args.seconds)
+    before = measure_limits(budget, threads)
     measured = list(timed(runner, work, args))
-    after = measure_limits(0.5, threads)
+    after = measure_limits(budget, threads)
     limits = highest(before, after, _RATES.get(str(runner.dtype), ""))
     steps = [fraction(work, cost, limits, seconds) for work, seconds in measured]
     return {
