@@ -22,7 +22,7 @@ import msgspec
 from headrace.bench import client, load, report, startup, workloads
 from headrace.bench.client import Target
 from headrace.bench.flags import natural_int, positive_float, positive_int
-from headrace.bench.process import ServerProcess, free_port
+from headrace.bench.process import ServerProcess, ended_by_sigterm, free_port
 from headrace.bench.workloads import Workload
 from headrace.core.errors import BadRequest, HeadraceError
 from headrace.core.hardware import detect
@@ -127,6 +127,7 @@ def run(args: argparse.Namespace) -> int:
     """
     launches = read_launches(args.file, args.servers)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(ended_by_sigterm())
         peers = [
             stack.enter_context(Peer(name, launch, args.timeout))
             for name, launch in launches.items()

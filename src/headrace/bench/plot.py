@@ -43,7 +43,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     for place, (kind, steps) in zip(axes, panels.items(), strict=True):
         _panel(place, kind, steps)
     axes[0].set_ylabel("tokens per second", color=_TEXT)
-    axes[-1].legend(loc="upper right", frameon=False, fontsize=9)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     read = result["read_bytes_per_s"] / 1e9
     rates = ", ".join(f"{v / 1e9:.0f} GFLOP/s {k}" for k, v in result["operations_per_s"].items())
     figure.suptitle(

@@ -8,12 +8,13 @@ import contextlib
 import http.client
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -37,6 +38,20 @@ def serve_command(port: int, server_args: Sequence[str]) -> list[str]:
     """`headrace serve` in this Python."""
     where = ["--host", HOST, "--port", str(port)]
     return [sys.executable, "-m", "headrace", "serve", *where, *server_args]
+
+
+@contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Within it SIGTERM to us unwinds the stack, so that servers that we started end too."""
+
+    def leave(*_: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class ServerProcess:
