@@ -117,7 +117,8 @@ def test_sigterm_to_the_measuring_process_ends_the_server(script: Path) -> None:
     code = (
         "import time\n"
         "from headrace.bench.process import ServerProcess, ended_by_sigterm\n"
-        f"with ended_by_sigterm(), ServerProcess({command(script, port)}, {port}, 30.0) as server:\n"
+        f"server = ServerProcess({command(script, port)}, {port}, 30.0)\n"
+        "with ended_by_sigterm(), server:\n"
         "    server.wait_port()\n"
         "    print(server.pid, flush=True)\n"
         "    time.sleep(60)\n"
