@@ -6,6 +6,8 @@ names itself scheduler. What is tested is the measuring, and that nothing stays 
 
 import argparse
 import json
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -108,6 +110,27 @@ def test_orphans_of_a_dead_server_are_found(script: Path) -> None:
         main.wait(5)
         server.stop()
         assert server.leftovers == [f"process {child.pid} (scheduler)"]
+
+
+def test_sigterm_to_the_measuring_process_ends_the_server(script: Path) -> None:
+    port = free_port()
+    code = (
+        "import time\n"
+        "from headrace.bench.process import ServerProcess, ended_by_sigterm\n"
+        f"server = ServerProcess({command(script, port)}, {port}, 30.0)\n"
+        "with ended_by_sigterm(), server:\n"
+        "    server.wait_port()\n"
+        "    print(server.pid, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    words = [sys.executable, "-c", code]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as measuring:
+        assert measuring.stdout is not None
+        server = psutil.Process(int(measuring.stdout.readline()))
+        assert server.is_running()
+        measuring.terminate()
+        assert measuring.wait(30) == 128 + signal.SIGTERM
+    assert not server.is_running()
 
 
 def test_server_that_does_not_start_shows_its_own_words(script: Path) -> None:

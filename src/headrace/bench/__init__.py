@@ -34,4 +34,10 @@ BENCHMARKS = {
     "roofline": Benchmark(
         "headrace.bench.roofline", "Measure a model's steps against this machine's limits."
     ),
+    "compare": Benchmark(
+        "headrace.bench.compare", "Start several servers; measure them in turn, with one client."
+    ),
+    "write-model": Benchmark(
+        "headrace.bench.write_model", "Write a model folder of a known shape, weights made up."
+    ),
 }

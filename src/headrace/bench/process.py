@@ -8,12 +8,13 @@ import contextlib
 import http.client
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -39,23 +40,53 @@ def serve_command(port: int, server_args: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "headrace", "serve", *where, *server_args]
 
 
+@contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Within it SIGTERM to us unwinds the stack, so that servers that we started end too."""
+
+    def leave(*_: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class ServerProcess:
     """A running server; a context manager that leaves nothing behind."""
 
-    def __init__(self, command: Sequence[str], port: int, timeout: float) -> None:
-        """Start `command`, which is to listen on `port`; all waits share `timeout` seconds."""
+    def __init__(
+        self,
+        command: Sequence[str],
+        port: int,
+        timeout: float,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        """Start `command`, which is to listen on `port`; all waits share `timeout` seconds.
+
+        `env` is laid over the environment.
+
+        Raises:
+            HeadraceError: there is no such program.
+        """
         self.port = port
         self._timeout = timeout
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
         self.started = time.perf_counter()
-        self._popen = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=self._log,
-            env=_environment(),
-            start_new_session=True,  # the session tells whose an orphan was
-        )
+        try:
+            self._popen = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=self._log,
+                env=_environment() | dict(env or {}),
+                start_new_session=True,  # the session tells whose an orphan was
+            )
+        except OSError as error:
+            self._log.close()
+            raise HeadraceError(f"cannot run {command[0]}: {error.strerror}") from None
         self._root = psutil.Process(self._popen.pid)
         self.leftovers: list[str] = []
         """What `stop` found alive; empty after a clean end."""

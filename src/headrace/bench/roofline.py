@@ -4,22 +4,28 @@ Measures the machine's read bandwidth and multiply-add rate, then whole steps of
 model, logits, greedy sampling): prefill of one prompt, and decode of several sequences at a given
 context. A step must read every weight once and the keys and values that its tokens see, and
 multiply: the lower of the two limits is the roofline. Weights are those of the checkpoint, or
-made up with --load-format dummy. The best of many steps counts, as machines are often shared.
+made up with --load-format dummy; --shape needs no files at all. The median step counts; the best
+one and the limits before and after stand beside it, since machines are often shared.
 """
 
 import argparse
 import math
 import os
+import statistics
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from headrace.bench import plot
 from headrace.bench.flags import positive_float, positive_int
 from headrace.bench.report import add_arguments as add_report_arguments
 from headrace.bench.report import align, emit, note
+from headrace.bench.shapes import SHAPES, write_config
 from headrace.core.config import Config, resolve
-from headrace.core.errors import HeadraceError
+from headrace.core.errors import BadRequest, HeadraceError
 from headrace.core.hardware import detect
 from headrace.core.messages import SamplingParams, pack_ids
 from headrace.core.model_info import ModelInfo, read_model_info
@@ -29,6 +35,8 @@ if TYPE_CHECKING:
     from headrace.runner.model_runner import ModelRunner
 
 _PAGE = 16
+# What multiplies weights of a type where the level has the instruction, else fp32.
+_RATES = {"torch.bfloat16": "bf16"}
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,8 @@ class Cost:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="folder of the model")
+    parser.add_argument("model", nargs="?", default="", help="folder of the model, or --shape")
+    parser.add_argument("--shape", choices=tuple(SHAPES), help="a known shape, weights made up")
     parser.add_argument("--load-format", default="auto", help="dummy makes weights up")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--batches", type=positive_int, nargs="+", default=[1, 4, 8, 16, 32])
@@ -74,27 +83,66 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=positive_int, default=256, help="tokens when decoding")
     parser.add_argument("--threads", type=int, default=0, help="0 takes the usable cores")
     parser.add_argument("--seconds", type=positive_float, default=2.0, help="for each kind of step")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw a PNG picture")
     add_report_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    from headrace.bench.kernels import measure_limits
-    from headrace.loader.files import resolve_model_path
     from headrace.ops.cpu.library import LIBRARY
 
+    if bool(args.model) == bool(args.shape):
+        raise BadRequest("name either a model's folder or --shape", field="model")
+    if args.plot:
+        plot.require()  # before minutes of measuring
     if LIBRARY is None:
         raise HeadraceError("the native kernels are not built: install a C++ compiler, reinstall")
+    if args.shape:
+        with tempfile.TemporaryDirectory() as folder:
+            write_config(args.shape, Path(folder))
+            args.model, args.load_format = folder, "dummy"
+            result = measure(args) | {"model": args.shape}
+    else:
+        result = measure(args)
+    emit(args, result, table(result))
+    if args.plot:
+        plot.draw(result, args.plot)
+    return 0
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Limits, every kind of step, and the limits again."""
+    from headrace.bench.kernels import measure_limits
+    from headrace.loader.files import resolve_model_path
+
     info = read_model_info(resolve_model_path(args.model))
     work = [Work(f"prefill {n}", 1, n, n) for n in args.prompts if n < info.context_length]
     context = min(args.context, info.context_length - 1)
     work += [Work(f"decode batch {n}", n, 1, context) for n in args.batches]
     runner, cost = load(args, info, work)
-    note("times are the best of many steps; the machine may be busy with other work")
-    limits = measure_limits(0.5, args.threads or detect().cores)
-    steps = [fraction(work, cost, limits, seconds) for work, seconds in timed(runner, work, args)]
-    result = {"model": args.model, **limits, "steps": steps, "load_average": os.getloadavg()[0]}
-    emit(args, result, table(result))
-    return 0
+    note("the machine may be busy with other work: compare the limits before and after")
+    threads = args.threads or detect().cores
+    budget = min(0.5, args.seconds)
+    before = measure_limits(budget, threads)
+    measured = list(timed(runner, work, args))
+    after = measure_limits(budget, threads)
+    limits = highest(before, after, _RATES.get(str(runner.dtype), ""))
+    steps = [fraction(work, cost, limits, seconds) for work, seconds in measured]
+    return {
+        "model": args.model,
+        **before,
+        "limits_after": after,
+        "steps": steps,
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def highest(before: dict[str, Any], after: dict[str, Any], kind: str) -> tuple[float, float]:
+    """Bytes and operations per second; operations of `kind`, or fp32 without an instruction."""
+    rates = [limits["operations_per_s"] for limits in (before, after)]
+    return (
+        max(before["read_bytes_per_s"], after["read_bytes_per_s"]),
+        max(rate.get(kind, rate["fp32"]) for rate in rates),
+    )
 
 
 def load(args: argparse.Namespace, info: ModelInfo, work: list[Work]) -> tuple["ModelRunner", Cost]:
@@ -139,21 +187,22 @@ def load(args: argparse.Namespace, info: ModelInfo, work: list[Work]) -> tuple["
 
 def timed(
     runner: "ModelRunner", work: list[Work], args: argparse.Namespace
-) -> Iterator[tuple[Work, float]]:
-    """Each kind of step with the seconds of its best run."""
+) -> Iterator[tuple[Work, list[float]]]:
+    """Each kind of step with the seconds of its runs, at least three."""
     for item in work:
         runner.execute(setup(item))
         plan = StepPlan(
             step=1,
             chunks=[Chunk(row, item.context - item.count, item.count) for row in range(item.rows)],
         )
-        best, count, end = math.inf, 0, time.perf_counter() + args.seconds
-        while count < 3 or time.perf_counter() < end:
+        runs: list[float] = []
+        end = time.perf_counter() + args.seconds
+        while len(runs) < 3 or time.perf_counter() < end:
             result = runner.execute(plan)
             if result.chunks[0].error:
                 raise HeadraceError(f"{item.name}: {result.chunks[0].error}")
-            best, count = min(best, result.seconds), count + 1
-        yield item, best
+            runs.append(result.seconds)
+        yield item, runs
         runner.execute(StepPlan(step=2, chunks=[], freed_rows=list(range(item.rows))))
 
 
@@ -174,18 +223,25 @@ def setup(work: Work) -> StepPlan:
     )
 
 
-def fraction(work: Work, cost: Cost, limits: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """The measured step beside its limits; tokens per second."""
-    reading = cost.bytes_read(work) / limits["read_bytes_per_s"]
-    multiplying = cost.operations(work) / limits["operations_per_s"]["fp32"]
+def fraction(
+    work: Work, cost: Cost, limits: tuple[float, float], runs: Sequence[float]
+) -> dict[str, Any]:
+    """The measured step beside its limit; `limits` are bytes read and operations per second."""
+    reading = cost.bytes_read(work) / limits[0]
+    multiplying = cost.operations(work) / limits[1]
     limit = max(reading, multiplying)
+    best, median = min(runs), statistics.median(runs)
     return {
         "name": work.name,
-        "milliseconds": seconds * 1e3,
-        "tokens_per_s": work.tokens / seconds,
+        "runs": len(runs),
+        "milliseconds": median * 1e3,
+        "best_milliseconds": best * 1e3,
+        "tokens_per_s": work.tokens / median,
+        "best_tokens_per_s": work.tokens / best,
         "limit_tokens_per_s": work.tokens / limit,
         "bound": "read" if reading > multiplying else "multiply",
-        "fraction_of_limit": limit / seconds,
+        "fraction_of_limit": limit / median,
+        "best_fraction_of_limit": limit / best,
     }
 
 
@@ -195,20 +251,29 @@ def table(result: dict[str, Any]) -> str:
         [
             step["name"],
             f"{step['milliseconds']:.2f}",
+            f"{step['best_milliseconds']:.2f}",
             f"{step['tokens_per_s']:.0f}",
             f"{step['limit_tokens_per_s']:.0f}",
             step["bound"],
             f"{step['fraction_of_limit']:.0%}",
+            f"{step['best_fraction_of_limit']:.0%}",
         ]
         for step in result["steps"]
     ]
-    peak = result["operations_per_s"]["fp32"]
+    header = ["step", "ms", "best ms", "token/s", "limit", "bound", "of limit", "best"]
     return "\n".join(
         [
-            f"{result['model']}, {result['level']}, {result['threads']} threads: read "
-            f"{result['read_bytes_per_s'] / 1e9:.1f} GB/s, fp32 multiply-add {peak / 1e9:.0f} G/s",
-            f"load average {result['load_average']:.1f}",
+            f"{result['model']}, {result['level']}, {result['threads']} threads",
+            f"before: {_limits(result)}",
+            f"after:  {_limits(result['limits_after'])}; load {result['load_average']:.1f}",
             "",
-            *align(["step", "ms", "token/s", "limit", "bound", "of limit"], rows),
+            *align(header, rows),
+            "",
+            "medians, beside them the best run; the limit is that of the higher rates",
         ]
     )
+
+
+def _limits(measured: dict[str, Any]) -> str:
+    rates = ", ".join(f"{v / 1e9:.0f} G/s {k}" for k, v in measured["operations_per_s"].items())
+    return f"read {measured['read_bytes_per_s'] / 1e9:.1f} GB/s, multiply-add {rates}"

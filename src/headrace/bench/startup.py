@@ -61,15 +61,15 @@ def measure_start(command: Sequence[str], port: int, timeout: float) -> Start:
     with ServerProcess(command, port, timeout) as server:
         port_open = server.wait_port()
         health = server.wait_health()
-        first_token = load.run_async(first_token_at(server.base_url)) - server.started
+        target = Target(base_url=server.base_url, timeout=60.0)
+        first_token = load.run_async(first_token_at(target)) - server.started
         peak = peak_rss(server.tree())
         server.stop()
         return Start(port_open, health, first_token, peak, tuple(server.leftovers))
 
 
-async def first_token_at(base_url: str) -> float:
+async def first_token_at(target: Target) -> float:
     """Time (`time.perf_counter`) of the first token of a short answer."""
-    target = Target(base_url=base_url, timeout=60.0)
     prompt = Prompt(text="Hello", input_len=1, output_len=4)
     async with client.open_session(target) as session:
         sample = await client.send(session, target, client.request_body(target, prompt))

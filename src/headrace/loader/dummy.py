@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from headrace.core.model_info import ModelInfo
+from headrace.dist.comm import SoloGroup
 from headrace.layers.build import Build
 from headrace.loader.base import BaseModelLoader, logged_load
 from headrace.models import Model, model_class
+from headrace.quant import quant_method
 
 _POOL = 1_048_573  # a prime, so that rows of a matrix begin at different places
 _RANGE = 0.02
@@ -32,6 +34,14 @@ class DummyModelLoader(BaseModelLoader):
             stored = getattr(torch, info.dtype)
             model.load_weights(dummy_weights(model.checkpoint_shapes(), stored))
         return model
+
+
+def dummy_checkpoint(info: ModelInfo) -> dict[str, Tensor]:
+    """Every tensor that format dummy makes up for this model, as a checkpoint would store it."""
+    dtype: torch.dtype = getattr(torch, info.dtype)
+    build = Build(dtype, SoloGroup(), quant_method(info.hf))
+    model = model_class(info.architecture)(info, build)
+    return dict(dummy_weights(model.checkpoint_shapes(), dtype))
 
 
 def dummy_weights(
