@@ -10,6 +10,7 @@ from torch import Tensor
 
 from headrace.ops.packed import PackedWeight, format_of
 from headrace.ops.ref_attention import paged_attention, write_kv
+from headrace.ops.ref_sampling import log_probs, sample
 
 __all__ = [
     "embedding",
@@ -19,6 +20,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_packed",
+    "log_probs",
     "logits",
     "logits_packed",
     "pack",
@@ -27,6 +29,7 @@ __all__ = [
     "rotary",
     "rotary_kv",
     "rotary_table",
+    "sample",
     "silu_mul",
     "write_kv",
 ]
