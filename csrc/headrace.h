@@ -215,8 +215,7 @@ typedef struct {
 // sample: the next token of each of step.tokens rows (kernels/sample.cpp). The fields are those of
 // headrace.core.messages.SamplingParams; `temperature` 0 is greedy, `top_k` 0 keeps all.
 typedef struct {
-  const int32_t* tokens;  // [length] prompt and output so far
-  int64_t length;         // also the position of the token to choose
+  const int32_t* tokens;  // prompt and output
   int64_t prompt_len;
   const int32_t* bias_ids;  // [bias_count]
   const float* bias;        // [bias_count]
@@ -236,14 +235,15 @@ typedef struct {
 } hr_sample_row;
 
 typedef struct {
-  hr_rows logits;             // fp32 [tokens, vocab]; edits and masks are written here
-  const hr_sample_row* rows;  // [tokens]
-  const int32_t* masks;       // [tokens, mask_stride] bit i & 31 of word i >> 5: allowed; or null
+  hr_rows logits;  // fp32 [tokens, vocab]; edits and masks are written here
+  const hr_sample_row* table;
+  const int64_t* rows;       // [tokens] record of each row in the table
+  const int64_t* positions;  // [tokens] of the token to choose: tokens before it count
+  const int32_t* masks;  // [tokens, mask_stride] bit i & 31 of word i >> 5: allowed; or null
   int64_t mask_stride;
   const int32_t* eos;  // [eos_count]
   int64_t eos_count;
-  int64_t* chosen;  // [tokens]
-  uint8_t* valid;   // [tokens] 0: NaN, +inf, or nothing allowed
+  int64_t* chosen;  // [tokens]; -1: NaN, +inf, or nothing allowed
 } hr_sample_args;
 
 // log_probs: of the softmax of rows of logits (kernels/log_probs.cpp). Row i of the step is row

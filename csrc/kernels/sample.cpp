@@ -8,6 +8,7 @@ namespace {
 
 // Rows without top-k look at about this many of the largest logits first.
 constexpr int64_t kFirstLook = 64;
+constexpr int64_t kDrawGrain = 1 << 13;  // logits of rows that one thread draws from at a time
 constexpr int kRanges = 2048;
 constexpr int64_t kManyTokens = 2048;  // worth counting on more than one thread
 constexpr double kBelowOne = 1.0 - 0x1p-52;
@@ -52,12 +53,12 @@ bool penalized(const hr_sample_row& row) {
          row.presence_penalty != 0.0f;
 }
 
-void penalize(float* x, const hr_sample_row& row) {
+void penalize(float* x, const hr_sample_row& row, int64_t length) {
   const bool repeated = row.repetition_penalty != 1.0f;
   const int64_t first = repeated ? 0 : row.prompt_len;
-  if (!penalized(row) || first >= row.length) return;
-  Counts counts(row.length - first);
-  for (int64_t i = first; i < row.length; ++i) counts.add(row.tokens[i], i >= row.prompt_len);
+  if (!penalized(row) || first >= length) return;
+  Counts counts(length - first);
+  for (int64_t i = first; i < length; ++i) counts.add(row.tokens[i], i >= row.prompt_len);
   for (int64_t i = 0; i < counts.size; ++i) {
     const Counts::Entry entry = counts.entries[i];
     if (entry.id < 0) continue;
@@ -79,10 +80,13 @@ void forbid(float* x, int64_t vocab, const int32_t* ids, int64_t count) {
   }
 }
 
-void edit(float* x, const hr_sample_row& row, const hr_sample_args& args) {
-  penalize(x, row);
+void edit(const hr_sample_args& args, int64_t index) {
+  float* x = row_of<float>(args.logits, index);
+  const hr_sample_row& row = args.table[args.rows[index]];
+  const int64_t length = args.positions[index];
+  penalize(x, row, length);
   for (int64_t i = 0; i < row.bias_count; ++i) x[row.bias_ids[i]] += row.bias[i];
-  if (row.length - row.prompt_len < row.min_new_tokens) {
+  if (length - row.prompt_len < row.min_new_tokens) {
     forbid(x, args.logits.columns, args.eos, args.eos_count);
     forbid(x, args.logits.columns, row.stops, row.stop_count);
   }
@@ -103,9 +107,9 @@ void mask_out(float* x, const int32_t* words, int64_t begin, int64_t end) {
 // ---- draws --------------------------------------------------------------------------------------
 
 // Uniform in [0, 1) with 52 bits: Philox 4x32-10 keyed by the seed, as headrace.core.noise.
-double noise_of(const hr_sample_row& row) {
-  uint32_t counter[4] = {static_cast<uint32_t>(row.length),
-                         static_cast<uint32_t>(row.length >> 32),
+double noise_of(const hr_sample_row& row, int64_t position) {
+  uint32_t counter[4] = {static_cast<uint32_t>(position),
+                         static_cast<uint32_t>(position >> 32),
                          static_cast<uint32_t>(row.sample_index), 0};
   uint32_t key[2] = {static_cast<uint32_t>(row.seed), static_cast<uint32_t>(row.seed >> 32)};
   for (int round = 0; round < 10; ++round) {
@@ -127,6 +131,7 @@ struct Choice {
   const float* x;
   Blocks blocks;
   const hr_sample_row& row;
+  int64_t position;
   float top;      // the largest logit
   float inverse;  // 1 / temperature
 
@@ -289,7 +294,7 @@ struct Choice {
 
   // By inverse CDF in the order of ids: first a block, then a token in it.
   int64_t draw(float cut, double mass) const {
-    const double target = noise_of(row) * mass;
+    const double target = noise_of(row, position) * mass;
     int64_t b = 0;
     double before = 0;
     while (before + blocks.sums[b] <= target) before += blocks.sums[b++];
@@ -312,43 +317,42 @@ float inverse_of(const hr_sample_row& row) {
   return row.temperature == 0 ? 0 : 1 / row.temperature;
 }
 
+void choose(const hr_sample_args& args, int64_t index, float* memory) {
+  const Blocks blocks = blocks_of(args.logits.columns, index, memory);
+  const hr_sample_row& row = args.table[args.rows[index]];
+  const float top = largest_of(blocks);
+  const float* x = row_of<float>(args.logits, index);
+  const Choice choice{x, blocks, row, args.positions[index], top, inverse_of(row)};
+  args.chosen[index] = top - top == 0 ? choice.token() : -1;
+}
+
 void sample(const hr_sample_args& args, const hr_step& step) {
-  const int64_t vocab = args.logits.columns, rows = step.tokens;
-  float* memory = memory_for_blocks(vocab, rows);
+  const int64_t vocab = args.logits.columns, count = step.tokens;
+  float* memory = memory_for_blocks(vocab, count);
   bool drawn = false;
   int64_t read = 0;
-  for (int64_t row = 0; row < rows; ++row) {
-    drawn = drawn || args.rows[row].temperature != 0;
-    read += penalized(args.rows[row]) ? args.rows[row].length : 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const hr_sample_row& row = args.table[args.rows[i]];
+    drawn = drawn || row.temperature != 0;
+    read += penalized(row) ? args.positions[i] : 0;
   }
-  hr::parallel(rows, read > kManyTokens ? 1 : rows, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      edit(row_of<float>(args.logits, row), args.rows[row], args);
-    }
+  hr::parallel(count, read > kManyTokens ? 1 : count, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) edit(args, i);
   });
   const int64_t pieces = (vocab + kSegment - 1) / kSegment, size = block_size(vocab);
-  hr::parallel(rows * pieces, 1 + kSegment / (vocab + 1), [&](int64_t begin, int64_t end) {
+  hr::parallel(count * pieces, 1 + kSegment / (vocab + 1), [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t row = item / pieces, from = item % pieces * kSegment;
+      const int64_t i = item / pieces, from = item % pieces * kSegment;
       const int64_t to = from + kSegment < vocab ? from + kSegment : vocab;
-      float* x = row_of<float>(args.logits, row);
-      if (args.masks) mask_out(x, args.masks + row * args.mask_stride, from, to);
-      const hr_sample_row& own = args.rows[row];
-      scan(x, blocks_of(vocab, row, memory), from / size, (to + size - 1) / size,
-           Choice::needs_mass(own) ? inverse_of(own) : 0);
+      float* x = row_of<float>(args.logits, i);
+      if (args.masks) mask_out(x, args.masks + i * args.mask_stride, from, to);
+      const hr_sample_row& row = args.table[args.rows[i]];
+      scan(x, blocks_of(vocab, i, memory), from / size, (to + size - 1) / size,
+           Choice::needs_mass(row) ? inverse_of(row) : 0);
     }
   });
-  hr::parallel(rows, drawn ? 1 : rows, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const Blocks blocks = blocks_of(vocab, row, memory);
-      const float top = largest_of(blocks);
-      args.valid[row] = top - top == 0;
-      args.chosen[row] = 0;
-      if (!args.valid[row]) continue;
-      const hr_sample_row& own = args.rows[row];
-      const Choice choice{row_of<float>(args.logits, row), blocks, own, top, inverse_of(own)};
-      args.chosen[row] = choice.token();
-    }
+  hr::parallel(count, drawn ? 1 + kDrawGrain / vocab : count, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) choose(args, i, memory);
   });
 }
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from headrace.ops import cpu, ref
 from headrace.ops.meta import AttentionMeta
 from headrace.ops.packed import PackedWeight
-from headrace.ops.sampling import LogProbs, Sampled
+from headrace.ops.sampling import LogProbs, Sampled, SampleTable
 
 # Best first; `ref` has every operator.
 _IMPLEMENTATIONS: dict[str, ModuleType] = {"cpu": cpu, "ref": ref}
@@ -176,15 +176,21 @@ def logits(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def sample(
-    logits: Tensor, draws: np.ndarray, eos: np.ndarray, masks: Tensor | None = None
+    logits: Tensor,
+    table: SampleTable,
+    rows: np.ndarray,
+    positions: np.ndarray,
+    eos: np.ndarray,
+    masks: Tensor | None = None,
 ) -> Sampled:
     """The next token of each row of logits fp32 [n, vocab].
 
-    `draws` are `sampling.SAMPLE_ROW` [n]; `eos` int32 is forbidden before a row's min_new_tokens.
-    `masks` int32 [n, words]: token i is allowed if bit i % 32 of word i // 32 is set. Edits and
-    masks are written to `logits`. Not valid are rows with NaN, +inf or nothing allowed.
+    Row i is sampled for position `positions[i]` as record `rows[i]` of the table says, int64 [n].
+    `eos` int32 is forbidden before a row's min_new_tokens. `masks` int32 [n, words]: token i is
+    allowed if bit i % 32 of word i // 32 is set. Edits and masks are written to `logits`. Not valid
+    are rows with NaN, +inf or nothing allowed.
     """
-    return _sample(logits, draws, eos, masks)
+    return _sample(logits, table, rows, positions, eos, masks)
 
 
 def log_probs(

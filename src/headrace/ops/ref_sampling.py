@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from headrace.core.noise import uniform
-from headrace.ops.sampling import LogProbs, Sampled, array_at
+from headrace.ops.sampling import LogProbs, Sampled, SampleTable, array_at
 
 # Rows without top-k look at about this many of the largest probabilities first.
 _FIRST_LOOK = 64
@@ -29,17 +29,24 @@ _BLOCK = 256
 _TINY = np.finfo(np.float32).smallest_subnormal
 
 
-def sample(logits: Tensor, draws: np.ndarray, eos: np.ndarray, masks: Tensor | None) -> Sampled:
-    values = logits.numpy()
-    for row, draw in zip(values, draws, strict=True):
-        edit_logits(row, draw, eos)
+def sample(
+    logits: Tensor,
+    table: SampleTable,
+    rows: np.ndarray,
+    positions: np.ndarray,
+    eos: np.ndarray,
+    masks: Tensor | None,
+) -> Sampled:
+    values, draws = logits.numpy(), table.records[rows]
+    for row, draw, position in zip(values, draws, positions.tolist(), strict=True):
+        edit_logits(row, draw, position, eos)
     if masks is not None:
         values[~_allowed(masks.numpy(), values.shape[1])] = -np.inf
     tokens = values.argmax(axis=-1)
     valid = np.isfinite(values[np.arange(len(draws)), tokens])
     drawn = np.flatnonzero(valid & (draws["temperature"] > 0))
     if len(drawn):
-        tokens[drawn] = _draw(values[drawn], draws[drawn])
+        tokens[drawn] = _draw(values[drawn], draws[drawn], positions[drawn])
     return Sampled(tokens, valid)
 
 
@@ -67,8 +74,8 @@ def largest(values: np.ndarray, count: int) -> np.ndarray:
     return chosen
 
 
-def edit_logits(logits: np.ndarray, draw: np.void, eos: np.ndarray) -> None:
-    """Change `logits` (float32 [vocab]) in place.
+def edit_logits(logits: np.ndarray, draw: np.void, position: int, eos: np.ndarray) -> None:
+    """Change `logits` (float32 [vocab]) of the token at a position in place.
 
     With c the number of times a token is in the output:
 
@@ -77,7 +84,7 @@ def edit_logits(logits: np.ndarray, draw: np.void, eos: np.ndarray) -> None:
         l = l + bias
         l = -inf for end-of-sequence and stop ids while the output is shorter than min_new_tokens
     """
-    tokens = array_at(draw["tokens"], int(draw["length"]), c_int32)
+    tokens = array_at(draw["tokens"], position, c_int32)
     output = tokens[draw["prompt_len"] :]
     if (draw["frequency_penalty"] or draw["presence_penalty"]) and len(output):
         ids, counts = np.unique(output, return_counts=True)
@@ -100,9 +107,9 @@ def _allowed(masks: np.ndarray, vocab: int) -> np.ndarray:
     return bits[:, :vocab].astype(bool)
 
 
-def _draw(logits: np.ndarray, draws: np.ndarray) -> np.ndarray:
+def _draw(logits: np.ndarray, draws: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """Tokens int64 [n] of rows that are not greedy."""
-    noise = uniform(draws["seed"], draws["sample_index"], draws["length"])
+    noise = uniform(draws["seed"], draws["sample_index"], positions)
     scaled = torch.from_numpy(logits) / torch.from_numpy(draws["temperature"].copy())[:, None]
     probs, vocab = torch.softmax(scaled, dim=-1).numpy(), logits.shape[1]
     top_k = np.where(draws["top_k"] > 0, np.minimum(draws["top_k"], vocab), vocab)

@@ -13,7 +13,6 @@ import numpy as np
 SAMPLE_ROW = np.dtype(
     [
         ("tokens", np.uint64),
-        ("length", np.int64),
         ("prompt_len", np.int64),
         ("bias_ids", np.uint64),
         ("bias", np.uint64),
@@ -33,9 +32,17 @@ SAMPLE_ROW = np.dtype(
     ],
     align=True,
 )
-"""`tokens`: address of int32 [length], prompt and output so far; `length` is also the position of
-the token to choose. `bias_ids` int32 and `bias` float32 [bias_count], `stops` int32 [stop_count]:
-addresses. `temperature` 0 is greedy, `top_k` 0 keeps all; the rest as in `SamplingParams`."""
+"""`tokens`: address of int32, prompt and output. `bias_ids` int32 and `bias` float32 [bias_count],
+`stops` int32 [stop_count]: addresses. `temperature` 0 is greedy, `top_k` 0 keeps all; the rest as
+in `SamplingParams`."""
+
+
+class SampleTable:
+    """Records of `SAMPLE_ROW`, at a fixed address."""
+
+    def __init__(self, rows: int) -> None:
+        self.records = np.zeros(rows, dtype=SAMPLE_ROW)
+        self.address = address(self.records)
 
 
 class Sampled(NamedTuple):

@@ -32,7 +32,7 @@ def score_samples(
     asking = np.flatnonzero(tables.scored[rows])
     if len(asking):
         specs = [tables.spec(row).logprobs for row in rows[asking].tolist()]
-        temperature = tables.draws["temperature"][rows[asking]]
+        temperature = tables.sampling.records["temperature"][rows[asking]]
         found = _scores(logits, asking, temperature, tokens[asking], specs)
         for index, score in zip(asking.tolist(), found, strict=True):
             scores[index] = score

@@ -35,6 +35,4 @@ class Sampler:
         is False where a row has no finite largest logit (NaN, or everything masked); its token
         means nothing. Writes the rows' edits and masks to `logits`.
         """
-        draws = self.tables.draws[rows]
-        draws["length"] = positions
-        return ops.sample(logits, draws, self._eos, masks)
+        return ops.sample(logits, self.tables.sampling, rows, positions, self._eos, masks)

@@ -11,7 +11,7 @@ import torch
 
 from headrace.core.messages import SamplingParams, unpack_ids
 from headrace.core.plan import NewRow, StepPlan
-from headrace.ops.sampling import SAMPLE_ROW, address, sample_row
+from headrace.ops.sampling import SampleTable, address, sample_row
 
 
 class RowTables:
@@ -19,8 +19,8 @@ class RowTables:
 
     `tokens` int32 [rows, max_len + 1] holds prompt and output, `pages` int32 [rows, max_pages]
     page ids; both are touched by the system only where they are used. `problems` tells why a row
-    cannot be served; its chunks are answered with that error. `draws` are the rows' parameters of
-    `ops.sample`, but for their lengths; the lists that they name are in `_lists`.
+    cannot be served; its chunks are answered with that error. `sampling` is for `ops.sample`; the
+    lists that its records name are in `_lists`.
     """
 
     def __init__(self, rows: int, max_len: int, page_size: int, vocab_size: int) -> None:
@@ -33,7 +33,7 @@ class RowTables:
         self.problems: dict[int, str] = {}
         self.prompt_len = np.zeros(rows, dtype=np.int32)
         self.scored = np.zeros(rows, dtype=bool)
-        self.draws = np.zeros(rows, dtype=SAMPLE_ROW)
+        self.sampling = SampleTable(rows)
         self._lists: list[tuple[np.ndarray, ...]] = [()] * rows
 
     def apply(self, plan: StepPlan) -> None:
@@ -73,9 +73,8 @@ class RowTables:
         stops = np.array(sampling.stop_token_ids, dtype=np.int64)
         stops = stops[(stops >= 0) & (stops < self.vocab_size)].astype(np.int32)
         self._lists[row] = (bias_ids, bias, stops)
-        self.draws[row] = sample_row(
+        self.sampling.records[row] = sample_row(
             tokens=address(self.tokens) + row * self.tokens.strides[0],
-            length=len(spec.tokens) // 4,
             prompt_len=spec.prompt_len,
             bias_ids=address(bias_ids),
             bias=address(bias),

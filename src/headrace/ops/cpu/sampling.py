@@ -3,22 +3,24 @@
 from ctypes import Structure, c_int64, c_void_p
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from headrace.ops.cpu.library import Operator, Rows, Step, rows
-from headrace.ops.sampling import SAMPLE_ROW, LogProbs, Sampled, address
+from headrace.ops.cpu.library import DTYPES, Operator, Rows, Step
+from headrace.ops.sampling import LogProbs, Sampled, SampleTable, address
 
 
 class _SampleArgs(Structure):
     _fields_ = (
         ("logits", Rows),
+        ("table", c_void_p),
         ("rows", c_void_p),
+        ("positions", c_void_p),
         ("masks", c_void_p),
         ("mask_stride", c_int64),
         ("eos", c_void_p),
         ("eos_count", c_int64),
         ("chosen", c_void_p),
-        ("valid", c_void_p),
     )
 
 
@@ -36,26 +38,33 @@ class _LogProbsArgs(Structure):
     )
 
 
+_FLOAT32 = DTYPES[torch.float32]
 _SAMPLE = Operator("sample", _SampleArgs)
 _LOG_PROBS = Operator("log_probs", _LogProbsArgs)
 
 
-def sample(logits: Tensor, draws: np.ndarray, eos: np.ndarray, masks: Tensor | None) -> Sampled:
-    assert draws.dtype == SAMPLE_ROW and draws.flags.c_contiguous
-    count = len(draws)
-    tokens, valid = np.empty(count, dtype=np.int64), np.empty(count, dtype=bool)
+def sample(
+    logits: Tensor,
+    table: SampleTable,
+    rows: np.ndarray,
+    positions: np.ndarray,
+    eos: np.ndarray,
+    masks: Tensor | None,
+) -> Sampled:
+    tokens = np.empty(len(rows), dtype=np.int64)
     args = _SampleArgs(
-        logits=rows(logits),
-        rows=address(draws),
+        logits=Rows(logits.data_ptr(), logits.stride(0), logits.shape[1], _FLOAT32),
+        table=table.address,
+        rows=address(rows),
+        positions=address(positions),
         masks=None if masks is None else masks.data_ptr(),
         mask_stride=0 if masks is None else masks.stride(0),
         eos=address(eos),
         eos_count=len(eos),
         chosen=address(tokens),
-        valid=address(valid),
     )
-    _SAMPLE(args, Step(tokens=count))
-    return Sampled(tokens, valid)
+    _SAMPLE(args, Step(tokens=len(tokens)))
+    return Sampled(tokens, tokens >= 0)
 
 
 def log_probs(
@@ -68,7 +77,7 @@ def log_probs(
         top_values=np.empty((count, top), dtype=np.float32),
     )
     args = _LogProbsArgs(
-        logits=rows(logits),
+        logits=Rows(logits.data_ptr(), logits.stride(0), logits.shape[1], _FLOAT32),
         rows=address(picks),
         temperature=address(temperature),
         ids=address(ids),
