@@ -238,6 +238,54 @@ typedef struct {
   int32_t cache_dtype;
 } hr_attention_args;
 
+// sample: the next token of each of step.tokens rows (kernels/sample.cpp). The fields are those of
+// headrace.core.messages.SamplingParams; `temperature` 0 is greedy, `top_k` 0 keeps all.
+typedef struct {
+  const int32_t* tokens;  // prompt and output
+  int64_t prompt_len;
+  const int32_t* bias_ids;  // [bias_count]
+  const float* bias;        // [bias_count]
+  const int32_t* stops;     // [stop_count] forbidden, with eos, before min_new_tokens
+  int64_t min_new_tokens;
+  uint64_t seed;
+  int64_t sample_index;
+  double top_p;
+  int32_t bias_count;
+  int32_t stop_count;
+  int32_t top_k;
+  float temperature;
+  float min_p;
+  float frequency_penalty;
+  float presence_penalty;
+  float repetition_penalty;
+} hr_sample_row;
+
+typedef struct {
+  hr_rows logits;  // fp32 [tokens, vocab]; edits and masks are written here
+  const hr_sample_row* table;
+  const int64_t* rows;       // [tokens] record of each row in the table
+  const int64_t* positions;  // [tokens] of the token to choose: tokens before it count
+  const int32_t* masks;  // [tokens, mask_stride] bit i & 31 of word i >> 5: allowed; or null
+  int64_t mask_stride;
+  const int32_t* eos;  // [eos_count]
+  int64_t eos_count;
+  int64_t* chosen;  // [tokens]; -1: NaN, +inf, or nothing allowed
+} hr_sample_args;
+
+// log_probs: of the softmax of rows of logits (kernels/log_probs.cpp). Row i of the step is row
+// rows[i] of the logits. A row without a distribution gets NaN.
+typedef struct {
+  hr_rows logits;  // fp32 [, vocab]
+  const int64_t* rows;
+  const float* temperature;  // 0 counts as 1
+  const int64_t* ids;        // [tokens, width]
+  int64_t width;
+  int64_t top;        // at most the vocabulary
+  float* values;      // [tokens, width]
+  int64_t* top_ids;   // [tokens, top] in falling order, of equal ones the lower id first
+  float* top_values;  // the same
+} hr_log_probs_args;
+
 #pragma GCC visibility pop
 #ifdef __cplusplus
 }

@@ -16,12 +16,15 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from headrace import ops
 from headrace.core.messages import LogprobSpec, SamplingParams, pack_ids
+from headrace.core.noise import uniform
 from headrace.core.plan import NewRow, StepPlan
-from headrace.runner.logits import largest, score_samples, slices
-from headrace.runner.penalties import edit_logits
-from headrace.runner.sampler import Filters, Sampler, draw_any, draw_filtered, survivors
+from headrace.ops.ref_sampling import Filters, draw_any, draw_filtered, largest, survivors
+from headrace.runner.logits import score_prompt, score_samples, slices
+from headrace.runner.sampler import Sampler
 from headrace.runner.tables import RowTables
+from tests.support.native import native_level, native_levels, operators
 
 EOS = (2, 9)
 
@@ -30,6 +33,20 @@ EOS = (2, 9)
 def fixed_torch():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["ref", *native_levels()])
+def served_by(request, monkeypatch):
+    """Who serves the operators: the definition, or the native library at one level."""
+    serve_with(monkeypatch, request.param)
+    with native_level(request.param):
+        yield request.param
+
+
+def serve_with(monkeypatch, implementation: str) -> None:
+    served = operators("ref" if implementation == "ref" else "cpu")
+    monkeypatch.setattr(ops, "_sample", served.sample)
+    monkeypatch.setattr(ops, "_log_probs", served.log_probs)
 
 
 def spec(row: int, sampling: SamplingParams, tokens=(1, 2, 3), prompt_len=3, **fields) -> NewRow:
@@ -112,12 +129,15 @@ def test_masked_tokens_never_survive():
 
 
 def edited(logits: torch.Tensor, tokens, prompt_len: int, **fields) -> np.ndarray:
-    values = logits.clone().numpy()
-    edit_logits(values, np.array(tokens, np.int32), prompt_len, SamplingParams(**fields), EOS)
-    return values
+    """What sampling leaves of the logits."""
+    params = SamplingParams(temperature=0.0, **fields)
+    tables = tables_of([spec(0, params, tokens, prompt_len)], len(logits))
+    values = logits.clone()[None]
+    Sampler(tables, EOS).sample(values, np.array([0]), np.array([len(tokens)]))
+    return values[0].numpy()
 
 
-def test_repetition_penalty_is_that_of_transformers():
+def test_repetition_penalty_is_that_of_transformers(served_by):
     logits = torch.randn(60) * 4
     tokens = [3, 5, 5, 8, 21, 8]
     expected = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([tokens]), logits[None].clone())
@@ -125,7 +145,7 @@ def test_repetition_penalty_is_that_of_transformers():
     assert np.array_equal(found, expected[0].numpy())
 
 
-def test_logit_bias_is_that_of_transformers():
+def test_logit_bias_is_that_of_transformers(served_by):
     logits = torch.randn(60) * 4
     bias = {7: 2.5, 11: -100.0}
     processor = SequenceBiasLogitsProcessor([[[token], value] for token, value in bias.items()])
@@ -133,7 +153,7 @@ def test_logit_bias_is_that_of_transformers():
     assert np.array_equal(edited(logits, [1, 2], 2, logit_bias=bias), expected[0].numpy())
 
 
-def test_min_new_tokens_is_that_of_transformers():
+def test_min_new_tokens_is_that_of_transformers(served_by):
     logits = torch.randn(60)
     processor = MinNewTokensLengthLogitsProcessor(3, 4, [*EOS, 30], device="cpu")
     for output in range(7):
@@ -144,7 +164,7 @@ def test_min_new_tokens_is_that_of_transformers():
 
 
 @pytest.mark.parametrize(("frequency", "presence"), [(0.7, 0.0), (0.0, 1.1), (-0.5, 2.0)])
-def test_frequency_and_presence_count_the_output_only(frequency, presence):
+def test_frequency_and_presence_count_the_output_only(served_by, frequency, presence):
     logits = torch.randn(60)
     tokens = [5, 5, 6, 7, 7, 7, 8, 5]
     expected = logits.double().numpy()
@@ -154,7 +174,7 @@ def test_frequency_and_presence_count_the_output_only(frequency, presence):
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_edits_come_in_order():
+def test_edits_come_in_order(served_by):
     logits = torch.zeros(60)
     found = edited(
         logits, [5, 6, 6], 1, presence_penalty=1.0, repetition_penalty=2.0, logit_bias={6: 0.5}
@@ -181,7 +201,7 @@ def random_sampling(random: np.random.Generator) -> SamplingParams:
 
 
 @pytest.mark.parametrize("vocab", [300, 4001])
-def test_a_row_does_not_see_its_batch(vocab):
+def test_a_row_does_not_see_its_batch(served_by, vocab):
     random = np.random.default_rng(vocab)
     count = 40
     specs = [
@@ -218,19 +238,19 @@ def test_a_row_does_not_see_its_batch(vocab):
             assert row == 7 or outcome == together[row]
 
 
-def test_the_draw_ignores_the_number_of_threads():
+def test_the_draw_ignores_the_number_of_threads(served_by):
     logits = torch.randn(6, 50001) * 3
     specs = [spec(row, SamplingParams(top_p=1.0 - 0.1 * (row % 2))) for row in range(6)]
     tables = tables_of(specs, 50001)
     rows, positions = np.arange(6), np.full(6, 20)
     found = []
     for threads in (1, 2):
-        torch.set_num_threads(threads)
+        ops.set_threads(threads)
         found.append(Sampler(tables, EOS).sample(logits.clone(), rows, positions)[0].tolist())
     assert found[0] == found[1]
 
 
-def test_greedy_takes_the_lowest_of_equal_ids():
+def test_greedy_takes_the_lowest_of_equal_ids(served_by):
     tables = tables_of(
         [spec(0, SamplingParams(temperature=0.0)), spec(1, SamplingParams(top_k=1))], 9
     )
@@ -240,7 +260,7 @@ def test_greedy_takes_the_lowest_of_equal_ids():
     assert valid.all()
 
 
-def test_only_the_bad_row_fails():
+def test_only_the_bad_row_fails(served_by):
     cases = [{}, {"temperature": 0.0}, {"logit_bias": dict.fromkeys(range(8), -np.inf)}, {}, {}]
     specs = [spec(row, SamplingParams(**fields)) for row, fields in enumerate(cases)]
     logits = torch.zeros(5, 8)
@@ -252,7 +272,7 @@ def test_only_the_bad_row_fails():
     assert 0 <= tokens[4] < 8
 
 
-def test_sample_index_and_position_change_the_draw():
+def test_sample_index_and_position_change_the_draw(served_by):
     specs = [spec(row, SamplingParams(), seed=5, sample_index=row) for row in range(2)]
     sampler = Sampler(tables_of(specs, 1000), EOS)
     logits = torch.zeros(1, 1000)
@@ -292,7 +312,7 @@ def chi_square(counts: np.ndarray, probs: np.ndarray) -> float:
     ],
 )
 @pytest.mark.parametrize("vocab", [40, 700])
-def test_draws_follow_the_distribution(vocab, fields):
+def test_draws_follow_the_distribution(served_by, vocab, fields):
     logits = torch.randn(1, vocab, generator=torch.Generator().manual_seed(3)) * 1.5
     tables = tables_of([spec(0, SamplingParams(**fields), seed=11)], vocab)
     sampler = Sampler(tables, EOS)
@@ -314,6 +334,74 @@ def test_draws_follow_the_distribution(vocab, fields):
     probs = expected.softmax(-1)[0].double().numpy()
     assert found[probs == 0].sum() == 0
     assert abs(chi_square(found, probs)) < 3.5
+
+
+ASKED = [
+    {},
+    {"top_k": 1, "temperature": 1e-5},
+    {"temperature": 0.7, "top_k": 40, "top_p": 0.95},
+    {"top_k": 900},
+    {"top_k": 3000, "top_p": 0.8, "min_p": 1e-4},
+    {"top_p": 0.5},
+    {"temperature": 2.0, "top_p": 0.999},
+    {"top_p": 0.99999, "min_p": 0.001},
+    {"min_p": 0.1},
+    {"temperature": 0.05, "min_p": 1e-30},
+]
+
+
+def kept_of(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """Float64 probabilities [vocab] after transformers' filters."""
+    values = logits.double()[None] / params.temperature
+    if 0 < params.top_k < len(logits):
+        values = TopKLogitsWarper(params.top_k)(None, values)
+    if params.top_p < 1:
+        values = TopPLogitsWarper(params.top_p)(None, values)
+    if params.min_p:
+        values = MinPLogitsWarper(params.min_p)(None, values)
+    return values[0].softmax(-1)
+
+
+@pytest.mark.parametrize("spread", [0.5, 3.0, 12.0])
+@pytest.mark.parametrize("vocab", [50, 4096, 50001])
+def test_a_draw_is_where_the_noise_falls_among_the_tokens_kept(served_by, vocab, spread):
+    params = [SamplingParams(**fields) for fields in ASKED]
+    specs = [spec(row, sampling, seed=100 + row) for row, sampling in enumerate(params)]
+    count = len(specs)
+    logits = torch.randn(count, vocab, generator=torch.Generator().manual_seed(vocab)) * spread
+    rows, positions = np.arange(count), np.full(count, 9)
+    tokens, valid = Sampler(tables_of(specs, vocab), EOS).sample(logits.clone(), rows, positions)
+    assert valid.all()
+    noise = uniform(np.arange(100, 100 + count, dtype=np.uint64), np.zeros(count, int), positions)
+    for row, token in enumerate(tokens.tolist()):
+        if params[row].greedy:
+            assert token == int(logits[row].argmax())
+            continue
+        probs = kept_of(logits[row], params[row])
+        assert probs[token] > 0
+        end = float(probs[: token + 1].sum())
+        assert end - float(probs[token]) - 1e-5 <= noise[row] <= end + 1e-5
+
+
+def test_masks_leave_allowed_tokens_only(served_by):
+    vocab, count = 1001, 24
+    generator = np.random.default_rng(5)
+    allowed = generator.random((count, vocab)) < 0.02
+    allowed[:, 700] |= ~allowed.any(axis=1)
+    allowed[1], allowed[2] = True, False
+    packed = np.packbits(np.pad(allowed, ((0, 0), (0, 23))), axis=-1, bitorder="little")
+    masks = torch.from_numpy(packed.view(np.int32).copy())
+    fields = [{}, {"top_p": 0.9}, {"temperature": 0.0}, {"top_k": 50, "logit_bias": {3: 100.0}}]
+    specs = [spec(row, SamplingParams(**fields[row % 4])) for row in range(count)]
+    sampler = Sampler(tables_of(specs, vocab), EOS)
+    logits = torch.randn(count, vocab)
+    edited = logits.clone()
+    tokens, valid = sampler.sample(edited, np.arange(count), np.full(count, 3), masks=masks)
+    assert np.array_equal(np.isfinite(edited.numpy()), allowed)
+    assert np.flatnonzero(~valid).tolist() == [2]
+    assert all(allowed[row, tokens[row]] for row in range(count) if row != 2)
+    plain, _ = sampler.sample(logits[1:2], np.array([1]), np.array([3]))
+    assert plain[0] == tokens[1]
 
 
 def test_draws_at_the_ends_of_the_unit_interval_have_weight():
@@ -340,7 +428,7 @@ def test_both_ways_to_draw_agree():
 # -- scores -----------------------------------------------------------------------------------
 
 
-def test_scores_are_scaled_and_edited_but_not_filtered():
+def test_scores_are_scaled_and_edited_but_not_filtered(served_by):
     fields = {"temperature": 0.5, "top_k": 2, "logit_bias": {3: 1.0}}
     tables = tables_of(
         [spec(0, SamplingParams(**fields), logprobs=LogprobSpec(top=4, ids=(7,)))], 20
@@ -358,7 +446,7 @@ def test_scores_are_scaled_and_edited_but_not_filtered():
     assert score.ids == [(7, pytest.approx(float(expected[7]), abs=1e-6))]
 
 
-def test_scores_of_greedy_rows_are_not_scaled():
+def test_scores_of_greedy_rows_are_not_scaled(served_by):
     sampling = SamplingParams(temperature=0.0)
     tables = tables_of([spec(0, sampling, logprobs=LogprobSpec())], 20)
     logits = torch.randn(1, 20)
@@ -369,15 +457,46 @@ def test_scores_of_greedy_rows_are_not_scaled():
     assert score.top == score.ids == []
 
 
-def test_rows_that_do_not_ask_get_no_scores():
+@pytest.mark.parametrize("vocab", [30, 4096, 50001])
+def test_prompt_scores_are_the_log_softmax_of_torch(served_by, vocab):
+    logits = torch.randn(5, vocab) * 4
+    logits[2, 4] = logits[2, 9] = 50.0
+    following = np.array([0, 3, 9, vocab - 1, 17], dtype=np.int32)
+    expected = logits.double().log_softmax(-1)
+    scores = score_prompt(logits, following, LogprobSpec(top=20, ids=(4, 11)))
+    for score, row, token in zip(scores, expected, following, strict=True):
+        assert score.logprob == pytest.approx(float(row[token]), abs=1e-5)
+        assert score.ids == [
+            (other, pytest.approx(float(row[other]), abs=1e-5)) for other in (4, 11)
+        ]
+        best = row.topk(20)
+        assert [value for _, value in score.top] == pytest.approx(best.values.tolist(), abs=1e-5)
+        assert {token for token, _ in score.top} == set(best.indices.tolist())
+        assert all(
+            dict(score.top)[token] == value
+            for token, value in score.ids
+            if token in dict(score.top)
+        )
+    assert [token for token, _ in scores[2].top[:2]] == [4, 9]
+    assert score_prompt(logits, following, None)[0].logprob == scores[0].logprob
+
+
+def test_scores_of_a_row_without_a_distribution_are_not_a_number(served_by):
+    logits = torch.zeros(3, 300)
+    logits[0, 7], logits[1, 8] = torch.nan, torch.inf
+    scores = score_prompt(logits, np.array([1, 1, 1]), LogprobSpec(top=2))
+    assert [bool(np.isnan(score.logprob)) for score in scores] == [True, True, False]
+
+
+def test_rows_that_do_not_ask_get_no_scores(served_by):
     tables = tables_of([spec(0, SamplingParams())], 20)
     assert score_samples(torch.randn(1, 20), np.array([3]), np.array([0]), tables) == [None]
 
 
 def test_largest_prefers_low_ids():
     values = np.array([1.0, 3.0, 2.0, 3.0, 2.0, 2.0], dtype=np.float32)
-    assert largest(values, 3) == [(1, 3.0), (3, 3.0), (2, 2.0)]
-    assert len(largest(values, 100)) == 6
+    assert largest(values, 3).tolist() == [1, 3, 2]
+    assert largest(values, 0).tolist() == []
 
 
 def test_slices_bound_the_logits():

@@ -30,10 +30,10 @@ class Rope:
         if self.spec.by_length:
             frequencies = inverse_frequencies(self.spec, batch.lengths())
             return ops.rotary_table(batch.positions, frequencies, self.scale)
-        needed = int(batch.positions.max()) + 1
+        needed = int(batch.positions.numpy().max()) + 1
         if needed > len(self.table):
             self._grow(needed)
-        return self.table[batch.positions]
+        return self.table.index_select(0, batch.positions)
 
     def _grow(self, needed: int) -> None:
         """At least double, so that long generations rarely come here."""

@@ -9,12 +9,14 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from headrace.ops import cpu, ref
 from headrace.ops.meta import AttentionMeta
 from headrace.ops.packed import PackedWeight
+from headrace.ops.sampling import LogProbs, Sampled, SampleTable
 
 # Best first; `ref` has every operator.
 _IMPLEMENTATIONS: dict[str, ModuleType] = {"cpu": cpu, "ref": ref}
@@ -60,6 +62,8 @@ _silu_mul: Callable[..., Tensor] = _best("silu_mul")
 _gelu_mul: Callable[..., Tensor] = _best("gelu_mul")
 _logits: Callable[..., Tensor] = _best("logits")
 _stored_dtype: Callable[..., torch.dtype] = _best("stored_dtype")
+_sample: Callable[..., Sampled] = _best("sample")
+_log_probs: Callable[..., LogProbs] = _best("log_probs")
 _pack: Callable[..., PackedWeight] = _best("pack")
 _pack_quantized: Callable[..., PackedWeight] = _best("pack_quantized")
 _linear_packed: Callable[..., Tensor] = _best("linear_packed")
@@ -185,6 +189,35 @@ def stored_dtype(source: torch.dtype, dtype: torch.dtype) -> torch.dtype:
     chosen only if it has all values and the packed operators read it.
     """
     return _stored_dtype(source, dtype)
+
+
+def sample(
+    logits: Tensor,
+    table: SampleTable,
+    rows: np.ndarray,
+    positions: np.ndarray,
+    eos: np.ndarray,
+    masks: Tensor | None = None,
+) -> Sampled:
+    """The next token of each row of logits fp32 [n, vocab].
+
+    Row i is sampled for position `positions[i]` as record `rows[i]` of the table says, int64 [n].
+    `eos` int32 is forbidden before a row's min_new_tokens. `masks` int32 [n, words]: token i is
+    allowed if bit i % 32 of word i // 32 is set. Edits and masks are written to `logits`. Not valid
+    are rows with NaN, +inf or nothing allowed.
+    """
+    return _sample(logits, table, rows, positions, eos, masks)
+
+
+def log_probs(
+    logits: Tensor, picks: np.ndarray, temperature: np.ndarray, ids: np.ndarray, top: int
+) -> LogProbs:
+    """Log-softmax of logits / temperature at `ids`, and the `top` largest (at most vocab).
+
+    Rows `picks` int64 [n] of logits fp32 [., vocab]; temperature fp32 [n], 0 counts as 1; ids int64
+    [n, width]. Of equal logits the lower id comes first. NaN where there is no distribution.
+    """
+    return _log_probs(logits, picks, temperature, ids, top)
 
 
 def pack(weight: Tensor, format: str = "", group: int = 0) -> PackedWeight:

@@ -11,6 +11,7 @@ from torch import Tensor
 from headrace.ops import ref_lowbit
 from headrace.ops.packed import FLOAT_FORMATS, PackedWeight, check_quantized, format_of
 from headrace.ops.ref_attention import paged_attention, write_kv
+from headrace.ops.ref_sampling import log_probs, sample
 
 __all__ = [
     "embedding",
@@ -20,6 +21,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_packed",
+    "log_probs",
     "logits",
     "logits_packed",
     "pack",
@@ -29,6 +31,7 @@ __all__ = [
     "rotary",
     "rotary_kv",
     "rotary_table",
+    "sample",
     "silu_mul",
     "stored_dtype",
     "write_kv",

@@ -21,7 +21,8 @@ class Layout:
     """Where the chunks of a plan lie among the tokens of a step; int64 [chunks] each.
 
     A chunk runs positions `start..end` of its `row`, its drafts included, and `offset` is the place
-    of its first token. `known_end` is where drafts begin, and `samples` is bool.
+    of its first token. `known_end` is where drafts begin, and `samples` is bool. `decodes`: every
+    chunk is one token without drafts and samples, as most steps are; much is simpler then.
     """
 
     row: np.ndarray
@@ -30,10 +31,8 @@ class Layout:
     end: np.ndarray
     offset: np.ndarray
     samples: np.ndarray
-
-    @property
-    def tokens(self) -> int:
-        return int(self.offset[-1] + self.end[-1] - self.start[-1])
+    tokens: int
+    decodes: bool
 
     def targets(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Where tokens are sampled: after the last known token and after every draft.
@@ -41,6 +40,8 @@ class Layout:
         Rows, positions of the sampled tokens and places of the logits among the tokens of the
         step; int64 [n] each, in the order of the chunks.
         """
+        if self.decodes:
+            return self.row, self.end, self.offset
         chunk = np.flatnonzero(self.samples)
         positions = self.known_end[chunk]
         counts = self.end[chunk] - positions + 1
@@ -55,18 +56,27 @@ class Layout:
 def lay_out(chunks: Sequence[Chunk]) -> Layout:
     """Columns of the chunks of a plan (at least one)."""
     flat: list[int] = []
+    decodes = True
     for chunk in chunks:
-        flat += (chunk.row, chunk.start, chunk.count, len(chunk.draft), chunk.samples)
-    row, start, count, draft, samples = np.fromiter(flat, np.int64, len(flat)).reshape(-1, 5).T
+        drafts = len(chunk.draft)
+        decodes = decodes and chunk.count == 1 and chunk.samples and not drafts
+        flat += (chunk.row, chunk.start, chunk.count, drafts, chunk.samples)
+    row, start, count, draft, samples = np.array(flat).reshape(-1, 5).T.copy()
+    if decodes:
+        end = start + 1
+        offset = np.arange(len(chunks))
+        return Layout(row, start, end, end, offset, samples, len(chunks), True)
     known_end = start + count
-    length = count + draft
+    ends = np.cumsum(count + draft)
     return Layout(
         row=row,
         start=start,
         known_end=known_end,
         end=known_end + draft,
-        offset=np.cumsum(length) - length,
+        offset=ends - (count + draft),
         samples=samples.astype(bool),
+        tokens=int(ends[-1]),
+        decodes=False,
     )
 
 
@@ -83,7 +93,7 @@ def build_batch(
 ) -> ForwardBatch:
     """Tokens, positions and attention metadata of a step, looked up in the tables."""
     chunks, tokens = len(layout.row), layout.tokens
-    if tokens == chunks:
+    if layout.decodes:
         rows, positions = layout.row, layout.start
     else:
         length = layout.end - layout.start

@@ -87,6 +87,7 @@ class RecordedGraph:
         batch = _blank_batch(caches, page_size, 1)
         width = model.cos_sin(batch).shape[1]
         self.cos_sin = torch.empty(tokens, width)
+        self.angles = self.cos_sin.numpy()  # assigning through numpy takes half the time
         self.caches = caches
         size = _FIRST_ARENA
         while True:
@@ -109,7 +110,7 @@ class RecordedGraph:
         tokens = len(batch.ids)
         if tokens > self.tokens:
             return self.eager.forward(batch)
-        self.cos_sin[:tokens] = self.model.cos_sin(batch)
+        self.angles[:tokens] = self.model.cos_sin(batch).numpy()
         self.body.replay(_step(batch))
         return self.hidden[:tokens]
 

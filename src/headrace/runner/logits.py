@@ -10,10 +10,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from headrace import ops
 from headrace.core.messages import LogprobSpec
 from headrace.core.plan import ScoredToken
 from headrace.runner.memory import LOGITS_BYTES, LOGITS_COPIES
-from headrace.runner.sampler import scaled
 from headrace.runner.tables import RowTables
 
 
@@ -31,11 +31,11 @@ def score_samples(
     scores: list[ScoredToken | None] = [None] * len(rows)
     asking = np.flatnonzero(tables.scored[rows])
     if len(asking):
-        chosen = scaled(logits[torch.from_numpy(asking)], tables.temperature[rows[asking]])
-        values = torch.log_softmax(chosen, dim=-1).numpy()
-        for index, row_values in zip(asking, values, strict=True):
-            spec = tables.spec(int(rows[index])).logprobs
-            scores[index] = score(row_values, int(tokens[index]), spec)
+        specs = [tables.spec(row).logprobs for row in rows[asking].tolist()]
+        temperature = tables.sampling.records["temperature"][rows[asking]]
+        found = _scores(logits, asking, temperature, tokens[asking], specs)
+        for index, score in zip(asking.tolist(), found, strict=True):
+            scores[index] = score
     return scores
 
 
@@ -43,26 +43,32 @@ def score_prompt(
     logits: torch.Tensor, next_tokens: np.ndarray, spec: LogprobSpec | None
 ) -> list[ScoredToken]:
     """Scores of the prompt tokens int32 [n] that follow the positions of logits [n, vocab]."""
-    values = torch.log_softmax(logits, dim=-1).numpy()
-    pairs = zip(values, next_tokens.tolist(), strict=True)
-    return [score(row_values, token, spec) for row_values, token in pairs]
+    count = len(next_tokens)
+    temperature = np.ones(count, dtype=np.float32)
+    return _scores(logits, np.arange(count), temperature, next_tokens, [spec] * count)
 
 
-def score(values: np.ndarray, token: int, spec: LogprobSpec | None) -> ScoredToken:
-    """What `spec` wants of the log-probabilities float32 [vocab] at one position."""
-    if spec is None:
-        return ScoredToken(float(values[token]))
-    return ScoredToken(
-        logprob=float(values[token]),
-        top=largest(values, spec.top) if spec.top > 0 else [],
-        ids=[(other, float(values[other])) for other in spec.ids],
-    )
-
-
-def largest(values: np.ndarray, count: int) -> list[tuple[int, float]]:
-    """The `count` largest (id, value) in falling order; of equal ones the lower id comes first."""
-    count = min(count, len(values))
-    last = np.partition(values, len(values) - count)[len(values) - count]
-    ids = np.flatnonzero(values >= last)
-    ids = ids[np.argsort(-values[ids], kind="stable")[:count]]
-    return list(zip(ids.tolist(), values[ids].tolist(), strict=True))
+def _scores(
+    logits: torch.Tensor,
+    picks: np.ndarray,
+    temperature: np.ndarray,
+    tokens: np.ndarray,
+    specs: list[LogprobSpec | None],
+) -> list[ScoredToken]:
+    """What each spec wants at rows `picks` of the logits."""
+    wanted = [spec or LogprobSpec() for spec in specs]
+    ids = np.zeros((len(picks), 1 + max(len(spec.ids) for spec in wanted)), dtype=np.int64)
+    ids[:, 0] = tokens
+    for row, spec in zip(ids, wanted, strict=True):
+        row[1 : 1 + len(spec.ids)] = spec.ids
+    top = max(spec.top for spec in wanted)
+    found = ops.log_probs(logits, picks, temperature, ids, top)
+    columns = zip(wanted, *(column.tolist() for column in found), strict=True)
+    return [
+        ScoredToken(
+            logprob=values[0],
+            top=list(zip(best[: spec.top], best_values[: spec.top], strict=True)),
+            ids=list(zip(spec.ids, values[1:], strict=False)),
+        )
+        for spec, values, best, best_values in columns
+    ]

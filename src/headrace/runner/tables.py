@@ -9,9 +9,9 @@ vocabulary size, whatever a plan brought.
 import numpy as np
 import torch
 
-from headrace.core.messages import unpack_ids
+from headrace.core.messages import SamplingParams, unpack_ids
 from headrace.core.plan import NewRow, StepPlan
-from headrace.runner.noise import RowNoise
+from headrace.ops.sampling import SampleTable, address, sample_row
 
 
 class RowTables:
@@ -19,7 +19,8 @@ class RowTables:
 
     `tokens` int32 [rows, max_len + 1] holds prompt and output, `pages` int32 [rows, max_pages]
     page ids; both are touched by the system only where they are used. `problems` tells why a row
-    cannot be served; its chunks are answered with that error.
+    cannot be served; its chunks are answered with that error. `sampling` is for `ops.sample`; the
+    lists that its records name are in `_lists`.
     """
 
     def __init__(self, rows: int, max_len: int, page_size: int, vocab_size: int) -> None:
@@ -31,14 +32,9 @@ class RowTables:
         self.specs: list[NewRow | None] = [None] * rows
         self.problems: dict[int, str] = {}
         self.prompt_len = np.zeros(rows, dtype=np.int32)
-        self.greedy = np.ones(rows, dtype=bool)
-        self.edited = np.zeros(rows, dtype=bool)
         self.scored = np.zeros(rows, dtype=bool)
-        self.temperature = np.ones(rows, dtype=np.float32)
-        self.top_k = np.full(rows, vocab_size, dtype=np.int64)
-        self.top_p = np.ones(rows, dtype=np.float64)
-        self.min_p = np.zeros(rows, dtype=np.float32)
-        self.noise = RowNoise(rows)
+        self.sampling = SampleTable(rows)
+        self._lists: list[tuple[np.ndarray, ...]] = [()] * rows
 
     def apply(self, plan: StepPlan) -> None:
         """Freed rows, new rows, pages: in this order, as a row may be freed and reused at once."""
@@ -66,17 +62,36 @@ class RowTables:
             ids = np.zeros_like(ids)
         self.tokens[row, : len(ids)] = ids
         self.prompt_len[row] = spec.prompt_len
-        self.greedy[row] = sampling.greedy
-        self.edited[row] = not problem and (
-            sampling.penalized or sampling.min_new_tokens > 0 or bool(sampling.logit_bias)
-        )
         self.scored[row] = not problem and spec.logprobs is not None
-        self.temperature[row] = 1.0 if sampling.greedy else sampling.temperature
-        limit = sampling.top_k if sampling.top_k > 0 else self.vocab_size
-        self.top_k[row] = min(limit, self.vocab_size)
-        self.top_p[row] = sampling.top_p
-        self.min_p[row] = sampling.min_p
-        self.noise.assign(row, spec.seed, spec.sample_index)
+        self._set_draw(spec, SamplingParams() if problem else sampling)
+
+    def _set_draw(self, spec: NewRow, sampling: SamplingParams) -> None:
+        """How the row is sampled, in the form of `ops.sample`."""
+        row = spec.row
+        bias_ids = np.fromiter(sampling.logit_bias.keys(), dtype=np.int32)
+        bias = np.fromiter(sampling.logit_bias.values(), dtype=np.float32)
+        stops = np.array(sampling.stop_token_ids, dtype=np.int64)
+        stops = stops[(stops >= 0) & (stops < self.vocab_size)].astype(np.int32)
+        self._lists[row] = (bias_ids, bias, stops)
+        self.sampling.records[row] = sample_row(
+            tokens=address(self.tokens) + row * self.tokens.strides[0],
+            prompt_len=spec.prompt_len,
+            bias_ids=address(bias_ids),
+            bias=address(bias),
+            bias_count=len(bias_ids),
+            stops=address(stops),
+            stop_count=len(stops),
+            min_new_tokens=sampling.min_new_tokens,
+            seed=spec.seed & (1 << 64) - 1,
+            sample_index=spec.sample_index,
+            temperature=0.0 if sampling.greedy else sampling.temperature,
+            top_k=sampling.top_k if 0 < sampling.top_k < self.vocab_size else 0,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            frequency_penalty=sampling.frequency_penalty,
+            presence_penalty=sampling.presence_penalty,
+            repetition_penalty=sampling.repetition_penalty,
+        )
 
     def _problem(self, spec: NewRow, ids: np.ndarray) -> str:
         """Why the model cannot take these ids, or "": one bad row must not end a whole step."""

@@ -14,6 +14,7 @@ if LIBRARY is not None:
     from headrace.ops.cpu.norm import layer_norm, rms_norm
     from headrace.ops.cpu.packing import embedding_packed, pack, pack_quantized, stored_dtype
     from headrace.ops.cpu.rope import rotary, rotary_kv, write_kv
+    from headrace.ops.cpu.sampling import log_probs, sample
 
     __all__ += [
         "embedding",
@@ -22,6 +23,7 @@ if LIBRARY is not None:
         "gelu_mul",
         "layer_norm",
         "linear_packed",
+        "log_probs",
         "logits_packed",
         "pack",
         "pack_quantized",
@@ -29,6 +31,7 @@ if LIBRARY is not None:
         "rms_norm",
         "rotary",
         "rotary_kv",
+        "sample",
         "silu_mul",
         "stored_dtype",
         "write_kv",

@@ -2,7 +2,8 @@
 
 Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3"
 (SC 2011). A number depends on its key alone, never on what was drawn before it, so a request draws
-the same tokens alone, in a batch, after a retraction or on another server. Knows no torch.
+the same tokens alone, in a batch, after a retraction or on another server. csrc/kernels/sample.cpp
+computes the same numbers.
 """
 
 import numpy as np
@@ -12,8 +13,6 @@ _KEY_STEPS = np.array([[0x9E3779B9], [0xBB67AE85]], dtype=np.uint64)
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 _ROUNDS = 10
-# Numbers are computed for this many positions of a row at a time.
-_BLOCK = 64
 
 
 def philox4x32(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
@@ -47,40 +46,3 @@ def uniform(seed: np.ndarray, sample_index: np.ndarray, position: np.ndarray) ->
     bits = (words[0] << np.uint64(20)) | (words[1] >> np.uint64(12))
     numbers: np.ndarray = bits.astype(np.float64) * 2.0**-52
     return numbers
-
-
-class RowNoise:
-    """Numbers of rows, computed a block of positions at a time because that costs the same."""
-
-    def __init__(self, rows: int) -> None:
-        self._seed = np.zeros(rows, dtype=np.uint64)
-        self._sample_index = np.zeros(rows, dtype=np.int64)
-        self._block = np.full(rows, -1, dtype=np.int64)
-        self._numbers = np.zeros((rows, _BLOCK), dtype=np.float64)
-
-    def assign(self, row: int, seed: int, sample_index: int) -> None:
-        """Give a row its key; `seed` counts modulo 2**64."""
-        self._seed[row] = seed & (1 << 64) - 1
-        self._sample_index[row] = sample_index
-        self._block[row] = -1
-
-    def at(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Numbers float64 [n] of `positions` of `rows`, integers [n]."""
-        blocks, offsets = np.divmod(positions, _BLOCK)
-        missing = self._block[rows] != blocks
-        if missing.any():
-            self._fill(rows[missing], blocks[missing])
-            if (self._block[rows] != blocks).any():
-                # A row at positions of two blocks (drafts across a border): one block cannot serve.
-                return uniform(self._seed[rows], self._sample_index[rows], positions)
-        numbers: np.ndarray = self._numbers[rows, offsets]
-        return numbers
-
-    def _fill(self, rows: np.ndarray, blocks: np.ndarray) -> None:
-        positions = blocks[:, None] * _BLOCK + np.arange(_BLOCK)
-        seed, sample_index = self._seed[rows], self._sample_index[rows]
-        numbers = uniform(
-            np.repeat(seed, _BLOCK), np.repeat(sample_index, _BLOCK), positions.ravel()
-        )
-        self._numbers[rows] = numbers.reshape(positions.shape)
-        self._block[rows] = blocks

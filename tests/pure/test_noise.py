@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from headrace.runner.noise import RowNoise, philox4x32, uniform
+from headrace.core.noise import philox4x32, uniform
 
 # tests/kat_vectors of github.com/DEShawResearch/random123, lines "philox4x32 10".
 VECTORS = [
@@ -61,28 +61,3 @@ def test_uniform_is_uniform():
     numbers = uniform(np.full(20000, 3, np.uint64), np.zeros(20000, int), np.arange(20000))
     counts = np.histogram(numbers, bins=20, range=(0, 1))[0]
     assert ((counts - 1000) ** 2 / 1000).sum() < 43.8  # chi-square, 19 degrees, p = 0.001
-
-
-def test_rows_give_the_same_numbers_in_any_order_and_company():
-    noise = RowNoise(4)
-    keys = {0: (7, 0), 1: (7, 1), 2: (-1, 0), 3: (2**63 + 5, 3)}
-    for row, key in keys.items():
-        noise.assign(row, *key)
-    order = np.random.default_rng(0)
-    for _ in range(50):
-        rows = order.integers(0, 4, size=5)
-        positions = order.integers(0, 300, size=5)
-        expected = [
-            at(keys[row][0] % 2**64, keys[row][1], position)
-            for row, position in zip(rows.tolist(), positions.tolist(), strict=True)
-        ]
-        assert noise.at(rows, positions).tolist() == expected
-
-
-def test_a_reused_row_has_its_new_key():
-    noise = RowNoise(1)
-    row, position = np.array([0]), np.array([3])
-    noise.assign(0, 1, 0)
-    first = noise.at(row, position)[0]
-    noise.assign(0, 2, 0)
-    assert noise.at(row, position)[0] == at(2, 0, 3) != first
