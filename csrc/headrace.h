@@ -142,7 +142,8 @@ typedef struct {
   const float* offsets;  // i4: as `scales`; null where symmetric
 } hr_pack_lowbit_args;
 
-// linear: y = x W^T + bias; x and y fp32, bf16 or f16, sums in fp32. (kernels/linear.cpp)
+// linear: y = x W^T + bias + residual; x and y fp32, bf16 or f16, sums in fp32, rounded once.
+// (kernels/linear.cpp)
 // linear_int8, linear_int4: x is quantized to 8 bits per row, or per row and group of inputs, and
 // multiplied in integers; linear_fp8: weights are widened to fp32. (kernels/linear_*.cpp)
 typedef struct {
@@ -151,8 +152,21 @@ typedef struct {
   hr_weight weight;
   const void* bias;  // [out] or null
   int32_t bias_dtype;
-  int32_t over;  // hr_over
+  int32_t over;      // hr_over
+  hr_rows residual;  // of y's dtype; no data: none
 } hr_linear_args;
+
+// gated_linear: y = act(x G^T + bias) * (x U^T + bias). Both products are rounded to y's dtype
+// before the activation, so y has the bits of linear and gated one after the other.
+typedef struct {
+  hr_rows x;
+  hr_rows y;
+  hr_weight gate;
+  hr_weight up;      // of the same shape and dtype
+  const void* bias;  // [gate's, then up's] or null
+  int32_t bias_dtype;
+  int32_t activation;
+} hr_gated_linear_args;
 
 // unpack, unpack_int8, unpack_int4, unpack_fp8: rows step.ids of a packed weight, y [tokens, in] of
 // any float dtype (an embedding).
@@ -220,6 +234,32 @@ typedef struct {
   int32_t cache_dtype;
   int32_t interleaved;
 } hr_rotary_kv_args;
+
+// router: the `top_k` largest of each row of logits, the largest first and the lower expert among
+// equals; ids int32 [tokens, top_k], weights fp32 [tokens, top_k]: softmax over all experts, divided
+// by the sum of those chosen if `renormalize`. (kernels/moe.cpp)
+typedef struct {
+  hr_rows logits;
+  hr_rows weights;
+  int32_t* ids;
+  int64_t top_k;
+  int64_t renormalize;
+} hr_router_args;
+
+// moe: y[i] = sum over r of weights[i][r] * expert ids[i][r] of x[i], in the order of r, in fp32. An
+// expert is gated_linear, then linear with `down`, each rounded to x's dtype.
+typedef struct {
+  hr_rows x;
+  hr_rows y;
+  hr_rows weights;         // fp32 [tokens, top_k]
+  const int32_t* ids;      // [tokens, top_k]
+  const hr_weight* gates;  // [experts], as ups and downs
+  const hr_weight* ups;
+  const hr_weight* downs;
+  int64_t experts;
+  int64_t top_k;
+  int64_t activation;
+} hr_moe_args;
 
 // paged_attention: see headrace.ops. (kernels/attention.cpp)
 #define HR_MOST_HEAD_DIM 512

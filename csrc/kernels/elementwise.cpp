@@ -42,16 +42,6 @@ static void gather(const hr_gather_args& args, const hr_step& step) {
   });
 }
 
-template <int Activation>
-HR_INLINE vf activate(vf x) {
-  if (Activation == HR_SILU) return x / (set(1.0f) + exp(zero() - x));
-  if (Activation == HR_GELU_TANH) {
-    const vf inner = set(0.7978845608f) * fma(set(0.044715f) * x, x * x, x);
-    return set(0.5f) * x * (set(1.0f) + tanh(inner));
-  }
-  return set(0.5f) * x * (set(1.0f) + erf(x * set(0.7071067812f)));
-}
-
 template <int Activation, class T>
 static void gated_rows(const hr_gated_args& args, const hr_step& step) {
   const int64_t columns = args.y.columns;

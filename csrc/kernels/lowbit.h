@@ -130,14 +130,18 @@ static void each_row(int64_t rows, int64_t columns, const Body& body) {
 
 // ---- results ------------------------------------------------------------------------------------
 
-// One panel's part of y: y = value + bias, rounded to the dtype of y.
+// One panel's part of y: y = value + bias + residual, rounded to the dtype of y.
 struct Result {
   const hr_rows& y;
+  const hr_rows& residual;
   int64_t column, columns;  // `columns` of the panel's exist
   alignas(64) float bias[HR_PANEL];
 
   Result(const hr_linear_args& args, int64_t panel)
-      : y(args.y), column(panel * HR_PANEL), columns(least(args.weight.out - column, HR_PANEL)) {
+      : y(args.y),
+        residual(args.residual),
+        column(panel * HR_PANEL),
+        columns(least(args.weight.out - column, HR_PANEL)) {
     for (int64_t j = 0; j < HR_PANEL; ++j) bias[j] = 0.0f;
     const hr_rows row = {const_cast<void*>(args.bias), 0, columns, args.bias_dtype};
     if (args.bias) load_row(row, 0, column, columns, bias);
@@ -148,6 +152,11 @@ struct Result {
     const int64_t count = least(columns - j, kLanes), at = row * y.stride + column + j;
     if (count <= 0) return;
     value = value + load(bias + j);
+    if (residual.data) {
+      alignas(64) float more[kLanes] = {};
+      load_row(residual, row, column + j, count, more);
+      value = value + load(more);
+    }
     if (y.dtype == HR_F32) put(static_cast<float*>(y.data) + at, value, count);
     if (y.dtype == HR_BF16) put(static_cast<bf16*>(y.data) + at, value, count);
     if (y.dtype == HR_F16) put(static_cast<f16*>(y.data) + at, value, count);

@@ -51,6 +51,14 @@ static inline void store_row(const hr_rows& rows, int64_t row, int64_t column, i
   if (rows.dtype == HR_F16) store_elements(from, count, row_of<f16>(rows, row) + column);
 }
 
+// x as it is after a stay in memory.
+template <class T>
+HR_INLINE vf rounded(vf x) {
+  alignas(64) T lanes[kLanes];
+  store(lanes, x);
+  return load(lanes);
+}
+
 // Calls body(T()) for the element type of a float dtype.
 template <class Body>
 static inline void with_type(int32_t dtype, const Body& body) {
@@ -71,6 +79,20 @@ HR_INLINE vf erf(vf x) {
   p = fma(p, t, set(0.254829592f));
   const vf y = set(1.0f) - p * t * exp(zero() - size * size);
   return select(x < zero(), zero() - y, y);
+}
+
+template <int Activation>
+HR_INLINE vf activate(vf x) {
+  if (Activation == HR_SILU) return x / (set(1.0f) + exp(zero() - x));
+  if (Activation == HR_GELU_TANH) {
+    const vf inner = set(0.7978845608f) * fma(set(0.044715f) * x, x * x, x);
+    return set(0.5f) * x * (set(1.0f) + tanh(inner));
+  }
+  return set(0.5f) * x * (set(1.0f) + erf(x * set(0.7071067812f)));
+}
+HR_INLINE vf activate(vf x, int32_t activation) {
+  if (activation == HR_SILU) return activate<HR_SILU>(x);
+  return activation == HR_GELU_TANH ? activate<HR_GELU_TANH>(x) : activate<HR_GELU_ERF>(x);
 }
 
 }  // namespace HR_NS

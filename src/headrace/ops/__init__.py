@@ -7,16 +7,19 @@ which device or instruction set there is. Tensors named `x` are [tokens, ...] in
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from headrace.ops import cpu, ref
+from headrace.ops.experts import PackedExperts
 from headrace.ops.meta import AttentionMeta
 from headrace.ops.packed import PackedWeight
 from headrace.ops.sampling import LogProbs, Sampled, SampleTable
+
+Activation = Literal["silu", "gelu_tanh", "gelu_erf"]
 
 # Best first; `ref` has every operator.
 _IMPLEMENTATIONS: dict[str, ModuleType] = {"cpu": cpu, "ref": ref}
@@ -69,6 +72,10 @@ _pack_quantized: Callable[..., PackedWeight] = _best("pack_quantized")
 _linear_packed: Callable[..., Tensor] = _best("linear_packed")
 _logits_packed: Callable[..., Tensor] = _best("logits_packed")
 _embedding_packed: Callable[..., Tensor] = _best("embedding_packed")
+_gated_packed: Callable[..., Tensor] = _best("gated_packed")
+_router_topk: Callable[..., tuple[Tensor, Tensor]] = _best("router_topk")
+_pack_experts: Callable[..., PackedExperts] = _best("pack_experts")
+_moe_packed: Callable[..., Tensor] = _best("moe_packed")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -245,12 +252,25 @@ def pack_quantized(
     return _pack_quantized(values, scales, format, group, offsets)
 
 
-def linear_packed(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """`linear` with a packed weight.
+def linear_packed(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """`linear` with a packed weight; with a `residual` [tokens, out], their sum, rounded once.
 
     int8 and int4 weights also quantize x: to int8 with a scale per row, or per row and group.
     """
-    return _linear_packed(x, weight, bias)
+    return _linear_packed(x, weight, bias, residual)
+
+
+def gated_packed(
+    x: Tensor, weight: PackedWeight, activation: Activation, bias: Tensor | None = None
+) -> Tensor:
+    """act(gate) * up of x [tokens, in] and a weight of gate rows, then as many up rows.
+
+    -> [tokens, out / 2]. The bits of `linear_packed`, then `silu_mul` or `gelu_mul`: gate and up
+    are rounded to x's dtype between.
+    """
+    return _gated_packed(x, weight, activation, bias)
 
 
 def logits_packed(hidden: Tensor, weight: PackedWeight) -> Tensor:
@@ -261,3 +281,28 @@ def logits_packed(hidden: Tensor, weight: PackedWeight) -> Tensor:
 def embedding_packed(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """`embedding` with a packed weight, as `dtype`."""
     return _embedding_packed(ids, weight, dtype)
+
+
+def router_topk(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+    """The experts of each token: ids int32 and weights fp32, both [tokens, top_k], largest first.
+
+    logits [tokens, experts]. Weights are the softmax over all experts, in fp32, divided by the sum
+    of those chosen if `renormalize`. Of equal experts the lower one comes first.
+    """
+    return _router_topk(logits, top_k, renormalize)
+
+
+def pack_experts(gate_up: Tensor, down: Tensor) -> PackedExperts:
+    """gate_up [experts, gate rows | up rows, hidden], down [experts, hidden, inner]: see `pack`."""
+    return _pack_experts(gate_up, down)
+
+
+def moe_packed(
+    x: Tensor, experts: PackedExperts, ids: Tensor, weights: Tensor, activation: Activation
+) -> Tensor:
+    """Gated feed-forward blocks of the chosen experts, weighted and summed in the order of choice.
+
+    x [tokens, hidden], ids and weights as from `router_topk` -> [tokens, hidden]. Each expert's
+    output is rounded to x's dtype; the sum is in fp32 and rounded once.
+    """
+    return _moe_packed(x, experts, ids, weights, activation)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headrace.ops import ref_lowbit
+from headrace.ops.experts import PackedExperts
 from headrace.ops.packed import FLOAT_FORMATS, PackedWeight, check_quantized, format_of
 from headrace.ops.ref_attention import paged_attention, write_kv
 from headrace.ops.ref_sampling import log_probs, sample
@@ -16,6 +17,7 @@ from headrace.ops.ref_sampling import log_probs, sample
 __all__ = [
     "embedding",
     "embedding_packed",
+    "gated_packed",
     "gather",
     "gelu_mul",
     "layer_norm",
@@ -24,13 +26,16 @@ __all__ = [
     "log_probs",
     "logits",
     "logits_packed",
+    "moe_packed",
     "pack",
+    "pack_experts",
     "pack_quantized",
     "paged_attention",
     "rms_norm",
     "rotary",
     "rotary_kv",
     "rotary_table",
+    "router_topk",
     "sample",
     "silu_mul",
     "stored_dtype",
@@ -129,10 +134,24 @@ def pack_quantized(
     return ref_lowbit.pack(check_quantized(values, scales, format, group, offsets))
 
 
-def linear_packed(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+def linear_packed(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tensor | None = None
+) -> Tensor:
     if weight.format not in FLOAT_FORMATS:
-        return ref_lowbit.linear(x, weight, bias).to(x.dtype)
-    return F.linear(x, weight.data, bias)
+        y = ref_lowbit.linear(x, weight, bias)
+        return (y if residual is None else y + residual).to(x.dtype)
+    if residual is None:
+        return F.linear(x, weight.data, bias)
+    y = F.linear(x.float(), weight.data.float(), None if bias is None else bias.float())
+    return (y + residual).to(x.dtype)
+
+
+def gated_packed(x: Tensor, weight: PackedWeight, activation: str, bias: Tensor | None) -> Tensor:
+    gate_up = linear_packed(x, weight, bias)
+    return silu_mul(gate_up) if activation == "silu" else gelu_mul(gate_up, _TANH[activation])
+
+
+_TANH = {"gelu_tanh": True, "gelu_erf": False}
 
 
 def logits_packed(hidden: Tensor, weight: PackedWeight) -> Tensor:
@@ -145,3 +164,34 @@ def embedding_packed(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> T
     if weight.format not in FLOAT_FORMATS:
         return ref_lowbit.rows(weight, ids).to(dtype)
     return embedding(ids, weight.data).to(dtype)
+
+
+def router_topk(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+    # Stable: of equal experts the lower one comes first.
+    order = torch.sort(logits.float(), dim=-1, descending=True, stable=True).indices[:, :top_k]
+    weights = logits.float().softmax(dim=-1).gather(1, order)
+    if renormalize:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    return order.int(), weights
+
+
+def pack_experts(gate_up: Tensor, down: Tensor) -> PackedExperts:
+    gate, up = gate_up.chunk(2, dim=1)
+    return PackedExperts(*(tuple(map(pack, weights)) for weights in (gate, up, down)))
+
+
+def moe_packed(
+    x: Tensor, experts: PackedExperts, ids: Tensor, weights: Tensor, activation: str
+) -> Tensor:
+    chosen = x.new_zeros(*ids.shape, experts.downs[0].out_size)
+    for index, (gate, up, down) in enumerate(
+        zip(experts.gates, experts.ups, experts.downs, strict=True)
+    ):
+        tokens, rank = (ids == index).nonzero(as_tuple=True)
+        gate_up = pack(torch.cat((gate.data, up.data)))
+        inner = gated_packed(x[tokens], gate_up, activation, None)
+        chosen[tokens, rank] = linear_packed(inner, down, None)
+    y = torch.zeros(chosen.shape[::2])
+    for rank in range(ids.shape[1]):
+        y += weights[:, rank, None] * chosen[:, rank]
+    return y.to(x.dtype)

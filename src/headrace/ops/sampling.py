@@ -6,7 +6,7 @@ Knows nothing of requests or batches.
 """
 
 import ctypes
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -68,7 +68,7 @@ def sample_row(**fields: Any) -> tuple[Any, ...]:
 def address(array: np.ndarray) -> int:
     """Where the elements of a contiguous, writable array begin; 0 if it has none."""
     # Much faster than array.ctypes.data.
-    return ctypes.addressof(ctypes.c_char.from_buffer(array)) if array.size else 0
+    return ctypes.addressof(ctypes.c_char.from_buffer(cast(Any, array))) if array.size else 0
 
 
 def array_at(place: int, count: int, kind: type[Any]) -> np.ndarray:

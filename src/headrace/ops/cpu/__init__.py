@@ -10,7 +10,8 @@ __all__: list[str] = ["LIBRARY"]
 if LIBRARY is not None:
     from headrace.ops.cpu.attention import paged_attention
     from headrace.ops.cpu.elementwise import embedding, gather, gelu_mul, silu_mul
-    from headrace.ops.cpu.matmul import linear_packed, logits_packed
+    from headrace.ops.cpu.matmul import gated_packed, linear_packed, logits_packed
+    from headrace.ops.cpu.moe import moe_packed, pack_experts, router_topk
     from headrace.ops.cpu.norm import layer_norm, rms_norm
     from headrace.ops.cpu.packing import embedding_packed, pack, pack_quantized, stored_dtype
     from headrace.ops.cpu.rope import rotary, rotary_kv, write_kv
@@ -19,18 +20,22 @@ if LIBRARY is not None:
     __all__ += [
         "embedding",
         "embedding_packed",
+        "gated_packed",
         "gather",
         "gelu_mul",
         "layer_norm",
         "linear_packed",
         "log_probs",
         "logits_packed",
+        "moe_packed",
         "pack",
+        "pack_experts",
         "pack_quantized",
         "paged_attention",
         "rms_norm",
         "rotary",
         "rotary_kv",
+        "router_topk",
         "sample",
         "silu_mul",
         "stored_dtype",

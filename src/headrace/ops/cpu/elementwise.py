@@ -7,7 +7,8 @@ from torch import Tensor
 from headrace.ops.cpu.library import DTYPES, Operator, Rows, Step, rows
 from headrace.ops.cpu.record import empty
 
-_SILU, _GELU_TANH, _GELU_ERF = range(3)
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu_erf": 2}
+"""hr_activation of the names that `ops.gated_packed` takes."""
 
 
 class _EmbeddingArgs(Structure):
@@ -41,14 +42,14 @@ def gather(x: Tensor, picks: Tensor) -> Tensor:
 
 
 def silu_mul(x: Tensor) -> Tensor:
-    return _gated(x, _SILU)
+    return _gated(x, "silu")
 
 
 def gelu_mul(x: Tensor, tanh: bool) -> Tensor:
-    return _gated(x, _GELU_TANH if tanh else _GELU_ERF)
+    return _gated(x, "gelu_tanh" if tanh else "gelu_erf")
 
 
-def _gated(x: Tensor, activation: int) -> Tensor:
+def _gated(x: Tensor, activation: str) -> Tensor:
     y = empty((len(x), x.shape[1] // 2), x.dtype)
-    _GATED(_GatedArgs(rows(x), rows(y), activation), Step(tokens=len(x)))
+    _GATED(_GatedArgs(rows(x), rows(y), ACTIVATIONS[activation]), Step(tokens=len(x)))
     return y

@@ -1,16 +1,18 @@
-"""linear_packed and logits_packed: bindings of csrc/kernels/linear.cpp and linear_*.cpp."""
+"""linear_packed, gated_packed and logits_packed: bindings of csrc/kernels/linear*.cpp."""
 
 from ctypes import Structure, c_int32, c_void_p
 
 import torch
 from torch import Tensor
 
+from headrace.ops.cpu.elementwise import ACTIVATIONS, gelu_mul, silu_mul
 from headrace.ops.cpu.library import DTYPES, Operator, Rows, Step, rows
 from headrace.ops.cpu.packing import Weight, mirror
 from headrace.ops.cpu.record import empty
-from headrace.ops.packed import PackedWeight
+from headrace.ops.packed import FLOAT_FORMATS, PackedWeight
 
 _TOKENS, _PICKED = range(2)  # hr_over
+PANEL = 32  # HR_PANEL
 
 
 class _LinearArgs(Structure):
@@ -21,15 +23,32 @@ class _LinearArgs(Structure):
         ("bias", c_void_p),
         ("bias_dtype", c_int32),
         ("over", c_int32),
+        ("residual", Rows),
+    )
+
+
+class _GatedLinearArgs(Structure):
+    _fields_ = (
+        ("x", Rows),
+        ("y", Rows),
+        ("gate", Weight),
+        ("up", Weight),
+        ("bias", c_void_p),
+        ("bias_dtype", c_int32),
+        ("activation", c_int32),
     )
 
 
 _LINEAR = Operator("linear", _LinearArgs)
 _LOWBIT = {name: Operator(f"linear_{name}", _LinearArgs) for name in ("int8", "int4", "fp8")}
+_GATED_LINEAR = Operator("gated_linear", _GatedLinearArgs)
 
 
-def linear_packed(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    return _multiply(x, weight, bias, empty((len(x), weight.out_size), x.dtype), _TOKENS)
+def linear_packed(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tensor | None = None
+) -> Tensor:
+    y = empty((len(x), weight.out_size), x.dtype)
+    return _multiply(x, weight, bias, y, _TOKENS, residual)
 
 
 def logits_packed(hidden: Tensor, weight: PackedWeight) -> Tensor:
@@ -37,10 +56,46 @@ def logits_packed(hidden: Tensor, weight: PackedWeight) -> Tensor:
     return _multiply(hidden, weight, None, y, _PICKED)
 
 
-def _multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor, over: int) -> Tensor:
-    if x.shape[1] != weight.in_size:
-        raise ValueError(f"x has {x.shape[1]} columns, the weight {weight.in_size} inputs")
-    address, kind = (None, 0) if bias is None else (bias.data_ptr(), DTYPES[bias.dtype])
-    args = _LinearArgs(rows(x), rows(y), mirror(weight), address, kind, over)
+def gated_packed(x: Tensor, weight: PackedWeight, activation: str, bias: Tensor | None) -> Tensor:
+    """In one call where gate and up begin at a panel, else in two: the bits are the same."""
+    inner = weight.out_size // 2
+    if inner % PANEL or weight.format not in FLOAT_FORMATS:
+        product = linear_packed(x, weight, bias)
+        if activation == "silu":
+            return silu_mul(product)
+        return gelu_mul(product, activation == "gelu_tanh")
+    _check(x, weight)
+    y = empty((len(x), inner), x.dtype)
+    gate, up = mirror(weight), mirror(weight)
+    gate.out_size = up.out_size = inner
+    up.data += weight.data.nbytes // 2
+    args = _GatedLinearArgs(rows(x), rows(y), gate, up, *_bias(bias), ACTIVATIONS[activation])
+    _GATED_LINEAR(args, Step(tokens=len(x)))
+    return y
+
+
+def _multiply(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    y: Tensor,
+    over: int,
+    residual: Tensor | None = None,
+) -> Tensor:
+    _check(x, weight)
+    args = _LinearArgs(rows(x), rows(y), mirror(weight), *_bias(bias), over)
+    if residual is not None:
+        if residual.shape != y.shape or residual.dtype != y.dtype:
+            raise ValueError(f"a residual must be {y.dtype} {tuple(y.shape)}, as the product")
+        args.residual = rows(residual)
     _LOWBIT.get(weight.format, _LINEAR)(args, Step(tokens=len(x), picked=len(x)))
     return y
+
+
+def _check(x: Tensor, weight: PackedWeight) -> None:
+    if x.shape[1] != weight.in_size:
+        raise ValueError(f"x has {x.shape[1]} columns, the weight {weight.in_size} inputs")
+
+
+def _bias(bias: Tensor | None) -> tuple[int | None, int]:
+    return (None, 0) if bias is None else (bias.data_ptr(), DTYPES[bias.dtype])

@@ -1,0 +1,136 @@
+// Blocks of rows and panels: how x is laid out, in which order a block's products run, and what is
+// fetched from memory meanwhile. Knows no types of weights: a Multiplier has them.
+#include "linear.h"
+#include "types.h"
+
+namespace HR_NS {
+
+constexpr int64_t kBlockBytes = 320 << 10;  // of x, kept in the second-level cache
+constexpr int64_t kPanelsAtOnce = 8;
+constexpr int64_t kNear = 1024;  // bytes that a single tile fetches ahead in its own stream
+
+// ---- rows of x ----------------------------------------------------------------------------------
+
+template <class X>
+static void widen_row(const X* from, int64_t count, char* to) {
+  float* out = reinterpret_cast<float*>(to);
+  load_elements(from, count, out);
+  if (count % 2) out[count] = 0.0f;
+}
+
+static void copy_pairs(const uint16_t* from, int64_t count, char* to) {
+  memcpy(to, from, static_cast<size_t>(count) * 2);
+  if (count % 2) memset(to + count * 2, 0, 2);
+}
+
+void lay_out(const hr_rows& x, int64_t first, const int32_t* which, const Input& input) {
+  const int64_t width = 2 * kPairsAtOnce, rows = input.tiling.rows, bytes = input.row_bytes();
+  const int64_t size = x.dtype == HR_F32 ? 4 : 2;
+  hr::parallel(rows, 1 + (1 << 15) / (x.columns + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t row = which ? which[r] : first + r;
+      const char* source = static_cast<const char*>(x.data) + row * x.stride * size;
+      for (int64_t k = 0; k < x.columns; k += width) {
+        const int64_t count = x.columns - k < width ? x.columns - k : width;
+        char* target = input.data + (k / width * rows + r) * bytes;
+        const char* from = source + k * size;
+        if (input.how.bf16_rows) {
+          copy_pairs(reinterpret_cast<const uint16_t*>(from), count, target);
+        } else {
+          with_type(x.dtype, [&](auto type) {
+            widen_row(reinterpret_cast<const decltype(type)*>(from), count, target);
+          });
+        }
+      }
+    }
+  });
+}
+
+// ---- blocks -------------------------------------------------------------------------------------
+
+// Whether all of k fits: then a panel is read from front to back, one after another.
+static bool fits(const Input& input, int64_t rows) {
+  return rows * input.depth * (input.row_bytes() / kPairsAtOnce) <= kBlockBytes;
+}
+
+Cut::Cut(const Input& input, const hr_weight& weight)
+    : tiles(input.tiling.tiles), all_tiles(tiles), all_panels(HR_NS::panels(weight)) {
+  const int64_t rows = input.tiling.rows, work = input.depth * rows;
+  panels = 1 + (1 << 14) / (work + 1);
+  if (!fits(input, rows)) {
+    const int64_t most = kBlockBytes / (kMostTileRows * input.row_bytes());
+    const int64_t blocks = (tiles + most - 1) / most;
+    tiles = (tiles + blocks - 1) / blocks;
+    panels = kPanelsAtOnce;
+  }
+  if (panels > kPanelsAtOnce) panels = kPanelsAtOnce;
+  groups = (all_panels + panels - 1) / panels;
+}
+
+Block Cut::block(int64_t index) const {
+  const int64_t tile = index / groups * tiles, panel = index % groups * panels;
+  const int64_t last_tile = tile + tiles, last_panel = panel + panels;
+  return {tile, last_tile < all_tiles ? last_tile : all_tiles, panel,
+          last_panel < all_panels ? last_panel : all_panels};
+}
+
+namespace {
+
+// One panel and one block of k, all tiles of the block.
+struct Pass {
+  const Input& input;
+  const Block& block;
+  float* wide;
+
+  // w: the panel's block of k; then: what is read next.
+  void run(const char* w, int64_t k, int64_t count, float* c, const char* then) const {
+    const Tiling& tiling = input.tiling;
+    const Multiplier& how = input.how;
+    const int64_t tiles = block.last_tile - block.first_tile;
+    const char* x = input.data + k / kPairsAtOnce * tiling.rows * input.row_bytes();
+    const int64_t share = (how.pair_bytes + tiles - 1) / tiles;
+    TileArgs args{w, nullptr, count, c, k == 0, wide, how.again && tiles > 1 ? 2 * HR_PANEL : 0,
+                  w + kNear, how.pair_bytes};
+    if (how.widen) how.widen(w, count, wide);
+    for (int64_t t = block.first_tile; t < block.last_tile; ++t) {
+      const bool stored = how.widen || (how.again && t > block.first_tile);
+      args.w = stored ? reinterpret_cast<const char*>(wide) : w;
+      args.x = x + tiling.begin(t) * input.row_bytes();
+      if (tiles > 1) {
+        args.ahead = then + (t - block.first_tile) * count * share;
+        args.ahead_step = share;
+      }
+      (stored ? how.again : how.tiles)[tiling.size(t)](args);
+      args.c += tiling.size(t) * HR_PANEL;
+    }
+  }
+};
+
+}  // namespace
+
+void multiply(const Input& input, const hr_weight& weight, const Block& block, float* sums,
+              const char* then) {
+  const int64_t rows = block.rows(input.tiling), depth = input.depth;
+  const int64_t pair = input.how.pair_bytes, panel = depth * pair;
+  const char* data = static_cast<const char*>(weight.data);
+  const int64_t at_once = fits(input, input.tiling.rows) ? 1 : block.last - block.first;
+  alignas(64) float one_pair[2 * HR_PANEL];
+  float* wide = one_pair;
+  if (input.how.again) {
+    wide = static_cast<float*>(hr::scratch(kPairsAtOnce * 2 * HR_PANEL * sizeof(float), 2));
+  }
+  const Pass pass{input, block, wide};
+  for (int64_t first = block.first; first < block.last; first += at_once) {
+    for (int64_t k = 0; k < depth; k += kPairsAtOnce) {
+      const int64_t count = depth - k < kPairsAtOnce ? depth - k : kPairsAtOnce;
+      for (int64_t p = first; p < first + at_once; ++p) {
+        const char* w = data + p * panel + k * pair;
+        const bool last = p + 1 == block.last && k + count == depth;
+        const char* next = last && then ? then : w + (at_once == 1 ? count * pair : panel);
+        pass.run(w, k, count, sums + (p - block.first) * rows * HR_PANEL, next);
+      }
+    }
+  }
+}
+
+}  // namespace HR_NS
