@@ -76,6 +76,12 @@ class QuantMethod(Protocol):
         """x [tokens, in] -> [tokens, out]."""
         ...
 
+    def apply_gated(
+        self, weights: Weights, x: Tensor, bias: Tensor | None, activation: ops.Activation
+    ) -> Tensor:
+        """x [tokens, in] -> act(gate) * up [tokens, out / 2], where `apply` gives gate | up."""
+        ...
+
 
 class Unquantized:
     """The matrix as it is, in the model's dtype."""
@@ -92,6 +98,11 @@ class Unquantized:
 
     def apply(self, weights: Weights, x: Tensor, bias: Tensor | None) -> Tensor:
         return ops.linear_packed(x, weights["packed"], bias)
+
+    def apply_gated(
+        self, weights: Weights, x: Tensor, bias: Tensor | None, activation: ops.Activation
+    ) -> Tensor:
+        return ops.gated_packed(x, weights["packed"], activation, bias)
 
 
 def quant_method(hf: Mapping[str, Any]) -> QuantMethod:
