@@ -89,11 +89,13 @@ struct Pass {
     const int64_t tiles = block.last_tile - block.first_tile;
     const char* x = input.data + k / kPairsAtOnce * tiling.rows * input.row_bytes();
     const int64_t share = (how.pair_bytes + tiles - 1) / tiles;
-    TileArgs args{w, nullptr, count, c, k == 0, wide, how.again && tiles > 1 ? 2 * HR_PANEL : 0,
-                  w + kNear, how.pair_bytes};
+    // Storing costs the first tile about what reading saves one other.
+    const bool keep = how.again && !how.widen && tiles > 2;
+    TileArgs args{w, nullptr, count, c, k == 0, wide, keep ? 2 * HR_PANEL : 0, w + kNear,
+                  how.pair_bytes};
     if (how.widen) how.widen(w, count, wide);
     for (int64_t t = block.first_tile; t < block.last_tile; ++t) {
-      const bool stored = how.widen || (how.again && t > block.first_tile);
+      const bool stored = how.widen || (keep && t > block.first_tile);
       args.w = stored ? reinterpret_cast<const char*>(wide) : w;
       args.x = x + tiling.begin(t) * input.row_bytes();
       if (tiles > 1) {

@@ -18,12 +18,38 @@ HR_INLINE vu load_words(const uint32_t* p) {
   return words;
 }
 
+// sum += a * b. Not fma(): gcc 12 computes into other registers and copies them back.
+HR_INLINE void add_product(vf& sum, vf a, vf b) {
+#if HR_LEVEL >= 1
+  __asm__("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+#else
+  sum = fma(a, b, sum);
+#endif
+}
+
+// The same with one number for all lanes, which stays in memory.
+HR_INLINE void add_product(vf& sum, vf a, const float* b) {
+#if HR_LEVEL >= 2
+  __asm__("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(a), "m"(*b));
+#else
+  add_product(sum, a, set(*b));
+#endif
+}
+
+// Every fourth row's number is read twice instead of being kept in a register: the loads that are
+// free for it save instructions, of which the machine can only start four at once.
+static constexpr bool in_memory(int row) { return HR_LEVEL >= 2 && row % 4 == 3 && row > 3; }
+
 template <int R>
 HR_INLINE void add_products(vf (&sum)[R][kVectors], const float* x, const vf (&w)[kVectors]) {
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    const vf b = set(x[r * kStride<float>]);
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = fma(b, w[v], sum[r][v]);
+    if (in_memory(r)) {
+      for (int v = 0; v < kVectors; ++v) add_product(sum[r][v], w[v], x + r * kStride<float>);
+    } else {
+      const vf b = set(x[r * kStride<float>]);
+      for (int v = 0; v < kVectors; ++v) add_product(sum[r][v], w[v], b);
+    }
   }
 }
 
@@ -90,7 +116,7 @@ static void tile(const TileArgs& args) {
     auto* x = static_cast<const typename From::X*>(args.x);
     float *c = args.c + column, *wide = args.wide + column;
     const char* ahead = args.ahead;
-    const int64_t half = args.ahead_step / 2;
+    const int64_t second = args.ahead_step >= 128 ? args.ahead_step / 2 : 0;
     vf sum[R][kVectors];
     for (int r = 0; r < R; ++r) {
       for (int v = 0; v < kVectors; ++v) {
@@ -99,7 +125,7 @@ static void tile(const TileArgs& args) {
     }
     for (int64_t count = args.count; count > 0; --count) {
       prefetch(ahead);
-      prefetch(ahead + half);
+      if (second) prefetch(ahead + second);
       From::template step<R>(sum, w, x, wide);
       w += From::kWords;
       x += From::kInputs;

@@ -76,6 +76,51 @@ def test_fp32_activations_with_narrow_weights(dtype: torch.dtype, level: str) ->
     close(y, exact(x, weight, None), 1e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_residual_is_added_before_rounding(dtype: torch.dtype, level: str) -> None:
+    weight, bias = torch.randn(70, 90).to(dtype), torch.randn(70).to(dtype)
+    x, residual = torch.randn(29, 90).to(dtype), torch.randn(29, 70).to(dtype)
+    packed = cpu.pack(weight)
+    y = cpu.linear_packed(x, packed, bias, residual)
+    oracle = exact(x, weight, bias) + residual.double()
+    close(y, oracle, ROUNDING[dtype])
+    close(ref.linear_packed(x, ref.pack(weight), bias, residual), oracle, ROUNDING[dtype])
+    assert torch.equal(cpu.linear_packed(x[3:4], packed, bias, residual[3:4])[0], y[3])
+    if dtype == torch.float32:
+        assert torch.equal(y, cpu.linear_packed(x, packed, bias) + residual)
+    with pytest.raises(ValueError, match="residual must be"):
+        cpu.linear_packed(x, packed, bias, residual[:, 1:])
+
+
+GATES = {
+    "silu": lambda module, x: module.silu_mul(x),
+    "gelu_tanh": lambda module, x: module.gelu_mul(x, True),
+    "gelu_erf": lambda module, x: module.gelu_mul(x, False),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", GATES)
+@pytest.mark.parametrize("inner", [1, 64, 352])
+def test_gated_is_a_product_and_an_activation(
+    dtype: torch.dtype, activation: str, inner: int, level: str
+) -> None:
+    """The same bits in one call as in two, for rows alone and together, on any threads."""
+    weight = (torch.randn(2 * inner, 1100) / 30).to(dtype)
+    x, bias = torch.randn(61, 1100).to(dtype), torch.randn(2 * inner).to(dtype)
+    for module in (cpu, ref):
+        packed = module.pack(weight)
+        y = module.gated_packed(x, packed, activation, bias)
+        two = GATES[activation](module, module.linear_packed(x, packed, bias))
+        assert torch.equal(y, two)
+    packed = cpu.pack(weight)
+    y = cpu.gated_packed(x, packed, activation, None)
+    library.set_threads(3)
+    assert torch.equal(cpu.gated_packed(x, packed, activation, None), y)
+    for rows in (slice(7, 8), slice(20, 36), slice(40, 61)):
+        assert torch.equal(cpu.gated_packed(x[rows], packed, activation, None), y[rows])
+
+
 def test_values_that_were_bf16_are_stored_as_bf16(level: str) -> None:
     weight, x = torch.randn(70, 91).bfloat16(), torch.randn(9, 91)
     widened, narrow = cpu.pack(weight.float()), cpu.pack(weight)
@@ -102,6 +147,16 @@ def test_a_row_is_the_same_in_every_batch(dtype: torch.dtype, level: str) -> Non
     for row in range(len(x)):
         alone = cpu.linear_packed(x[row : row + 1], packed, bias)
         assert torch.equal(alone[0], together[row]), row
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_is_the_same_in_batches_of_every_size(dtype: torch.dtype, level: str) -> None:
+    """Of rows in the weights' own type: one tile, two, those that share widened weights, blocks."""
+    packed = cpu.pack(torch.randn(70, 1000).to(dtype))
+    x = torch.randn(200, 1000).to(dtype)
+    together = cpu.linear_packed(x, packed, None)
+    for count in (*range(1, 40), 67, 99, 150):
+        assert torch.equal(cpu.linear_packed(x[:count], packed, None), together[:count]), count
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -8,6 +8,7 @@ one (`qkv_linear`, `gate_up_linear`); checkpoints that stacked them already load
 import torch
 from torch import Tensor
 
+from headrace import ops
 from headrace.dist.topology import Cut, HeadSplit, even, whole
 from headrace.layers.build import Build
 from headrace.quant.base import (
@@ -41,6 +42,10 @@ class ColumnLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.method.apply(self.weights, x, self.bias)
+
+    def gated(self, x: Tensor, activation: ops.Activation) -> Tensor:
+        """Of two equal parts, gate and up: act(gate) * up, [tokens, rows of one part]."""
+        return self.method.apply_gated(self.weights, x, self.bias, activation)
 
     def targets(self, prefix: str) -> Targets:
         """Targets of each part, and of the stacked tensor if it has a name."""

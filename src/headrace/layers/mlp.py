@@ -1,8 +1,5 @@
 """The gated feed-forward block: down(act(gate(x)) * up(x)) (arXiv 2002.05202)."""
 
-from collections.abc import Callable
-from functools import partial
-
 from torch import Tensor
 
 from headrace import ops
@@ -11,13 +8,13 @@ from headrace.layers.build import Build
 from headrace.layers.linear import RowLinear, gate_up_linear
 from headrace.quant.base import Targets
 
-#: names of config.json's `hidden_act` -> operator on [tokens, gate | up]
-GATED_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": ops.silu_mul,
-    "swish": ops.silu_mul,
-    "gelu": partial(ops.gelu_mul, tanh=False),
-    "gelu_new": ops.gelu_mul,
-    "gelu_pytorch_tanh": ops.gelu_mul,
+#: names of config.json's `hidden_act` -> activation of the gate
+GATED_ACTIVATIONS: dict[str, ops.Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu_erf",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
 }
 
 
@@ -31,10 +28,10 @@ class GatedMLP:
         self.down = RowLinear(
             "down_proj", even(inner_size, build.shard), hidden_size, build, bias=bias
         )
-        self.act = GATED_ACTIVATIONS[activation]
+        self.activation = GATED_ACTIVATIONS[activation]
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.down(self.act(self.gate_up(x)))
+        return self.down(self.gate_up.gated(x, self.activation))
 
     def targets(self, prefix: str) -> Targets:
         return self.gate_up.targets(prefix) | self.down.targets(prefix)

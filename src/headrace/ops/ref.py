@@ -187,10 +187,10 @@ def moe_packed(
     for index, (gate, up, down) in enumerate(
         zip(experts.gates, experts.ups, experts.downs, strict=True)
     ):
-        tokens, rank = (ids == index).nonzero(as_tuple=True)
+        tokens, place = (ids == index).nonzero(as_tuple=True)
         gate_up = pack(torch.cat((gate.data, up.data)))
         inner = gated_packed(x[tokens], gate_up, activation, None)
-        chosen[tokens, rank] = linear_packed(inner, down, None)
+        chosen[tokens, place] = linear_packed(inner, down, None)
     y = torch.zeros(chosen.shape[::2])
     for rank in range(ids.shape[1]):
         y += weights[:, rank, None] * chosen[:, rank]

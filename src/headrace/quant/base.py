@@ -89,6 +89,12 @@ class QuantMethod(Protocol):
         """x [tokens, in] -> [tokens, out]."""
         ...
 
+    def apply_gated(
+        self, weights: Weights, x: Tensor, bias: Tensor | None, activation: ops.Activation
+    ) -> Tensor:
+        """x [tokens, in] -> act(gate) * up [tokens, out / 2], where `apply` gives gate | up."""
+        ...
+
 
 class Matrix:
     """A matrix [rows, columns] while it is loaded.

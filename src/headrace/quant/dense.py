@@ -33,6 +33,11 @@ class Dense:
     def apply(self, weights: Weights, x: Tensor, bias: Tensor | None) -> Tensor:
         return ops.linear_packed(x, weights["packed"], bias)
 
+    def apply_gated(
+        self, weights: Weights, x: Tensor, bias: Tensor | None, activation: ops.Activation
+    ) -> Tensor:
+        return ops.gated_packed(x, weights["packed"], activation, bias)
+
 
 METHODS = {
     "none": Dense(),

@@ -57,8 +57,9 @@ def router_topk(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, 
 
 def pack_experts(gate_up: Tensor, down: Tensor) -> PackedExperts:
     gate, up = gate_up.chunk(2, dim=1)
-    groups = [_pack_stack(weights) for weights in (gate, up, down)]
-    return PackedExperts(*groups, handle=[(Weight * len(g))(*map(mirror, g)) for g in groups])
+    gates, ups, downs = (_pack_stack(weights) for weights in (gate, up, down))
+    handle = [(Weight * len(g))(*map(mirror, g)) for g in (gates, ups, downs)]
+    return PackedExperts(gates, ups, downs, handle)
 
 
 def _pack_stack(weights: Tensor) -> tuple[PackedWeight, ...]:
