@@ -12,9 +12,11 @@ from headrace.text.parsers import reasoning as reasoning_block
 from headrace.text.parsers.calls import Grammar, marked, unmarked
 from headrace.text.parsers.detect import detect
 from headrace.text.parsers.events import OutputParser
+from headrace.text.parsers.harmony import HARMONY
 from headrace.text.parsers.reasoning import Block
 from headrace.text.parsers.schema import Tools
 from headrace.text.parsers.source import Chain, GrammarParser, Out, Source, Wait
+from headrace.text.parsers.structure import enforces, structure
 
 __all__ = [
     "HARMONY",
@@ -22,12 +24,15 @@ __all__ = [
     "REASONING",
     "TOOL_DIALECTS",
     "detect",
+    "dialect_of_calls",
+    "enforces",
     "make_parser",
     "markers",
     "prompt_opens",
+    "reasoning_end",
+    "structure",
 ]
 
-HARMONY = "gpt-oss"
 # What a model writes that a JSON schema forces to call tools; no model's own dialect.
 JSON_CALLS = "json"
 
@@ -58,9 +63,9 @@ _UNMARKED = {
 _BLOCKS: dict[str, Block] = {
     "deepseek-r1": reasoning_block.THINK_OPENED,
     "deepseek-v3": reasoning_block.THINK,
-    "qwen3": reasoning_block.THINK,
+    "qwen3": reasoning_block.THINK_USUAL,
     "qwen3-thinking": reasoning_block.THINK_OPENED,
-    "glm45": reasoning_block.THINK,
+    "glm45": reasoning_block.THINK_USUAL,
     "kimi": reasoning_block.KIMI,
     "kimi_k2": reasoning_block.THINK,
     "mistral": reasoning_block.MISTRAL,
@@ -141,6 +146,23 @@ def prompt_opens(reasoning: str, prompt: str) -> bool | None:
     if text.endswith(block.begin):
         return True
     return False if text.endswith(block.end) else None
+
+
+def reasoning_end(reasoning: str, opened: bool | None) -> str:
+    """The mark behind which a grammar begins to count, "" if no reasoning is to be expected.
+
+    `opened` as `prompt_opens` gives it. gpt-oss has channels instead: its grammar counts at once.
+    """
+    block = _BLOCKS.get(REASONING.get(reasoning, ""))
+    if block is None or opened is False or not (opened or block.usual):
+        return ""
+    return block.end[0]
+
+
+def dialect_of_calls(tools_dialect: str, choice: str | dict[str, Any]) -> str:
+    """The dialect in which calls come: a model without one, when forced, writes JSON_CALLS."""
+    dialect = TOOL_DIALECTS.get(tools_dialect, tools_dialect)
+    return dialect or (JSON_CALLS if choice not in ("auto", "none") else "")
 
 
 def markers(reasoning: str, tools_dialect: str) -> tuple[str, ...]:

@@ -16,6 +16,8 @@ from headrace.text.parsers.json_text import pass_json
 from headrace.text.parsers.schema import Tools
 from headrace.text.parsers.source import Mismatch, Out, Source, Wait
 
+# The name of the dialect and of the reasoning family.
+HARMONY = "gpt-oss"
 START, CHANNEL, CONSTRAIN = "<|start|>", "<|channel|>", "<|constrain|>"
 MESSAGE = "<|message|>"
 ENDS = ("<|end|>", "<|return|>", "<|call|>")

@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from headrace.text.parsers.calls import Body, Markers, Reader
-from headrace.text.parsers.json_text import dumps, loads
+from headrace.text.parsers.json_text import dumps, loads, take_json
 from headrace.text.parsers.source import Mismatch, Source, Wait
 
 LLAMA4_TAG = "<|python_start|>"
@@ -204,6 +204,8 @@ class _GemmaValue:
             write('"')
             yield from self._string()
             write('"')
+        elif (yield from source.peek()) == '"':
+            write((yield from take_json(source)))
         else:
             text, found = yield from source.held_until((",", "}", "]"))
             if not found or not text.strip():
@@ -216,6 +218,8 @@ class _GemmaValue:
             text, _ = yield from source.held_until((self._quote,))
             yield from source.expect((self._quote,))
             return text
+        if (yield from source.peek()) == '"':
+            return str(loads((yield from take_json(source))))
         key = yield from source.run(_GEMMA_KEY, 256)
         if not key:
             raise Mismatch

@@ -13,17 +13,20 @@ from headrace.text.parsers.source import SPACE, Out, Source, Wait
 
 @dataclass(frozen=True)
 class Block:
-    """The marks of a block. `opened`: what comes first belongs to it even without a mark."""
+    """The marks of a block. `opened`: what comes first belongs to it even without a mark.
+    `usual`: the model always writes a block unless it is told not to reason."""
 
     begin: tuple[str, ...] = ("<think>",)
     end: tuple[str, ...] = ("</think>",)
     opened: bool = False
     layout: str = "\n"
+    usual: bool = False
 
 
 THINK = Block()
-THINK_OPENED = Block(opened=True)
-KIMI = Block(("\u25c1think\u25b7",), ("\u25c1/think\u25b7",))
+THINK_USUAL = Block(usual=True)
+THINK_OPENED = Block(opened=True, usual=True)
+KIMI = Block(("\u25c1think\u25b7",), ("\u25c1/think\u25b7",), usual=True)
 MISTRAL = Block(("[THINK]",), ("[/THINK]",))
 GEMMA4 = Block(("<|channel>thought",), ("<channel|>",))
 GRANITE = Block(
