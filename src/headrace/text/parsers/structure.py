@@ -95,22 +95,24 @@ def _sequence(*elements: Format) -> Format:
 
 
 def _json_list(functions: list[dict[str, Any]], once: bool) -> Format:
-    """[{"name": ..., "parameters": {...}}]"""
-    one = [
-        {
-            "type": "object",
-            "properties": {
-                "name": {"type": "string", "enum": [function["name"]]},
-                "parameters": function.get("parameters") or ANY_OBJECT,
-            },
-            "required": ["name", "parameters"],
-            "additionalProperties": False,
-        }
+    """[{"name": ..., "parameters": {...}}]; each schema stays a document of its own, so that its
+    references hold."""
+    tags = [
+        _tag(
+            f'{{"name": {dumps(function["name"])}, "parameters": ',
+            _json(function.get("parameters") or ANY_OBJECT),
+            "}",
+        )
         for function in functions
     ]
-    items = one[0] if len(one) == 1 else {"anyOf": one}
-    most = {"maxItems": 1} if once else {}
-    return _json({"type": "array", "minItems": 1, **most, "items": items})
+    calls = {
+        "type": "tags_with_separator",
+        "tags": tags,
+        "separator": ", ",
+        "at_least_one": True,
+        "stop_after_first": once,
+    }
+    return _sequence(_const("["), calls, _const("]"))
 
 
 def _harmony(functions: list[dict[str, Any]]) -> Format:
