@@ -107,6 +107,16 @@ def test_little_is_held_back(transcript):
         assert out == word
 
 
+@pytest.mark.parametrize("tools", sorted(set(TOOL_DIALECTS.values())))
+def test_arguments_stream(tools):
+    """Long text arguments come in many pieces, other arguments one by one."""
+    transcript = next(one for one in TRANSCRIPTS if TOOL_DIALECTS.get(one.tools) == tools)
+    parser = make_parser(transcript.reasoning, tools, TOOLS, thinking=True, opened=None)
+    fed = [parser.feed(char) for char in transcript.text]
+    pieces = [events for events in fed if any(isinstance(e, Arguments) for e in events)]
+    assert len(pieces) >= (2 if tools == "pythonic" else 5)
+
+
 ALL = sorted({*TOOL_DIALECTS, JSON_CALLS})
 MARKS = sorted({mark for name in ALL for mark in markers("", name)})
 MARKS += sorted({mark for name in REASONING for mark in markers(name, "")})

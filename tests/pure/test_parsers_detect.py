@@ -24,23 +24,26 @@ def test_demo_model_speaks_hermes():
         (chat_templates.LLAMA3_TOOLS, ("", "llama3")),
         (chat_templates.MISTRAL, ("", "")),
         ("{{ '[TOOL_CALLS]' + name + '[ARGS]' }}{{ '[THINK]' }}", ("mistral", "mistral")),
-        ("<｜Assistant｜> </think> <｜tool▁calls▁begin｜> ```json", ("deepseek-r1", "deepseekv3")),
         (
-            "{% if thinking %}<｜Assistant｜><think>{% else %}</think>{% endif %}"
-            "<｜tool▁calls▁begin｜>",
+            "<\uff5cAssistant\uff5c> </think> <\uff5ctool\u2581calls\u2581begin\uff5c> ```json",
+            ("deepseek-r1", "deepseekv3"),
+        ),
+        (
+            "{% if thinking %}<\uff5cAssistant\uff5c><think>{% else %}</think>{% endif %}"
+            "<\uff5ctool\u2581calls\u2581begin\uff5c>",
             ("deepseek-v3", "deepseekv31"),
         ),
         ("[gMASK]<sop> </think> <tool_call> <arg_key> <arg_value>", ("glm45", "glm45")),
         ("<|im_middle|> <|tool_calls_section_begin|>", ("", "kimi_k2")),
         ("<|im_middle|> </think> <|tool_calls_section_begin|>", ("kimi_k2", "kimi_k2")),
-        ("◁think▷", ("kimi", "")),
+        ("\u25c1think\u25b7", ("kimi", "")),
         (
             "<|start|>assistant<|channel|>analysis<|message|> <|constrain|> to=functions.",
             ("gpt-oss", "gpt-oss"),
         ),
         ("<tool_call>\n<function=example>\n<parameter=p>", ("", "qwen3_coder")),
         ("]~b]ai <think> </think> <minimax:tool_call>", ("minimax", "minimax-m2")),
-        ("</think> <｜tool_calls_begin｜> <steptml:invoke name=", ("step3", "step3")),
+        ("</think> <\uff5ctool_calls_begin\uff5c> <steptml:invoke name=", ("step3", "step3")),
         ("<|channel>thought <channel|> <|tool_call>call:", ("gemma4", "gemma4")),
         ("<start_function_call>call: <escape>", ("", "functiongemma")),
         ("<|header_start|> <|python_start|>", ("", "pythonic")),
