@@ -357,6 +357,36 @@ def test_wrong_bodies_name_the_field(body, field):
     assert answer.json()["error"]["param"] == field
 
 
+@pytest.mark.parametrize("dialect", ["hermes", "qwen3_coder", "gemma4", "pythonic", "none"])
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"properties": []},
+        {"properties": {"a": True, "b": 5, "c": None}, "required": 5},
+        {"properties": {"a": {"enum": [10**30, None]}}, "$defs": 5},
+        {"properties": {"a": {"type": ["string", 5], "pattern": 5}}, "required": [{}]},
+        {"additionalProperties": {"$ref": "#/a/b"}, "properties": {"a": {"$ref": "#"}}},
+        {"properties": {"a": {"type": {}, "anyOf": 5, "enum": {}}}},
+    ],
+)
+def test_odd_schemas_are_no_server_error(dialect, parameters):
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    text = "<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>"
+    server = Server(text, tool_call_parser=dialect)
+    assert server.post(tools=[tool]).status_code == 200
+    forced = server.post(tools=[tool], tool_choice="required")
+    assert forced.status_code in (200, 400)
+
+
+def test_deep_tools_are_refused():
+    parameters: dict[str, Any] = {}
+    for _ in range(35):
+        parameters = {"properties": {"a": parameters}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    answer = Server(NOW).post(tools=[tool], messages=None, input_ids=[5])
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tools")
+
+
 # -- parsing text alone -----------------------------------------------------------------------
 
 

@@ -58,8 +58,7 @@ def parse(raw: bytes, context: Context, stamp: Stamp) -> Job:
         separate=body.separate_reasoning is not False,
         continues=bool(body.continue_final_message),
     )
-    request = _request(body, ids, stamp.id, context, speech)
-    request, unenforced = speech.constrained(request, body.parallel_tool_calls is not False)
+    request, unenforced = _request(body, ids, stamp.id, context, speech)
     reply = (ChatEvents if body.stream else ChatResult)(body, ids, context, stamp, speech)
     return Job(fan_out(request), reply, stamp.id, ignored + unenforced)
 
@@ -104,20 +103,26 @@ def _variables(body: ChatRequest | TokenizeRequest) -> dict[str, Any]:
 
 def _request(
     body: ChatRequest, ids: list[int], rid: str, context: Context, speech: Speech
-) -> GenerateRequest:
+) -> tuple[GenerateRequest, list[str]]:
+    """The request, and the names of fields that cannot be honored."""
     if body.top_logprobs and not body.logprobs:
         raise BadRequest("top_logprobs: needs logprobs to be true", field="top_logprobs")
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     sampling = sampling_params(body, context.openai_sampling, context.max_tokens(asked, None))
-    return GenerateRequest(
+    sampling, unenforced = speech.constrained(
+        speech.visible(sampling, context), body.parallel_tool_calls is not False
+    )
+    request = GenerateRequest(
         rid=rid,
         ids=pack_ids(ids),
-        sampling=speech.visible(sampling, context),
+        sampling=sampling,
         stream=bool(body.stream),
         logprobs=LogprobSpec(top=body.top_logprobs or 0) if body.logprobs else None,
         priority=body.priority,
         namespace=namespace_of(body),
+        reasoning_end=speech.reasoning_end,
     )
+    return request, unenforced
 
 
 class _Answer:

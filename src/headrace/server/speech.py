@@ -6,19 +6,20 @@ prompt. Knows no protocol.
 """
 
 import functools
+import json
 import uuid
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-import orjson
 
 from headrace.core.errors import Unsupported
-from headrace.core.messages import GenerateRequest, SamplingParams
+from headrace.core.messages import SamplingParams
 from headrace.frontend.sampling import read_sampling
 from headrace.server.context import Context
 from headrace.text.parsers import (
     HARMONY,
+    JSON_CALLS,
     REASONING,
     TOOL_DIALECTS,
     detect,
@@ -64,15 +65,26 @@ def _detected(with_tools: str, without: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Speech:
-    """One request's answers. `tools` are those that may be called; `choice` is OpenAI's
-    tool_choice; `opened` as `prompt_opens` says."""
+    """One request's answers. `family` marks reasoning, told from content if `separate`. `tools`
+    are those that may be called; `choice` is OpenAI's tool_choice; `opened` as `prompt_opens`."""
 
-    reasoning: str
+    family: str
     dialect: str
     tools: list[dict[str, Any]]
     choice: str | dict[str, Any]
     thinking: bool
+    separate: bool
     opened: bool | None
+
+    @property
+    def reasoning(self) -> str:
+        """The family whose reasoning is told from content, "" for none."""
+        return self.family if self.separate else ""
+
+    @property
+    def reasoning_end(self) -> str:
+        """The mark that must come before a grammar counts."""
+        return reasoning_end(self.family, self.opened) if self.thinking else ""
 
     @property
     def plain(self) -> bool:
@@ -109,35 +121,26 @@ class Speech:
         return msgspec.structs.replace(sampling, skip_special_tokens=False)
 
     def constrained(
-        self, request: GenerateRequest, parallel: bool
-    ) -> tuple[GenerateRequest, list[str]]:
-        """`request` with the grammar that its tools ask for, and the names of what is only asked
-        for but cannot be enforced.
+        self, sampling: SamplingParams, parallel: bool
+    ) -> tuple[SamplingParams, list[str]]:
+        """`sampling` with the grammar that the tools ask for, and the names of what is asked for
+        but cannot be enforced.
 
         Raises:
             Unsupported: a forced call cannot be enforced.
         """
-        choice = self.choice
-        wishes = self._wishes(parallel)
-        own = "" if self.dialect not in TOOL_DIALECTS else self.dialect
-        tag = structure(own, self.tools, choice, parallel)
+        own = "" if self.dialect == JSON_CALLS else self.dialect
+        tag = structure(own, self.tools, self.choice, parallel)
         if tag is None:
-            return request, wishes if not enforces(own, choice) else []
+            return sampling, [] if enforces(own, self.choice) else self._wishes(parallel)
         try:
-            sampling = read_sampling(
-                {"structural_tag": orjson.dumps(tag).decode()}, request.sampling
-            )
+            return read_sampling({"structural_tag": json.dumps(tag)}, sampling), []
         except Unsupported:
-            if choice == "auto":
-                return request, wishes
+            if self.choice == "auto":
+                return sampling, self._wishes(parallel)
             raise Unsupported(
                 "tool_choice: this server cannot enforce a call", field="tool_choice"
             ) from None
-        request = msgspec.structs.replace(request, sampling=sampling)
-        opened = self.opened if self.thinking else False
-        if end := reasoning_end(self.reasoning, opened):
-            request = msgspec.structs.replace(request, reasoning_end=end)
-        return request, []
 
     def _wishes(self, parallel: bool) -> list[str]:
         strict = any(tool["function"].get("strict") for tool in self.tools)
@@ -159,21 +162,22 @@ def speech_of(
     `thinking`: reasoning is not switched off. `separate`: it is to be told from content.
     `continues`: the answer goes on with a message of the prompt.
     """
-    reasoning, dialect = dialects(context)
+    family, dialect = dialects(context)
     opened = None
-    if reasoning and context.manager.tokenizer is not None:
+    if family and context.manager.tokenizer is not None:
         tail = context.manager.tokenizer.decode(ids[-_TAIL:], skip_special_tokens=False)
-        opened = prompt_opens(reasoning, tail)
+        opened = prompt_opens(family, tail)
     if opened is not None:
         thinking = opened
     elif continues:
         thinking = False
     usable = tools if choice != "none" else []
     return Speech(
-        reasoning=reasoning if separate else "",
+        family=family,
         dialect=dialect_of_calls(dialect, choice) if usable else "",
         tools=usable,
         choice=choice,
         thinking=thinking,
+        separate=separate,
         opened=opened,
     )

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from headrace.core.errors import BadRequest
+from headrace.text.messages import plain_json
 
 MAX_TOOLS = 1024
 _NAME = re.compile(r"[\w.:/-]{1,256}")
@@ -25,6 +26,7 @@ def check_tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
     """
     if tools and len(tools) > MAX_TOOLS:
         raise BadRequest(f"tools: {len(tools)} are more than {MAX_TOOLS}", field="tools")
+    plain_json(tools, "tools")
     for number, tool in enumerate(tools or []):
         place = f"tools[{number}]"
         if tool.get("type", "function") != "function":

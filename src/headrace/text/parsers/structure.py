@@ -209,17 +209,20 @@ def _gemma_writer(call: str, end: str, quote: str) -> Writer:
 
 def _arguments(schema: Any, argument: Callable[[str, Any, Any], Format]) -> Format:
     """The properties of a schema one after another; those not required may be missing."""
-    properties = schema.get("properties") or {}
-    required = schema.get("required") or []
+    properties = schema.get("properties")
+    required = schema.get("required")
     elements = []
-    for key, value in properties.items():
+    for key, value in properties.items() if isinstance(properties, dict) else ():
         one = argument(key, value, schema)
-        elements.append(one if key in required else _or(one, _const("")))
+        must = isinstance(required, list) and key in required
+        elements.append(one if must else _or(one, _const("")))
     return _sequence(*elements) if elements else _const("")
 
 
 def _text_value(schema: Any, root: Any) -> Format:
     """A value where strings stand without quotes."""
+    if not isinstance(schema, dict):
+        return {"type": "any_text"}
     types = _types(schema)
     values = [schema["const"]] if "const" in schema else schema.get("enum")
     if isinstance(values, list) and values:
