@@ -357,6 +357,22 @@ def test_wrong_bodies_name_the_field(body, field):
     assert answer.json()["error"]["param"] == field
 
 
+NAMED = {"type": "function", "function": {"name": "now"}}
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED], ids=["required", "named"])
+def test_forced_calls_are_enforced_or_refused(choice):
+    server = Server(NOW)
+    answer = server.post(tool_choice=choice)
+    if answer.status_code == 400:
+        assert answer.json()["error"]["param"] == "tool_choice"
+        assert not server.manager.seen
+    else:
+        assert '"now' in server.manager.seen[-1].sampling.structural_tag.replace("\\", "")
+        finish = answer.json()["choices"][0]["finish_reason"]
+        assert finish == ("stop" if choice is NAMED else "tool_calls")
+
+
 @pytest.mark.parametrize("dialect", ["hermes", "qwen3_coder", "gemma4", "pythonic", "none"])
 @pytest.mark.parametrize(
     "parameters",
