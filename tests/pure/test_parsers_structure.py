@@ -141,6 +141,16 @@ def test_free_choice_is_constrained_only_for_strict_tools_or_one_call():
     assert structure("", [STRICT], "auto") is None
 
 
+def test_an_answer_has_its_own_schema():
+    answer, calls = structure("hermes", TOOLS, "auto", answer={"type": "object"})["format"][
+        "elements"
+    ]
+    assert answer == {"type": "json_schema", "json_schema": {"type": "object"}}
+    assert calls["at_least_one"]
+    forced = structure("hermes", TOOLS, "required", answer={"type": "object"})["format"]
+    assert forced["type"] == "triggered_tags"
+
+
 def test_without_a_dialect_calls_are_a_json_list():
     opening, calls, closing = structure("", TOOLS, NAMED)["format"]["elements"]
     assert (opening["value"], closing["value"]) == ("[", "]")

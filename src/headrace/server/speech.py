@@ -8,6 +8,7 @@ prompt. Knows no protocol.
 import functools
 import json
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,8 @@ THINKING_NAMES = ("enable_thinking", "thinking")
 # Enough tokens to hold the mark that opens or closes the reasoning.
 _TAIL = 16
 _MISTRAL_ID_LENGTH = 9
+# Constraints of a request that leave no room for those of its tools.
+_OTHER_GRAMMARS = ("regex", "ebnf", "structural_tag")
 
 
 def dialects(context: Context) -> tuple[str, str]:
@@ -130,11 +133,14 @@ class Speech:
             Unsupported: a forced call cannot be enforced.
         """
         own = "" if self.dialect == JSON_CALLS else self.dialect
-        tag = structure(own, self.tools, self.choice, parallel)
+        free, answer = _split_answer(sampling)
+        if self.choice == "auto" and any(getattr(free, name, None) for name in _OTHER_GRAMMARS):
+            return sampling, self._wishes(parallel)
+        tag = structure(own, self.tools, self.choice, parallel, answer)
         if tag is None:
             return sampling, [] if enforces(own, self.choice) else self._wishes(parallel)
         try:
-            return read_sampling({"structural_tag": json.dumps(tag)}, sampling), []
+            return read_sampling({"structural_tag": json.dumps(tag)}, free), []
         except Unsupported:
             if self.choice == "auto":
                 return sampling, self._wishes(parallel)
@@ -145,6 +151,15 @@ class Speech:
     def _wishes(self, parallel: bool) -> list[str]:
         strict = any(tool["function"].get("strict") for tool in self.tools)
         return ["tools.strict"] * strict + ["parallel_tool_calls"] * (not parallel)
+
+
+def _split_answer(sampling: SamplingParams) -> tuple[SamplingParams, Any]:
+    """`sampling` without the JSON schema of the answer, and the schema. What is no JSON stays."""
+    text = getattr(sampling, "json_schema", None)
+    with suppress(ValueError, RecursionError):
+        if text:
+            return msgspec.structs.replace(sampling, json_schema=None), json.loads(text)
+    return sampling, None
 
 
 def speech_of(

@@ -24,48 +24,52 @@ ANY_OBJECT: Format = {"type": "object"}
 
 
 def structure(
-    dialect: str, tools: list[dict[str, Any]], choice: str | dict[str, Any], parallel: bool = True
+    dialect: str,
+    tools: list[dict[str, Any]],
+    choice: str | dict[str, Any],
+    parallel: bool = True,
+    answer: Any = None,
 ) -> dict[str, Any] | None:
     """The structural tag for a request, None if nothing is to be enforced.
 
     `dialect` is a value of TOOL_DIALECTS. `choice` is OpenAI's tool_choice: "required" and a named
     function force calls; with "auto" only calls of `strict` tools follow their schemas. Not
-    `parallel`: one call at most. A dialect that cannot say that gives None, see `enforces`.
+    `parallel`: one call at most. `answer` is the JSON schema of an answer that is no call. A
+    dialect that cannot say that gives None, see `enforces`.
     """
-    functions = [tool.get("function") or tool for tool in tools]
+    functions = _callable(tools, choice)
     forced = choice not in ("auto", "none")
-    named = isinstance(choice, dict)
-    if isinstance(choice, dict):
-        wanted = choice["function"]["name"]
-        functions = [function for function in functions if function["name"] == wanted]
     strict = any(function.get("strict") for function in functions)
-    if choice == "none" or not functions or not (forced or strict or not parallel):
+    wanted = forced or strict or not parallel or answer is not None
+    if choice == "none" or not functions or not wanted or not enforces(dialect, choice):
         return None
-    if not enforces(dialect, choice):
-        return None
-    once = named or not parallel
+    once = isinstance(choice, dict) or not parallel
     if not dialect:
         return _tagged(_json_list(functions, once))
     if dialect == harmony.HARMONY:
         return _tagged(_harmony(functions))
-    tags = [
-        _TAGS[dialect](
-            function["name"],
-            (function.get("parameters") or ANY_OBJECT)
-            if forced or function.get("strict")
-            else None,
-        )
-        for function in functions
-    ]
-    return _tagged(
-        {
-            "type": "triggered_tags",
-            "triggers": [_TRIGGERS[dialect]],
-            "tags": tags,
-            "at_least_one": forced,
-            "stop_after_first": once,
-        }
-    )
+    calls = {
+        "type": "triggered_tags",
+        "triggers": [_TRIGGERS[dialect]],
+        "tags": [_call(dialect, function, forced) for function in functions],
+        "at_least_one": forced or answer is not None,
+        "stop_after_first": once,
+    }
+    return _tagged(calls if forced or answer is None else _or(_json(answer), calls))
+
+
+def _callable(tools: list[dict[str, Any]], choice: str | dict[str, Any]) -> list[dict[str, Any]]:
+    functions = [tool.get("function") or tool for tool in tools]
+    if not isinstance(choice, dict):
+        return functions
+    return [one for one in functions if one["name"] == choice["function"]["name"]]
+
+
+def _call(dialect: str, function: dict[str, Any], forced: bool) -> Format:
+    """The tag of one tool."""
+    follows = forced or function.get("strict")
+    schema = function.get("parameters") or ANY_OBJECT
+    return _TAGS[dialect](function["name"], schema if follows else None)
 
 
 def enforces(dialect: str, choice: str | dict[str, Any]) -> bool:
