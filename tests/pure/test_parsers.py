@@ -130,7 +130,7 @@ TEXTS = st.lists(st.sampled_from(BITS) | st.text(max_size=4), max_size=24).map("
 
 
 @given(st.sampled_from(ALL), st.sampled_from(["", *sorted(REASONING)]), TEXTS, st.data())
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_any_text_in_any_pieces(tools, reasoning, text, data):
     transcript = Transcript("", reasoning, tools, text, [])
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=12)))
@@ -144,7 +144,7 @@ def test_any_text_in_any_pieces(tools, reasoning, text, data):
 
 
 @given(st.text(alphabet="abc .,\n<>[]{}|/", max_size=60), st.sampled_from(ALL))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_text_without_marks_is_content(text, tools):
     assert "".join(found for _, found in parse(Transcript("", "", tools, text, []), text)) == text
 
@@ -152,7 +152,7 @@ def test_text_without_marks_is_content(text, tools):
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False,
        allow_infinity=False) | st.text(), lambda inner: st.lists(inner, max_size=3)
        | st.dictionaries(st.text(), inner, max_size=3), max_leaves=12), st.booleans())  # fmt: skip
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_scanner_accepts_json(value, ascii_only):
     text = json.dumps(value, ensure_ascii=ascii_only, indent=1)
     scanner = JsonScanner()
