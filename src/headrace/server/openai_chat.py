@@ -110,7 +110,7 @@ def _request(
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     sampling = sampling_params(body, context.openai_sampling, context.max_tokens(asked, None))
     sampling, unenforced = speech.constrained(
-        speech.visible(sampling, context), body.parallel_tool_calls is not False
+        speech.visible(sampling, context), context, body.parallel_tool_calls is not False
     )
     request = GenerateRequest(
         rid=rid,

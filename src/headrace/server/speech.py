@@ -124,7 +124,7 @@ class Speech:
         return msgspec.structs.replace(sampling, skip_special_tokens=False)
 
     def constrained(
-        self, sampling: SamplingParams, parallel: bool
+        self, sampling: SamplingParams, context: Context, parallel: bool
     ) -> tuple[SamplingParams, list[str]]:
         """`sampling` with the grammar that the tools ask for, and the names of what is asked for
         but cannot be enforced.
@@ -134,23 +134,23 @@ class Speech:
         """
         own = "" if self.dialect == JSON_CALLS else self.dialect
         free, answer = _split_answer(sampling)
-        if self.choice == "auto" and any(getattr(free, name, None) for name in _OTHER_GRAMMARS):
+        taken = any(getattr(free, name, None) for name in _OTHER_GRAMMARS)
+        if self.choice == "auto" and (taken or not _has_grammars(context)):
             return sampling, self._wishes(parallel)
         tag = structure(own, self.tools, self.choice, parallel, answer)
         if tag is None:
             return sampling, [] if enforces(own, self.choice) else self._wishes(parallel)
-        try:
-            return read_sampling({"structural_tag": json.dumps(tag)}, free), []
-        except Unsupported:
-            if self.choice == "auto":
-                return sampling, self._wishes(parallel)
-            raise Unsupported(
-                "tool_choice: this server cannot enforce a call", field="tool_choice"
-            ) from None
+        if not _has_grammars(context):
+            raise Unsupported("tool_choice: this server enforces no grammars", field="tool_choice")
+        return read_sampling({"structural_tag": json.dumps(tag)}, free), []
 
     def _wishes(self, parallel: bool) -> list[str]:
         strict = any(tool["function"].get("strict") for tool in self.tools)
         return ["tools.strict"] * strict + ["parallel_tool_calls"] * (not parallel)
+
+
+def _has_grammars(context: Context) -> bool:
+    return getattr(context.config.run, "grammar_backend", "none") != "none"
 
 
 def _split_answer(sampling: SamplingParams) -> tuple[SamplingParams, Any]:
