@@ -128,8 +128,8 @@ def make_parser(
         return Chain(first, GrammarParser(_calls(dialect, known)))
     grammars: list[Grammar] = []
     if family and thinking:
-        block = _BLOCKS[family]
-        grammars.append(_reasoning(family, block.opened if opened is None else opened, dialect))
+        starts_inside = _BLOCKS[family].opened if opened is None else opened
+        grammars.append(_reasoning(family, starts_inside, dialect if known else ""))
     if known is not None:
         grammars.append(_calls(dialect, known))
     parsers = [GrammarParser(grammar) for grammar in grammars or [_plain]]
