@@ -248,8 +248,6 @@ def test_wrong_bodies_name_the_field(body, field):
     [
         {"response_format": {"type": "json_object"}},
         {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}},
-        {"tool_choice": "required"},
-        {"tool_choice": {"type": "function", "function": {"name": "get"}}},
         {"functions": [{"name": "get"}]},
         {"audio": {"voice": "x"}},
     ],

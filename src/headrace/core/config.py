@@ -165,6 +165,59 @@ class RunOptions:
     )
 
 
+# The names of headrace.text.parsers.
+TOOL_CALL_PARSERS = (
+    "auto",
+    "none",
+    "deepseekv3",
+    "deepseekv31",
+    "functiongemma",
+    "gemma",
+    "gemma4",
+    "glm",
+    "glm45",
+    "glm47",
+    "gpt-oss",
+    "gpt_oss",
+    "hermes",
+    "interns1",
+    "kimi_k2",
+    "llama3",
+    "llama4",
+    "minimax",
+    "minimax-m2",
+    "mistral",
+    "pythonic",
+    "qwen",
+    "qwen25",
+    "qwen3_coder",
+    "step3",
+)
+REASONING_PARSERS = (
+    "auto",
+    "none",
+    "deepseek-r1",
+    "deepseek-v3",
+    "deepseek-v31",
+    "gemma4",
+    "glm45",
+    "gpt-oss",
+    "gpt_oss",
+    "granite",
+    "granite_thinking_parser",
+    "interns1",
+    "kimi",
+    "kimi_k2",
+    "magistral",
+    "minimax",
+    "minimax-m2",
+    "mistral",
+    "qwen3",
+    "qwen3-thinking",
+    "step3",
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class ServeOptions:
     """The HTTP side."""
@@ -183,6 +236,16 @@ class ServeOptions:
         "model",
         "Defaults of sampling fields that a request leaves out.",
         choices=("model", "openai"),
+    )
+    tool_call_parser: str = option(
+        "auto",
+        "How the model writes tool calls; auto asks its chat template.",
+        choices=TOOL_CALL_PARSERS,
+    )
+    reasoning_parser: str = option(
+        "auto",
+        "How the model marks its reasoning; auto asks its chat template.",
+        choices=REASONING_PARSERS,
     )
     preferred_sampling_params: str = option(
         "{}", "JSON object of sampling defaults laid under every request."

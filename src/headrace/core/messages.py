@@ -84,7 +84,8 @@ class GenerateRequest(Message, frozen=True, array_like=True):
 
     An adapter fills `text` or `ids`; the tokenizer manager fills `ids`, the seed and `group`.
     Requests of one `group` are samples 0..n-1 of the same prompt; the first one computes it.
-    `namespace` separates prefix caches (extra_key, cache_salt).
+    `namespace` separates prefix caches (extra_key, cache_salt). With `reasoning_end` ("</think>")
+    a grammar constrains what follows that text, which must come; before it everything is allowed.
     """
 
     rid: str
@@ -98,6 +99,7 @@ class GenerateRequest(Message, frozen=True, array_like=True):
     group: str = ""
     sample_index: int = 0
     received: float = 0.0
+    reasoning_end: str = ""
 
 
 class AbortRequest(Message, frozen=True, array_like=True):

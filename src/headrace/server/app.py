@@ -14,7 +14,7 @@ from headrace import __version__
 from headrace.core.config import Config
 from headrace.core.model_info import ModelInfo
 from headrace.frontend.tokenizer_manager import TokenizerManager
-from headrace.server import admin, errors, generation, tokens
+from headrace.server import admin, errors, generation, parsing, tokens
 from headrace.server.access import RequireApiKey
 from headrace.server.context import Context
 from headrace.server.schemas import all_schemas
@@ -35,7 +35,7 @@ def build_app(manager: TokenizerManager, config: Config, info: ModelInfo) -> Fas
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     errors.install(app)
-    for part in (generation, tokens, admin):
+    for part in (generation, tokens, parsing, admin):
         app.include_router(part.routes(context))
     if config.serve.api_key:
         app.add_middleware(RequireApiKey, key=config.serve.api_key)

@@ -126,6 +126,9 @@ class ChatRequest(CommonFields):
     top_logprobs: Count | None = None
     tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    separate_reasoning: bool | None = None
+    stream_reasoning: bool | None = None
     reasoning_effort: str | float | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
@@ -157,6 +160,25 @@ class DetokenizeRequest(BaseModel):
 
     tokens: TokenIds | PromptsOfIds
     skip_special_tokens: bool | None = None
+
+
+class FunctionCallBody(BaseModel):
+    """POST /parse_function_call."""
+
+    model_config = ConfigDict(extra="allow")
+
+    text: str
+    tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
+    tool_call_parser: str
+
+
+class ReasoningBody(BaseModel):
+    """POST /separate_reasoning. The text is taken to be a whole answer."""
+
+    model_config = ConfigDict(extra="allow")
+
+    text: str
+    reasoning_parser: str
 
 
 class AbortBody(BaseModel):
@@ -208,7 +230,15 @@ def body_of(kind: type[BaseModel] | None) -> dict[str, Any]:
 
 def all_schemas() -> dict[str, Any]:
     """The definitions that `body_of` refers to: `components.schemas` of the OpenAPI document."""
-    kinds = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest, AbortBody)
+    kinds = (
+        CompletionRequest,
+        ChatRequest,
+        TokenizeRequest,
+        DetokenizeRequest,
+        AbortBody,
+        FunctionCallBody,
+        ReasoningBody,
+    )
     _, definitions = models_json_schema(
         [(kind, "validation") for kind in kinds], ref_template=SCHEMA_PATH
     )
