@@ -114,6 +114,7 @@ def test_a_wrong_answer_is_an_error_beside_good_ones(
     [
         ("[a]\ncommand = 1", (), "Expected `str`"),
         ("[a]\ncommand = 'x'\nport = 1", (), "unknown field `port`"),
+        ("[a]", (), "either a command or a url"),
         ("[a", (), "Expected"),
         ("", (), "has nothing"),
         ("[a]\ncommand = 'x'", ("--servers", "b"), "has a, not b"),
@@ -133,6 +134,17 @@ def test_commands_take_port_and_variables(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delenv("MODEL")
     with pytest.raises(BadRequest, match="not set"):
         launch.words(7)
+
+
+def test_a_server_that_runs_already(servers: Path) -> None:
+    with compare.Peer("x", compare.read_launches(servers, ["ours"])["ours"], 30.0) as started:
+        started.start()
+        url = compare.Launch(url=started._process.base_url)
+        with compare.Peer("y", url, 30.0) as peer:
+            assert 0 < peer.measure(workloads.SHORT["decode-1"], 1) <= 1 / 0.004 * 1.05
+            with pytest.raises(HeadraceError, match="cannot be started"):
+                peer.start()
+        assert started.measure(workloads.SHORT["decode-1"], 2) > 0
 
 
 def test_a_program_that_is_not_there() -> None:

@@ -34,10 +34,18 @@ _WARMUP = Workload("load", 1, 1, 256, 8)
 
 
 class Launch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A server as the file describes it; {port} and $VARIABLES in `command` are replaced."""
+    """A server as the file describes it: started by `command`, or one that runs at `url`.
 
-    command: str
+    {port} and $VARIABLES in `command` are replaced.
+    """
+
+    command: str = ""
+    url: str = ""
     env: dict[str, str] = {}
+
+    def __post_init__(self) -> None:
+        if bool(self.command) == bool(self.url):
+            raise ValueError("a server has either a command or a url")
 
     def words(self, port: int) -> list[str]:
         """The command for a server on `port`.
@@ -72,23 +80,35 @@ class Peer:
             self._process = None
 
     def start(self) -> float:
-        """End the server if it runs and start it; seconds until its first token."""
+        """End the server if it runs and start it; seconds until its first token.
+
+        Raises:
+            HeadraceError: it does not start or answer, or it is not ours to start.
+        """
         self.__exit__()
+        if self._launch.url:
+            raise HeadraceError("a server given by its url cannot be started")
         port = free_port()
         command = self._launch.words(port)
         self._process = ServerProcess(command, port, self._timeout, self._launch.env)
         self._process.wait_port()
         self._process.wait_health()
-        self._target = load.run_async(_target(self._process.base_url))
-        first = load.run_async(startup.first_token_at(self._target))
-        load.run_async(workloads.measure(self._target, _WARMUP, seed=0))
-        return first - self._process.started
+        return self._connect(self._process.base_url) - self._process.started
 
     def measure(self, workload: Workload, seed: int) -> float:
         """Run a workload on the server."""
-        if self._process is None:
+        if self._launch.url and not self._target.base_url:
+            self._connect(self._launch.url)
+        elif not self._launch.url and self._process is None:
             self.start()
         return load.run_async(workloads.measure(self._target, workload, seed))
+
+    def _connect(self, base_url: str) -> float:
+        """Warm the server up; the time of its first token."""
+        self._target = load.run_async(_target(base_url))
+        first = load.run_async(startup.first_token_at(self._target))
+        load.run_async(workloads.measure(self._target, _WARMUP, seed=0))
+        return first
 
 
 async def _target(base_url: str) -> Target:
@@ -99,7 +119,9 @@ async def _target(base_url: str) -> Target:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags."""
-    parser.add_argument("file", type=Path, help="TOML: a table with `command` for each server")
+    parser.add_argument(
+        "file", type=Path, help="TOML: a table for each server, with `command` or `url`"
+    )
     parser.add_argument("--servers", nargs="+", metavar="NAME", help="only these, in this order")
     parser.add_argument(
         "--workloads",
@@ -134,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
         ]
         blocks = compare(peers, args)
     result = {
-        "servers": {name: launch.command for name, launch in launches.items()},
+        "servers": {name: launch.command or launch.url for name, launch in launches.items()},
         "short": args.short,
         "seed": args.seed,
         "blocks": blocks,
