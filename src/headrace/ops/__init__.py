@@ -56,6 +56,7 @@ _gelu_mul: Callable[..., Tensor] = _best("gelu_mul")
 _logits: Callable[..., Tensor] = _best("logits")
 _pack: Callable[..., PackedWeight] = _best("pack")
 _linear_packed: Callable[..., Tensor] = _best("linear_packed")
+_mask_logits: Callable[..., None] = _best("mask_logits")
 _logits_packed: Callable[..., Tensor] = _best("logits_packed")
 _embedding_packed: Callable[..., Tensor] = _best("embedding_packed")
 
@@ -169,6 +170,15 @@ def gelu_mul(x: Tensor, tanh: bool = True) -> Tensor:
 def logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """hidden [n, hidden], weight [vocab, hidden] -> fp32 [n, vocab]."""
     return _logits(hidden, weight)
+
+
+def mask_logits(logits: Tensor, rows: Tensor, masks: Tensor) -> None:
+    """Set what a mask forbids to -inf, in place.
+
+    logits fp32 [n, vocab]; rows int64 [m], different; masks int32 [m, ceil(vocab / 32)], where
+    token t of logits[rows[i]] is allowed if bit t % 32 of masks[i, t // 32] is set.
+    """
+    _mask_logits(logits, rows, masks)
 
 
 def pack(weight: Tensor) -> PackedWeight:

@@ -21,6 +21,7 @@ __all__ = [
     "linear_packed",
     "logits",
     "logits_packed",
+    "mask_logits",
     "pack",
     "paged_attention",
     "rms_norm",
@@ -104,6 +105,12 @@ def gelu_mul(x: Tensor, tanh: bool) -> Tensor:
 
 def logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return F.linear(hidden, weight).float()
+
+
+def mask_logits(logits: Tensor, rows: Tensor, masks: Tensor) -> None:
+    bits = torch.arange(32, dtype=torch.int32)
+    allowed = (masks[:, :, None] >> bits & 1).reshape(len(rows), -1)[:, : logits.shape[1]]
+    logits[rows] = logits[rows].masked_fill(allowed == 0, float("-inf"))
 
 
 def pack(weight: Tensor) -> PackedWeight:
