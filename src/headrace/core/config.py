@@ -155,6 +155,11 @@ class RunOptions:
         "fake answers with made-up tokens at once, to measure everything else.",
         choices=("model", "fake"),
     )
+    grammar_backend: str = option(
+        "auto",
+        "What enforces JSON schemas, regular expressions and grammars; none refuses them.",
+        choices=("auto", "llguidance", "none"),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -331,6 +336,8 @@ def resolve(config: Config, info: ModelInfo, hardware: Hardware) -> tuple[Config
         choose("run", "threads", 1, "the model is too small to gain from more")
     elif config.run.threads == 0:
         choose("run", "threads", hardware.cores, "that many cores are usable")
+    if config.run.grammar_backend == "auto":
+        choose("run", "grammar_backend", *_grammar_backend(config))
     if config.schedule.chunked_prefill_size == 0:
         choose("schedule", "chunked_prefill_size", 2048, "it keeps steps short on a CPU")
     elif config.schedule.chunked_prefill_size == -1:
@@ -343,6 +350,15 @@ def resolve(config: Config, info: ModelInfo, hardware: Hardware) -> tuple[Config
     if config.schedule.schedule_policy == "priority":
         choose("schedule", "enable_priority_scheduling", True, "the policy is priority")
     return config, notes
+
+
+def _grammar_backend(config: Config) -> tuple[str, str]:
+    """(backend, reason)"""
+    if config.run.runner == "fake":
+        return "none", "made-up tokens follow no grammar"
+    if config.model.skip_tokenizer_init:
+        return "none", "a grammar needs the tokenizer"
+    return "llguidance", "it enforces all that it accepts"
 
 
 # Below this many parameters a step is shorter than the coordination of threads.

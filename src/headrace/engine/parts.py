@@ -15,6 +15,7 @@ from headrace.loader.files import resolve_model_path
 from headrace.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
+    from headrace.frontend.tokenizer_manager import RequestCheck
     from headrace.text.chat import TemplateManager
 
 DEMO_NAME = "headrace-demo"
@@ -75,6 +76,14 @@ def load_templates_of(config: Config) -> "TemplateManager | None":
 
     folder = Path(config.model.tokenizer_path)
     return TemplateManager.load(folder, config.model.chat_template or None)
+
+
+def request_checks(config: Config, tokenizer: Tokenizer | None) -> "list[RequestCheck]":
+    """What features refuse before a request is sent."""
+    from headrace.grammar.check import GrammarCheck
+
+    enabled = config.run.grammar_backend != "none" and tokenizer is not None
+    return [GrammarCheck(tokenizer, enabled=enabled)]
 
 
 def with_tokenizer_ends(info: ModelInfo, tokenizer: Tokenizer | None) -> ModelInfo:

@@ -144,13 +144,13 @@ class _Parser:
             return ("name", token.text)
         if token.text == ".":
             return ("set", "(?s:.)")
-        if token.text == "(":
-            inside = self._alternatives(depth + 1)
-            if self.next.text != ")":
-                self._fail(self.next, "a group does not end")
-            self.at += 1
-            return inside
-        self._fail(token, f"nothing to repeat before {token.text}")
+        if token.text != "(":
+            self._fail(token, f"nothing to repeat before {token.text}")
+        inside = self._alternatives(depth + 1)
+        if self.next.text != ")":
+            self._fail(self.next, "a group does not end")
+        self.at += 1
+        return inside
 
     def _repetition(self) -> str | None:
         token = self.next

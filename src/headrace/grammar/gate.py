@@ -12,6 +12,7 @@ so a retracted request resumes with it. No torch.
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
@@ -33,6 +34,17 @@ PLAN_WAITS = 0.005
 _MOST_THREADS = 8
 
 
+class NoGrammars(Feature):
+    """Refuses every grammar; `why` says what is missing."""
+
+    def __init__(self, why: str) -> None:
+        self._why = why
+
+    def check(self, request: Request) -> str | None:
+        asked = request.spec.sampling.grammars
+        return f"{asked[0][0]}: {self._why}" if asked else None
+
+
 class GrammarGate(Feature):
     """Answers for requests with a grammar; all others pass untouched."""
 
@@ -50,7 +62,8 @@ class GrammarGate(Feature):
         self._clock = clock
         self._outputs: dict[int, Output] = {}
         self._compiling: dict[int, tuple[Request, Future[Matcher], float]] = {}
-        self._ended: list[tuple[Request, FinishReason]] = []
+        # Filled by threads, too.
+        self._ended: deque[tuple[Request, FinishReason]] = deque()
         cores = len(os.sched_getaffinity(0))
         self._threads = ThreadPoolExecutor(min(_MOST_THREADS, cores), "grammar-mask")
         # Until when the plan that is being made waits for masks; None before its first question.
@@ -72,16 +85,15 @@ class GrammarGate(Feature):
 
     def holds(self, request: Request) -> bool:
         output = self._outputs.get(request.seq)
-        if output is None or output.mask.done():
+        if output is None or output.ready:
             return False
         now = self._clock()
         if self._plan_until is None:
             self._plan_until = now + self._plan_waits
         wait([output.mask], timeout=max(0.0, self._plan_until - now))
-        return not output.mask.done()
+        return not output.ready
 
     def attach(self, chunks: Sequence[Chunk], requests: Sequence[Request]) -> TokenMasks | None:
-        self._plan_until = None
         rows: list[int] = []
         positions: list[int] = []
         words: list[bytes] = []
@@ -119,8 +131,8 @@ class GrammarGate(Feature):
     def poll(self) -> Sequence[tuple[Request, FinishReason]]:
         if self._compiling:
             self._look_at_compilers()
-        ended, self._ended = self._ended, []
-        return ended
+        self._plan_until = None
+        return [self._ended.popleft() for _ in range(len(self._ended))]
 
     # -- parts --------------------------------------------------------------------------------
 
@@ -185,6 +197,11 @@ class Output:
         """The marker has not come yet."""
         return bool(self._marker)
 
+    @property
+    def ready(self) -> bool:
+        """The mask is there. One that failed never is: its request is about to end."""
+        return self.mask.done() and self.mask.exception() is None
+
     def next_mask(self) -> bytes:
         """For the token after those accepted. Raises `Broken`."""
         return self._vocabulary.no_end() if self.reasoning else self.matcher.mask()
@@ -200,8 +217,9 @@ class Output:
             self._tail = before[-len(self._marker) :]
             return
         self._marker = b""
-        for rest in self._vocabulary.engine.greedy_tokenize(after.decode("utf-8", "replace").lstrip()):
-            self.matcher.accept(rest)
+        rest = after.decode("utf-8", "replace").lstrip()
+        for piece in self._vocabulary.engine.greedy_tokenize(rest):
+            self.matcher.accept(piece)
 
     def masks(self, draft: Sequence[int]) -> list[bytes]:
         """The mask of the next token, and of the one after each drafted token.
@@ -209,15 +227,16 @@ class Output:
         After a draft that the grammar forbids it does not matter: that draft is rejected.
         """
         found = [self.mask.result()]
-        accepted = 0
-        for token in draft:
-            if self.reasoning or not self.matcher.fits(token):
-                found += found[:1] * (len(draft) + 1 - len(found))
-                break
-            accepted += 1
-            found.append(self.matcher.mask())
-        self.matcher.rollback(accepted)
-        return found
+        try:
+            for token in draft:
+                if self.reasoning or not self.matcher.fits(token):
+                    break
+                found.append(self.matcher.mask())
+            self.matcher.rollback(len(found) - 1)
+        except Broken:
+            # It stays broken: the next token ends the request.
+            logger.warning("a drafted token exceeds the limits of a grammar")
+        return found + found[:1] * (len(draft) + 1 - len(found))
 
     def finished(self, request: Request) -> bool:
         """The grammar has ended and no end of sequence would end the request."""

@@ -290,9 +290,7 @@ class _Rewriter:
         self.walk(target, self.at + unquote(node[keyword][1:]))
 
     def resolve(self, reference: Any, place: str) -> Any:
-        if not isinstance(reference, str) or not (
-            reference == "#" or reference.startswith("#/")
-        ):
+        if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
             raise self.refuse(place, "only '#' and '#/...' (within the same schema) are supported")
         node: Any = self.root
         for part in unquote(reference[1:]).split("/")[1:]:

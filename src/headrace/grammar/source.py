@@ -9,8 +9,14 @@ from collections.abc import Mapping
 
 from headrace.grammar import ebnf, schema, tags
 from headrace.grammar.refusal import Refused
+from headrace.text.tokenizer import Tokenizer
 
-MAX_BYTES = {"json_schema": 1 << 20, "regex": 64 << 10, "ebnf": 256 << 10, "structural_tag": 1 << 20}
+MAX_BYTES = {
+    "json_schema": 1 << 20,
+    "regex": 64 << 10,
+    "ebnf": 256 << 10,
+    "structural_tag": 1 << 20,
+}
 
 
 def translate(field: str, text: str, specials: Mapping[str, int]) -> str:
@@ -32,6 +38,14 @@ def translate(field: str, text: str, specials: Mapping[str, int]) -> str:
         start, rules = ebnf.to_lark(text)
         return _whole(lark_grammar="\n".join([f"start: {start}", *rules]))
     return _whole(lark_grammar=f"start: {tags.regex_literal(text)}")
+
+
+def special_tokens(tokenizer: Tokenizer | None) -> dict[str, int]:
+    """Special tokens by their text."""
+    if tokenizer is None:
+        return {}
+    named = {tokenizer.backend.id_to_token(token): token for token in tokenizer.special_ids}
+    return {text: token for text, token in named.items() if text}
 
 
 def _whole(**grammar: object) -> str:

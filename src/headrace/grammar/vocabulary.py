@@ -63,9 +63,7 @@ def read_vocabulary(tokenizer: Tokenizer, size: int, eos_token_ids: Sequence[int
     eos = [token for token in eos_token_ids if token < size]
     special = sorted({token for token in tokenizer.special_ids if token < size} | set(eos))
     known = set(special)
-    tokens = [
-        b"" if token in known else tokenizer.token_bytes(token) for token in range(size)
-    ]
+    tokens = [b"" if token in known else tokenizer.token_bytes(token) for token in range(size)]
     named = [*tokens]
     for token in special:
         named[token] = special_name(tokenizer, token)
@@ -85,11 +83,3 @@ def read_vocabulary(tokenizer: Tokenizer, size: int, eos_token_ids: Sequence[int
 def special_name(tokenizer: Tokenizer, token: int) -> bytes:
     """How a special token is written; never empty, as the engine drops empty ones."""
     return (tokenizer.backend.id_to_token(token) or f"<|{token}|>").encode()
-
-
-def special_tokens(tokenizer: Tokenizer | None) -> dict[str, int]:
-    """Special tokens by their text."""
-    if tokenizer is None:
-        return {}
-    named = {tokenizer.backend.id_to_token(token): token for token in tokenizer.special_ids}
-    return {text: token for text, token in named.items() if text}

@@ -125,9 +125,7 @@ class ModelRunner:
             results.append(result)
         return results
 
-    def _sample(
-        self, hidden: torch.Tensor, layout: Layout, extras: Sequence[Any]
-    ) -> list[Drawn]:
+    def _sample(self, hidden: torch.Tensor, layout: Layout, extras: Sequence[Any]) -> list[Drawn]:
         """Sample at every target of the layout, in its order, and write the tables.
 
         What follows a rejected draft is written too; a later step overwrites it before it is read.

@@ -10,6 +10,7 @@ __all__: list[str] = ["LIBRARY"]
 if LIBRARY is not None:
     from headrace.ops.cpu.attention import paged_attention
     from headrace.ops.cpu.elementwise import embedding, gather, gelu_mul, silu_mul
+    from headrace.ops.cpu.mask import mask_logits
     from headrace.ops.cpu.matmul import linear_packed, logits_packed
     from headrace.ops.cpu.norm import layer_norm, rms_norm
     from headrace.ops.cpu.packing import embedding_packed, pack
@@ -23,6 +24,7 @@ if LIBRARY is not None:
         "layer_norm",
         "linear_packed",
         "logits_packed",
+        "mask_logits",
         "pack",
         "paged_attention",
         "rms_norm",
