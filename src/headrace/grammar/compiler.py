@@ -17,7 +17,7 @@ from typing import Any
 from llguidance import LLMatcher, LLParserLimits
 
 from headrace.grammar import schema
-from headrace.grammar.matcher import Matcher, first_line
+from headrace.grammar.matcher import Broken, Matcher, first_line
 from headrace.grammar.refusal import Refused, step
 from headrace.grammar.source import translate
 from headrace.grammar.vocabulary import Vocabulary
@@ -80,7 +80,13 @@ class Compiler:
         if inner.is_error():
             place = self._place(text) if field == "json_schema" else ""
             raise Refused(field, first_line(inner.get_error()), place)
-        return Matcher(inner, vocabulary)
+        matcher = Matcher(inner, vocabulary)
+        try:
+            # The first mask is the slowest, and shows whether there is any output at all.
+            matcher.mask()
+        except Broken as error:
+            raise Refused(field, f"nothing can satisfy it: {error}") from None
+        return matcher
 
     def _engine(self, grammar: str) -> LLMatcher:
         return LLMatcher(self.vocabulary.engine, grammar, log_level=0, limits=_LIMITS)

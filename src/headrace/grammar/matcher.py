@@ -28,10 +28,13 @@ class Matcher:
         """Allowed tokens, int32 little-endian [words]; releases the GIL.
 
         Raises:
-            Broken: the step exceeds the engine's limits.
+            Broken: the step exceeds the engine's limits, or nothing may follow and the output is
+                not complete: there, the engine would let it end.
         """
         found = self._inner.compute_bitmask()
         self._check()
+        if self.ended and not self.complete:
+            raise Broken("no token can continue the output")
         return found[: 4 * self._vocabulary.words]
 
     def accept(self, token: int) -> None:

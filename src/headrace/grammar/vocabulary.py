@@ -6,12 +6,13 @@ large vocabulary takes seconds, so it is done once, in a thread, while the weigh
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 from llguidance import LLTokenizer
 
 from headrace.text.tokenizer import Tokenizer
+
+Encode = Callable[[str], list[int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,43 +44,64 @@ class Vocabulary:
 
 
 class _Source:
-    """What the engine asks of a tokenizer."""
+    """What the engine asks of a tokenizer. Where text is forced, it takes the usual tokens for it.
+
+    They must be exactly this text, or masks would be wrong: sentencepiece puts a space in front.
+    """
 
     is_tokenizer_wrapper = True
     bos_token_id = None
 
-    def __init__(self, tokens: list[bytes], special: list[int], eos: int, encode: Any) -> None:
+    def __init__(
+        self, tokens: list[bytes], special: list[int], eos: int, encode: Encode | None
+    ) -> None:
         self.tokens = tokens
         self.special_token_ids = special
         self.eos_token_id = eos
+        self.greedy: Encode | None = None
         self._encode = encode
 
     def __call__(self, text: str) -> list[int]:
-        return self._encode(text)
+        if self._encode is not None:
+            ids = self._encode(text)
+            if b"".join(self.tokens[token] for token in ids) == text.encode():
+                return ids
+        return self.greedy(text) if self.greedy is not None else []
 
 
 def read_vocabulary(tokenizer: Tokenizer, size: int, eos_token_ids: Sequence[int]) -> Vocabulary:
     """The vocabulary of a model with logits of width `size`."""
-    eos = [token for token in eos_token_ids if token < size]
-    special = sorted({token for token in tokenizer.special_ids if token < size} | set(eos))
-    known = set(special)
-    tokens = [b"" if token in known else tokenizer.token_bytes(token) for token in range(size)]
-    named = [*tokens]
-    for token in special:
-        named[token] = special_name(tokenizer, token)
-    if not eos:
-        named.append(b"<|end|>")
-        special.append(size)
-    first = eos or [size]
+    ids = tokenizer.special_ids.union(eos_token_ids)
+    special = {token: special_name(tokenizer, token) for token in ids if token < size}
+    tokens = [b"" if token in special else tokenizer.token_bytes(token) for token in range(size)]
 
     def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False)
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        return ids if all(token < size for token in ids) else []
 
-    source = _Source(named, special, first[0], encode)
-    engine = LLTokenizer(source, n_vocab=len(named), eos_token=first)  # type: ignore[arg-type]
-    return Vocabulary(engine, size, frozenset(eos), tokens)
+    return build_vocabulary(tokens, special, eos_token_ids, encode)
 
 
 def special_name(tokenizer: Tokenizer, token: int) -> bytes:
     """How a special token is written; never empty, as the engine drops empty ones."""
     return (tokenizer.backend.id_to_token(token) or f"<|{token}|>").encode()
+
+
+def build_vocabulary(
+    tokens: Sequence[bytes],
+    special: Mapping[int, bytes],
+    eos_token_ids: Sequence[int],
+    encode: Encode | None = None,
+) -> Vocabulary:
+    """From the text of every token (empty: never allowed) and the names of special ones."""
+    eos = [token for token in eos_token_ids if token < len(tokens)]
+    named = [special.get(token, text) for token, text in enumerate(tokens)]
+    ids = sorted(special)
+    if not eos:
+        named.append(b"<|end|>")
+        ids.append(len(tokens))
+    ends = eos or [len(tokens)]
+    source = _Source(named, ids, ends[0], encode)
+    engine = LLTokenizer(source, n_vocab=len(named), eos_token=ends)  # type: ignore[arg-type]
+    source.greedy = engine.greedy_tokenize
+    return Vocabulary(engine, len(tokens), frozenset(eos), tokens)
