@@ -12,11 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llguidance import LLTokenizer
-
 from headrace.grammar.compiler import Compiler
 from headrace.grammar.refusal import Refused
-from headrace.grammar.vocabulary import Vocabulary
+from headrace.grammar.vocabulary import Vocabulary, build_vocabulary
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "data" / "json_schema_suite"
@@ -44,10 +42,8 @@ class Outcome(NamedTuple):
 
 
 def byte_vocabulary() -> Vocabulary:
-    """A vocabulary of single bytes."""
-    engine = LLTokenizer("byte")
-    tokens = [bytes([i]) for i in range(256)] + [b""] * (engine.vocab_size - 256)
-    return Vocabulary(engine, engine.vocab_size, frozenset([engine.eos_token]), tokens)
+    """A vocabulary of single bytes, and an end (256)."""
+    return build_vocabulary([*(bytes([i]) for i in range(256)), b""], {256: b"<eos>"}, [256])
 
 
 def run_suite(draft: str) -> Iterator[Outcome]:

@@ -251,7 +251,7 @@ def test_reasoning_is_free_and_the_grammar_follows(compiler):
     request = spec("r", {"regex": "[abc]{5}"}, reasoning_end='":', sampling={"max_new_tokens": 200})
     scheduler.submit(request)
     client = Client(scheduler).run()
-    thought, found, answer = text_of(VOCABULARY, client.out["r"]).partition('":')
+    _, found, answer = text_of(VOCABULARY, client.out["r"]).partition('":')
     assert found and client.finish["r"].type == "stop"
     assert EOS not in client.out["r"][:-1], "the reasoning must not end the answer"
     assert len(answer) == 5 and set(answer) <= set("abc")

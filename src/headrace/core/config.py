@@ -336,8 +336,6 @@ def resolve(config: Config, info: ModelInfo, hardware: Hardware) -> tuple[Config
         choose("run", "threads", 1, "the model is too small to gain from more")
     elif config.run.threads == 0:
         choose("run", "threads", hardware.cores, "that many cores are usable")
-    if config.run.grammar_backend == "auto":
-        choose("run", "grammar_backend", *_grammar_backend(config))
     if config.schedule.chunked_prefill_size == 0:
         choose("schedule", "chunked_prefill_size", 2048, "it keeps steps short on a CPU")
     elif config.schedule.chunked_prefill_size == -1:
@@ -350,15 +348,6 @@ def resolve(config: Config, info: ModelInfo, hardware: Hardware) -> tuple[Config
     if config.schedule.schedule_policy == "priority":
         choose("schedule", "enable_priority_scheduling", True, "the policy is priority")
     return config, notes
-
-
-def _grammar_backend(config: Config) -> tuple[str, str]:
-    """(backend, reason)"""
-    if config.run.runner == "fake":
-        return "none", "made-up tokens follow no grammar"
-    if config.model.skip_tokenizer_init:
-        return "none", "a grammar needs the tokenizer"
-    return "llguidance", "it enforces all that it accepts"
 
 
 # Below this many parameters a step is shorter than the coordination of threads.

@@ -14,7 +14,7 @@ from headrace.core.config import Config, Limits
 from headrace.core.hardware import detect
 from headrace.core.messages import GenerateRequest, unpack_ids
 from headrace.core.model_info import ModelInfo
-from headrace.engine.parts import load_tokenizer_of
+from headrace.engine.parts import enforces_grammars, load_tokenizer_of
 from headrace.grammar.gate import GrammarGate, NoGrammars
 from headrace.runner.fake import FakeWorker
 from headrace.scheduler.commit import OutputRules
@@ -70,8 +70,8 @@ def build_scheduler(config: Config, info: ModelInfo, progress: Callable[[str], N
 
 def build_grammar(config: Config, info: ModelInfo, tokenizer: Tokenizer | None) -> Feature:
     """Structured output; its vocabulary is read in a thread while the weights load."""
-    if config.run.grammar_backend == "none" or tokenizer is None:
-        return NoGrammars("this server runs without grammars (--grammar-backend none)")
+    if tokenizer is None or not enforces_grammars(config):
+        return NoGrammars("this server enforces no grammars")
     from headrace.grammar.compiler import Compiler
     from headrace.grammar.source import special_tokens
     from headrace.grammar.vocabulary import read_vocabulary

@@ -82,8 +82,24 @@ def request_checks(config: Config, tokenizer: Tokenizer | None) -> "list[Request
     """What features refuse before a request is sent."""
     from headrace.grammar.check import GrammarCheck
 
-    enabled = config.run.grammar_backend != "none" and tokenizer is not None
-    return [GrammarCheck(tokenizer, enabled=enabled)]
+    return [GrammarCheck(tokenizer, enabled=enforces_grammars(config))]
+
+
+def enforces_grammars(config: Config) -> bool:
+    """Whether this server has structured output: it takes a model and a tokenizer.
+
+    Raises:
+        BadRequest: it was asked for by name and cannot be had.
+    """
+    backend = config.run.grammar_backend
+    missing = ""
+    if config.model.skip_tokenizer_init:
+        missing = "a tokenizer, which --skip-tokenizer-init leaves out"
+    elif config.run.runner == "fake":
+        missing = "a model, which --runner fake leaves out"
+    if missing and backend not in ("auto", "none"):
+        raise BadRequest(f"--grammar-backend {backend} needs {missing}", field="grammar_backend")
+    return backend != "none" and not missing
 
 
 def with_tokenizer_ends(info: ModelInfo, tokenizer: Tokenizer | None) -> ModelInfo:

@@ -31,7 +31,8 @@ class GrammarCheck:
         for field, text in request.sampling.grammars:
             if not self._enabled:
                 raise BadRequest(
-                    f"{field}: this server runs without grammars (--grammar-backend none)",
+                    f"{field}: this server enforces no grammars (--grammar-backend, and a model "
+                    "with its tokenizer, are needed)",
                     field=field,
                 )
             if len(text) > MAX_BYTES[field]:

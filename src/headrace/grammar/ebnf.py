@@ -28,7 +28,7 @@ _CHARACTER = re.compile(
     r"\\x([0-9a-fA-F]{2})|\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})|\\(.)|(.)", re.DOTALL
 )
 _ESCAPES = {"n": "\n", "r": "\r", "t": "\t"} | {c: c for c in "\\\"'[]-^/"}
-_TIMES = {"*": "*", "+": "+", "?": "?"}
+_MOST_PASSES = 50
 
 # ("text", str) ("set", regex) ("name", str) ("all", [node]) ("any", [node]) ("times", node, how)
 Node = tuple[Any, ...]
@@ -54,6 +54,8 @@ def to_lark(text: str, field: str = "ebnf", prefix: str = "") -> tuple[str, list
         for other in _names(node):
             if other not in rules:
                 raise Refused(field, f"the rule {name} uses {other}, which is not defined", line)
+    if not _ends(rules):
+        raise Refused(field, "the rule root never ends", rules["root"][1])
     regular = _regular({name: set(_names(node)) for name, (node, _) in rules.items()})
     symbols = {
         name: (f"{prefix}T{number}".upper() if name in regular else f"{prefix}r{number}".lower())
@@ -160,7 +162,7 @@ class _Parser:
             if high and int(high) < int(low):
                 self._fail(token, f"{token.text} is empty")
             return re.sub(r"\s", "", token.text)
-        if token.kind == "mark" and token.text in _TIMES:
+        if token.kind == "mark" and token.text in "*+?":
             self.at += 1
             return token.text
         return None
@@ -232,6 +234,30 @@ def _regular(uses: dict[str, set[str]]) -> set[str]:
             if not waiting[user] and user not in done:
                 ready.append(user)
     return done
+
+
+def _ends(rules: dict[str, tuple[Node, str]]) -> bool:
+    """Whether the root has a sentence; True when that takes too long to tell."""
+    known: set[str] = set()
+    for _ in range(_MOST_PASSES):
+        before = len(known)
+        for name in [*rules, *reversed(rules)]:
+            if name not in known and _can_end(rules[name][0], known):
+                known.add(name)
+        if "root" in known or len(known) == before:
+            return "root" in known
+    return True
+
+
+def _can_end(node: Node, known: set[str]) -> bool:
+    """Whether a node has a sentence, given the rules that have one."""
+    if node[0] == "name":
+        return node[1] in known
+    if node[0] == "times":
+        return node[2][0] in "*?" or node[2].startswith("{0") or _can_end(node[1], known)
+    if node[0] in ("all", "any"):
+        return (all if node[0] == "all" else any)(_can_end(child, known) for child in node[1])
+    return True
 
 
 def _write(node: Node, symbols: dict[str, str]) -> str:
