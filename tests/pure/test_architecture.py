@@ -34,7 +34,7 @@ LAYERS: dict[str, set[str]] = {
         "core", "ipc", "cache", "metrics", "text", "assets", "ops", "dist", "quant", "layers",
         "models", "loader", "scheduler", "runner", "frontend", "server", "grammar",
     },
-    "bench": {"core", "text", "engine", "assets", "ops", "dist", "loader", "runner"},
+    "bench": {"core", "text", "engine", "assets", "ops", "dist", "loader", "runner", "grammar"},
     "cli": {"core", "engine", "bench", "assets", "text", "ops"},
 }  # fmt: skip
 NO_TORCH = {"core", "cache", "scheduler", "ipc", "text", "frontend", "server", "metrics", "bench"}

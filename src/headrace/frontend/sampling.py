@@ -53,7 +53,7 @@ def read_sampling(body: Mapping[str, Any], defaults: SamplingParams) -> Sampling
         field = _ALIASES.get(name, name)
         if value is None and field != "max_new_tokens":
             continue
-        if field in GRAMMAR_FIELDS and value in ("", {}):
+        if field in GRAMMAR_FIELDS and value == "":
             continue
         if field in _REFUSED:
             _refuse(field, value)

@@ -8,7 +8,8 @@ from functools import lru_cache
 
 from headrace.core.errors import BadRequest
 from headrace.core.messages import GenerateRequest
-from headrace.grammar.source import MAX_BYTES, special_tokens, translate
+from headrace.grammar.refusal import Refused
+from headrace.grammar.source import special_tokens, translate
 from headrace.text.tokenizer import Tokenizer
 
 _REMEMBERED = 16
@@ -35,6 +36,7 @@ class GrammarCheck:
                     "with its tokenizer, are needed)",
                     field=field,
                 )
-            if len(text) > MAX_BYTES[field]:
-                translate(field, text, {})
-            self._understood(field, text)
+            try:
+                self._understood(field, text)
+            except Refused as error:
+                raise BadRequest(error.message, field=field) from None

@@ -53,7 +53,7 @@ def grammars_of(body: CommonFields) -> dict[str, str]:
         BadRequest: `response_format` is none of the known forms, or more than one is given.
     """
     given = {name: getattr(body, name) for name in GRAMMAR_FIELDS}
-    found = {name: _text(value) for name, value in given.items() if value not in (None, "", {})}
+    found = {name: _text(value) for name, value in given.items() if value not in (None, "")}
     if body.response_format is not None:
         name, text = _response_format(body.response_format)
         if name in found:
