@@ -112,7 +112,9 @@ def measure(
     began = time.perf_counter()
     compiled = compiler.compile(field, text).result()
     seconds = time.perf_counter() - began
-    masks, accepts, states = [], [], [compiled.copy()]
+    masks: list[float] = []
+    accepts: list[float] = []
+    states = [compiled.copy()]
     for seed in range(args.outputs):
         follow(compiled.copy(), vocabulary, args.tokens, seed, masks, accepts, states)
     return {
