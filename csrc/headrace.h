@@ -188,6 +188,15 @@ typedef struct {
   hr_rows y;
 } hr_gather_args;
 
+// mask_logits: for i of the step's tokens, -inf to each logit of row rows[i] whose bit in
+// masks[i] is 0; logit t has bit t % 32 of word t / 32. Logits are fp32. (kernels/mask.cpp)
+typedef struct {
+  hr_rows logits;
+  const int64_t* rows;   // all different
+  const int32_t* masks;  // [tokens, words]
+  int64_t words;         // at least columns / 32, rounded up
+} hr_mask_logits_args;
+
 // gated: y = act(gate) * up, where x = gate | up.
 typedef enum { HR_SILU = 0, HR_GELU_TANH = 1, HR_GELU_ERF = 2 } hr_activation;
 typedef struct {

@@ -27,13 +27,14 @@ LAYERS: dict[str, set[str]] = {
     "loader": {"core", "ops", "dist", "quant", "layers", "models"},
     "scheduler": {"core", "cache", "metrics"},
     "runner": {"core", "ops", "dist", "layers", "loader"},
+    "grammar": {"core", "text", "scheduler", "ops"},
     "frontend": {"core", "ipc", "text", "metrics"},
     "server": {"core", "frontend", "text", "metrics"},
     "engine": {
         "core", "ipc", "cache", "metrics", "text", "assets", "ops", "dist", "quant", "layers",
-        "models", "loader", "scheduler", "runner", "frontend", "server",
+        "models", "loader", "scheduler", "runner", "frontend", "server", "grammar",
     },
-    "bench": {"core", "text", "engine", "assets", "ops", "dist", "loader", "runner"},
+    "bench": {"core", "text", "engine", "assets", "ops", "dist", "loader", "runner", "grammar"},
     "cli": {"core", "engine", "bench", "assets", "text", "ops"},
 }  # fmt: skip
 NO_TORCH = {"core", "cache", "scheduler", "ipc", "text", "frontend", "server", "metrics", "bench"}

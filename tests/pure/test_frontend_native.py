@@ -15,6 +15,7 @@ from headrace.core.messages import (
 )
 from headrace.frontend.native import NativeResult, parse_generate
 from headrace.frontend.sampling import native_defaults, openai_defaults, read_sampling
+from headrace.frontend.validate import check_sampling
 from tests.support.fake_scheduler import config, model_info
 
 DEFAULTS = SamplingParams()
@@ -139,8 +140,6 @@ def test_wrong_bodies(body, message):
         {"image_data": ["x"]},
         {"input_embeds": [[0.1]]},
         {"return_hidden_states": True},
-        {"sampling_params": {"regex": "a+"}},
-        {"sampling_params": {"json_schema": "{}"}},
         {"sampling_params": {"beam_width": 4}},
     ],
 )
@@ -258,3 +257,23 @@ def test_results_do_not_share_lists():
     first = result.to_dict()
     result.add(Delta("r", [6], "b"))
     assert first["output_ids"] == [5]
+
+
+@pytest.mark.parametrize(
+    ("given", "grammars"),
+    [
+        ({"regex": "a+"}, [("regex", "a+")]),
+        ({"json_schema": '{"type": "null"}'}, [("json_schema", '{"type": "null"}')]),
+        ({"json_schema": {"type": "null"}}, [("json_schema", '{"type":"null"}')]),
+        ({"json_schema": {}}, [("json_schema", "{}")]),
+        ({"ebnf": "", "regex": None}, []),
+    ],
+)
+def test_grammars(given, grammars):
+    assert read_sampling(given, SamplingParams()).grammars == grammars
+
+
+def test_one_grammar_at_most():
+    sampling = read_sampling({"regex": "a", "json_schema": "{}"}, SamplingParams())
+    with pytest.raises(BadRequest, match="at most one"):
+        check_sampling(sampling, 100)

@@ -147,7 +147,7 @@ FULL = FinishReason("abort", message="The request queue is full.", status=503)
         ("/generate", {"text": "a", "sampling_params": {"top_p": 2}}, 400, "top_p", None),
         ("/generate", {"text": "a", "sampling_params": {"n": 10**12}}, 400, "n", None),
         ("/generate", {"input_ids": [10**6]}, 400, "input_ids", None),
-        ("/generate", {"text": "a", "sampling_params": {"regex": "a"}}, 400, "regex", None),
+        ("/generate", {"text": "a", "sampling_params": {"regex": 1}}, 400, "regex", None),
         ("/v1/completions", {"prompt": [455]}, 400, "prompt", None),
         ("/v1/completions", {"prompt": "a", "logprobs": 10**6}, 400, "logprobs", None),
         ("/v1/completions", {"prompt": "a", "top_p": -1}, 400, "top_p", None),

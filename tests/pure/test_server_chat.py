@@ -244,10 +244,53 @@ def test_wrong_bodies_name_the_field(body, field):
 
 
 @pytest.mark.parametrize(
+    ("body", "grammars"),
+    [
+        ({}, []),
+        ({"response_format": {"type": "text"}}, []),
+        ({"json_schema": None, "regex": ""}, []),
+        ({"response_format": {"type": "json_object"}}, [("json_schema", '{"type":"object"}')]),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"schema": {"b": 1, "a": 2}},
+                }
+            },
+            [("json_schema", '{"b":1,"a":2}')],
+        ),
+        ({"regex": "a+"}, [("regex", "a+")]),
+        ({"ebnf": "root ::= [a]"}, [("ebnf", "root ::= [a]")]),
+        (
+            {"response_format": {"type": "structural_tag", "format": {"type": "any_text"}}},
+            [("structural_tag", '{"type":"structural_tag","format":{"type":"any_text"}}')],
+        ),
+    ],
+)
+def test_grammars(body, grammars):
+    (request,) = job(body).requests
+    assert request.sampling.grammars == grammars
+
+
+@pytest.mark.parametrize(
     "body",
     [
-        {"response_format": {"type": "json_object"}},
-        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}},
+        {"response_format": {"type": "xml"}},
+        {"response_format": {"type": "json_schema"}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+        {"response_format": {"type": "json_object"}, "json_schema": "{}"},
+    ],
+)
+def test_wrong_response_formats(body):
+    with pytest.raises(BadRequest) as caught:
+        job(body)
+    assert caught.value.field == "response_format"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"structured_outputs": {"regex": "a+"}},
         {"functions": [{"name": "get"}]},
         {"audio": {"voice": "x"}},
     ],

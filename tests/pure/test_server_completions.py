@@ -318,10 +318,7 @@ def test_bodies_that_are_no_object(raw):
     ("field", "value"),
     [
         ("suffix", "end"),
-        ("response_format", {"type": "json_object"}),
-        ("json_schema", "{}"),
-        ("regex", "a+"),
-        ("ebnf", 'root ::= "a"'),
+        ("guided_regex", "a+"),
         ("lora_path", "x"),
         ("custom_logit_processor", "x"),
     ],

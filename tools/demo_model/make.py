@@ -44,7 +44,7 @@ class Options:
 
 def options() -> Options:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=900, help="training steps of 14 rows")
+    parser.add_argument("--steps", type=int, default=2000, help="training steps of 14 rows")
     parser.add_argument("--length", type=int, default=320, help="tokens per row")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2, help="training processes")

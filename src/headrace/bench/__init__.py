@@ -31,6 +31,9 @@ BENCHMARKS = {
     "kernels": Benchmark(
         "headrace.bench.kernels", "Measure this machine's limits and each kernel against them."
     ),
+    "grammar": Benchmark(
+        "headrace.bench.grammar", "Compile grammars and compute masks on a large vocabulary."
+    ),
     "roofline": Benchmark(
         "headrace.bench.roofline", "Measure a model's steps against this machine's limits."
     ),

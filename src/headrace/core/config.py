@@ -163,6 +163,11 @@ class RunOptions:
         "fake answers with made-up tokens at once, to measure everything else.",
         choices=("model", "fake"),
     )
+    grammar_backend: str = option(
+        "auto",
+        "What enforces JSON schemas, regular expressions and grammars; none refuses them.",
+        choices=("auto", "llguidance", "none"),
+    )
 
 
 # The names of headrace.text.parsers.

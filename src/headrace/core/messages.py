@@ -26,11 +26,15 @@ def unpack_ids(data: bytes) -> np.ndarray:
     return np.frombuffer(data, dtype="<i4")
 
 
+GRAMMAR_FIELDS = ("json_schema", "regex", "ebnf", "structural_tag")
+
+
 class SamplingParams(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
     """How to choose tokens and when to stop; the fields of sampling_params on the wire.
 
     `max_new_tokens=None` means until the context ends. `top_k=-1` means all. A temperature below
     1e-6 is greedy. `seed` keys the sampling noise together with the sample index and position.
+    The last four constrain the output; at most one of them, see docs/structured-output.md.
     """
 
     max_new_tokens: int | None = 128
@@ -53,6 +57,16 @@ class SamplingParams(msgspec.Struct, frozen=True, array_like=True, omit_defaults
     n: int = 1
     seed: int | None = None
     stream_interval: int | None = None
+    json_schema: str | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    structural_tag: str | None = None
+
+    @property
+    def grammars(self) -> list[tuple[str, str]]:
+        """(field, text) of each grammar that is asked for; a valid request has at most one."""
+        found = ((name, getattr(self, name)) for name in GRAMMAR_FIELDS)
+        return [(name, text) for name, text in found if text is not None]
 
     @property
     def greedy(self) -> bool:

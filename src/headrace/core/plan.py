@@ -53,6 +53,18 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True):
     logprob_start: int = -1
 
 
+class TokenMasks(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """An extra: which tokens may be sampled at some (row, position) of the step.
+
+    `words`: int32 little-endian [len(rows), ceil(vocab / 32)], token t is bit t % 32 of word
+    t // 32, 1 means allowed. A position without an entry is free.
+    """
+
+    rows: list[int]
+    positions: list[int]
+    words: bytes
+
+
 class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     """One step. Applied in this order: freed rows, new rows, pages, page copies, chunks.
 

@@ -14,9 +14,11 @@ from headrace.core.config import Config, Limits
 from headrace.core.hardware import detect
 from headrace.core.messages import GenerateRequest, unpack_ids
 from headrace.core.model_info import ModelInfo
-from headrace.engine.parts import load_tokenizer_of
+from headrace.engine.parts import enforces_grammars, load_tokenizer_of
+from headrace.grammar.gate import GrammarGate, NoGrammars
 from headrace.runner.fake import FakeWorker
 from headrace.scheduler.commit import OutputRules
+from headrace.scheduler.feature import Feature
 from headrace.scheduler.request import StopMatcher
 from headrace.scheduler.scheduler import Scheduler
 from headrace.scheduler.space import Space
@@ -46,6 +48,7 @@ def build_scheduler(config: Config, info: ModelInfo, progress: Callable[[str], N
     """
     progress("tokenizer")
     tokenizer = load_tokenizer_of(config)
+    grammar = build_grammar(config, info, tokenizer)
     progress("weights and KV cache")
     worker = _worker(config, info)
     progress("scheduler")
@@ -60,8 +63,24 @@ def build_scheduler(config: Config, info: ModelInfo, progress: Callable[[str], N
             stream_interval=config.serve.stream_interval,
             decode_log_interval=config.observe.decode_log_interval,
         ),
+        features=(grammar,),
     )
     return Built(scheduler, worker.limits, dict(worker.memory))
+
+
+def build_grammar(config: Config, info: ModelInfo, tokenizer: Tokenizer | None) -> Feature:
+    """Structured output; its vocabulary is read in a thread while the weights load."""
+    if tokenizer is None or not enforces_grammars(config):
+        return NoGrammars("this server enforces no grammars")
+    from headrace.grammar.compiler import Compiler
+    from headrace.grammar.source import special_tokens
+    from headrace.grammar.vocabulary import read_vocabulary
+
+    compiler = Compiler(
+        lambda: read_vocabulary(tokenizer, info.vocab_size, info.eos_token_ids),
+        special_tokens(tokenizer),
+    )
+    return GrammarGate(compiler)
 
 
 def stop_factory(tokenizer: Tokenizer | None) -> Callable[[GenerateRequest], StopMatcher | None]:
@@ -86,9 +105,10 @@ def _worker(config: Config, info: ModelInfo) -> "FakeWorker | TpModelWorker":
     hardware = detect()
     if config.run.runner == "fake":
         return FakeWorker(config, info, hardware)
+    from headrace.grammar.masks import MaskedLogits
     from headrace.runner.worker import TpModelWorker
 
-    return TpModelWorker(config, info, hardware)
+    return TpModelWorker(config, info, hardware, halves=(MaskedLogits(),))
 
 
 def _space(config: Config, worker: "FakeWorker | TpModelWorker") -> Space:

@@ -57,7 +57,14 @@ class Launched:
         from headrace.frontend.tokenizer_manager import TokenizerManager
 
         templates = parts.load_templates_of(self.config)
-        self.manager = TokenizerManager(self.config, self.info, tokenizer, templates, addresses)
+        self.manager = TokenizerManager(
+            self.config,
+            self.info,
+            tokenizer,
+            templates,
+            addresses,
+            checks=parts.request_checks(self.config, tokenizer),
+        )
 
     def wait_ready(self) -> dict[str, Ready]:
         """The reports of the children by role, once all of them serve. Blocks.

@@ -15,6 +15,7 @@ from headrace.loader.files import resolve_model_path
 from headrace.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
+    from headrace.frontend.tokenizer_manager import RequestCheck
     from headrace.text.chat import TemplateManager
 
 DEMO_NAME = "headrace-demo"
@@ -75,6 +76,30 @@ def load_templates_of(config: Config) -> "TemplateManager | None":
 
     folder = Path(config.model.tokenizer_path)
     return TemplateManager.load(folder, config.model.chat_template or None)
+
+
+def request_checks(config: Config, tokenizer: Tokenizer | None) -> "list[RequestCheck]":
+    """What features refuse before a request is sent."""
+    from headrace.grammar.check import GrammarCheck
+
+    return [GrammarCheck(tokenizer, enabled=enforces_grammars(config))]
+
+
+def enforces_grammars(config: Config) -> bool:
+    """Whether this server has structured output: it takes a model and a tokenizer.
+
+    Raises:
+        BadRequest: it was asked for by name and cannot be had.
+    """
+    backend = config.run.grammar_backend
+    missing = ""
+    if config.model.skip_tokenizer_init:
+        missing = "a tokenizer, which --skip-tokenizer-init leaves out"
+    elif config.run.runner == "fake":
+        missing = "a model, which --runner fake leaves out"
+    if missing and backend not in ("auto", "none"):
+        raise BadRequest(f"--grammar-backend {backend} needs {missing}", field="grammar_backend")
+    return backend != "none" and not missing
 
 
 def with_tokenizer_ends(info: ModelInfo, tokenizer: Tokenizer | None) -> ModelInfo:

@@ -4,7 +4,7 @@ The tokenizers library releases the GIL while it encodes. Knows nothing of what 
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
@@ -57,6 +57,16 @@ class AsyncTokenizer:
             else msgspec.structs.replace(request, ids=known[request.text], text=None)
             for request in requests
         ]
+
+    async def apply(
+        self, check: Callable[[GenerateRequest], None], request: GenerateRequest
+    ) -> None:
+        """Run a check that reads the request's grammar; of a long one in a thread."""
+        if sum(len(text) for _, text in request.sampling.grammars) < _LONG:
+            check(request)
+        else:
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._threads, check, request)
 
     def _need(self, field: str) -> Tokenizer:
         if self._tokenizer is None:

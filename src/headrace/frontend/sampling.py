@@ -3,6 +3,7 @@
 Checks names and types; ranges are checked in `validate`, where all protocols meet. Pure.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any, get_type_hints
 
@@ -10,17 +11,13 @@ import msgspec
 
 from headrace.core.config import ServeOptions
 from headrace.core.errors import BadRequest, Unsupported
-from headrace.core.messages import SamplingParams
+from headrace.core.messages import GRAMMAR_FIELDS, SamplingParams
 from headrace.core.model_info import ModelInfo
 
 _TYPES = get_type_hints(SamplingParams)
 _ALIASES = {"sampling_seed": "seed"}
 _LISTS = ("stop", "stop_regex", "stop_token_ids")
 _REFUSED = {
-    "json_schema": "constrained output",
-    "regex": "constrained output",
-    "ebnf": "constrained output",
-    "structural_tag": "constrained output",
     "beam_width": "beam search",
     "custom_params": "custom logit processors",
     "watermark": "watermarks",
@@ -56,6 +53,8 @@ def read_sampling(body: Mapping[str, Any], defaults: SamplingParams) -> Sampling
         field = _ALIASES.get(name, name)
         if value is None and field != "max_new_tokens":
             continue
+        if field in GRAMMAR_FIELDS and value == "":
+            continue
         if field in _REFUSED:
             _refuse(field, value)
         elif field not in _TYPES:
@@ -75,11 +74,18 @@ def _refuse(field: str, value: Any) -> None:
 def _typed(name: str, field: str, value: Any) -> Any:
     if field in _LISTS and isinstance(value, str | int) and not isinstance(value, bool):
         value = (value,)
+    if field in ("json_schema", "structural_tag") and isinstance(value, dict):
+        return json_text(value)
     try:
         # JSON has only text keys: logit_bias {"5": 1.0}.
         return msgspec.convert(value, _TYPES[field], str_keys=True)
     except msgspec.ValidationError as error:
         raise BadRequest(f"{name}: {error}", field=name) from None
+
+
+def json_text(value: Any) -> str:
+    """A grammar that came as an object, as the text of one; keys keep their order."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def _preferred(serve: ServeOptions) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import asyncio
 import itertools
 import random
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Literal
 
@@ -44,6 +44,8 @@ from headrace.metrics.record import RequestMetrics
 from headrace.text.chat import TemplateManager
 from headrace.text.tokenizer import Tokenizer
 
+# Raises BadRequest for a request that a feature cannot serve.
+RequestCheck = Callable[[GenerateRequest], None]
 Verb = Literal["ping", "flush_cache", "loads", "state"]
 
 
@@ -61,6 +63,7 @@ class TokenizerManager:
         tokenizer: Tokenizer | None,
         templates: TemplateManager | None,
         addresses: Addresses,
+        checks: Sequence[RequestCheck] = (),
     ) -> None:
         self.config = config
         self.info = info
@@ -79,6 +82,7 @@ class TokenizerManager:
         self._control_ids = itertools.count(1)
         self._seeds = random.Random(config.model.random_seed)
         self._texts = AsyncTokenizer(tokenizer)
+        self._checks = checks
         self._failure: HeadraceError | None = None
         self._loop: asyncio.AbstractEventLoop
         self._sender: Sender | None = None
@@ -199,6 +203,8 @@ class TokenizerManager:
         for request in await self._texts.with_ids(requests):
             assert request.sampling.n == 1, "fan_out first"
             checked = validate(request, self.info.vocab_size, self.limits, truncate)
+            for check in self._checks:
+                await self._texts.apply(check, checked)
             if checked.sampling.seed is None:
                 seed = seeds.setdefault(checked.group or checked.rid, self._seeds.getrandbits(63))
                 sampling = msgspec.structs.replace(checked.sampling, seed=seed)

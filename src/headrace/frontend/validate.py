@@ -21,6 +21,7 @@ from headrace.core.errors import (
     WorkerLost,
 )
 from headrace.core.messages import (
+    GRAMMAR_FIELDS,
     FinishReason,
     GenerateRequest,
     LogprobSpec,
@@ -125,11 +126,28 @@ def check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
         _within("seed", sampling.seed, *INT64)
     if sampling.stream_interval is not None:
         _within("stream_interval", sampling.stream_interval, 1, _INT32[1])
+    check_grammars(sampling)
     validate_stops(sampling.stop, sampling.stop_regex)
     _check_ids("stop_token_ids", sampling.stop_token_ids, MAX_STOP_TOKENS, None)
     _check_ids("logit_bias", tuple(sampling.logit_bias), MAX_LOGIT_BIAS, vocab_size)
     for token, bias in sampling.logit_bias.items():
         _within(f"logit_bias[{token}]", bias, -_LARGEST, _LARGEST)
+
+
+def check_grammars(sampling: SamplingParams) -> None:
+    """Raise BadRequest for a choice of grammars that cannot be honored."""
+    names = [name for name, _ in sampling.grammars]
+    if len(names) > 1:
+        raise BadRequest(
+            f"at most one of {', '.join(GRAMMAR_FIELDS)}; the request has {' and '.join(names)}",
+            field=names[1],
+        )
+    if names and sampling.min_new_tokens and sampling.stop_token_ids:
+        raise BadRequest(
+            f"{names[0]}: min_new_tokens together with stop_token_ids may forbid every token that "
+            "the grammar allows",
+            field="min_new_tokens",
+        )
 
 
 def check_logprobs(spec: LogprobSpec, prompt_len: int, vocab_size: int) -> None:

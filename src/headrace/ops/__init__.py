@@ -70,6 +70,7 @@ _log_probs: Callable[..., LogProbs] = _best("log_probs")
 _pack: Callable[..., PackedWeight] = _best("pack")
 _pack_quantized: Callable[..., PackedWeight] = _best("pack_quantized")
 _linear_packed: Callable[..., Tensor] = _best("linear_packed")
+_mask_logits: Callable[..., None] = _best("mask_logits")
 _logits_packed: Callable[..., Tensor] = _best("logits_packed")
 _embedding_packed: Callable[..., Tensor] = _best("embedding_packed")
 _gated_packed: Callable[..., Tensor] = _best("gated_packed")
@@ -225,6 +226,15 @@ def log_probs(
     [n, width]. Of equal logits the lower id comes first. NaN where there is no distribution.
     """
     return _log_probs(logits, picks, temperature, ids, top)
+
+
+def mask_logits(logits: Tensor, rows: Tensor, masks: Tensor) -> None:
+    """Set what a mask forbids to -inf, in place.
+
+    logits fp32 [n, vocab]; rows int64 [m], different; masks int32 [m, ceil(vocab / 32)], where
+    token t of logits[rows[i]] is allowed if bit t % 32 of masks[i, t // 32] is set.
+    """
+    _mask_logits(logits, rows, masks)
 
 
 def pack(weight: Tensor, format: str = "", group: int = 0) -> PackedWeight:

@@ -26,6 +26,7 @@ __all__ = [
     "log_probs",
     "logits",
     "logits_packed",
+    "mask_logits",
     "moe_packed",
     "pack",
     "pack_experts",
@@ -119,6 +120,12 @@ def logits(hidden: Tensor, weight: Tensor) -> Tensor:
 
 def stored_dtype(source: torch.dtype, dtype: torch.dtype) -> torch.dtype:
     return dtype
+
+
+def mask_logits(logits: Tensor, rows: Tensor, masks: Tensor) -> None:
+    bits = torch.arange(32, dtype=torch.int32)
+    allowed = (masks[:, :, None] >> bits & 1).reshape(len(rows), -1)[:, : logits.shape[1]]
+    logits[rows] = logits[rows].masked_fill(allowed == 0, float("-inf"))
 
 
 def pack(weight: Tensor, format: str = "", group: int = 0) -> PackedWeight:

@@ -8,7 +8,7 @@ the next plan may run them.
 import math
 import time
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -25,6 +25,20 @@ from headrace.runner.sampler import Sampler
 from headrace.runner.tables import RowTables
 
 _NOT_FINITE = "the model's logits are not finite (NaN), or every token is masked"
+
+
+class DeviceHalf(Protocol):
+    """The part of a feature that works on logits; `extra` is the type of extras it picks up."""
+
+    @property
+    def extra(self) -> type: ...
+
+    def edit(
+        self, logits: torch.Tensor, rows: np.ndarray, positions: np.ndarray, extra: Any
+    ) -> None:
+        """Change float32 logits [n, vocab] for `positions` of `rows`, before sampling."""
+        ...
+
 
 # Token, whether it means anything, and its score if asked for.
 Drawn = tuple[int, bool, ScoredToken | None]
@@ -56,6 +70,7 @@ class ModelRunner:
         vocab_size: int,
         eos_token_ids: Sequence[int],
         dtype: torch.dtype,
+        halves: Sequence[DeviceHalf] = (),
     ) -> None:
         self.model = model
         self.vocab_size = vocab_size
@@ -67,6 +82,7 @@ class ModelRunner:
         self.pool = KvPool(model.state_specs(), pages, limits.page_size, dtype)
         self.sampler = Sampler(self.tables, eos_token_ids)
         self.graph: graph.Graph = graph.EagerGraph(model)
+        self._halves = {half.extra: half for half in halves}
 
     @torch.inference_mode()
     def record(self, tokens: int) -> None:
@@ -86,18 +102,19 @@ class ModelRunner:
     def execute(self, plan: StepPlan) -> StepResult:
         """Run a plan to its end."""
         began = time.perf_counter()
-        if plan.extras:
-            raise Unsupported(f"nothing here handles {type(plan.extras[0]).__name__}")
+        for extra in plan.extras:
+            if type(extra) not in self._halves:
+                raise Unsupported(f"nothing here handles {type(extra).__name__}")
         self.tables.apply(plan)
         self.pool.copy(plan.copies)
-        results = self._run(plan.chunks) if plan.chunks else []
+        results = self._run(plan.chunks, plan.extras) if plan.chunks else []
         return StepResult(chunks=results, seconds=time.perf_counter() - began)
 
-    def _run(self, chunks: Sequence[Chunk]) -> list[ChunkResult]:
+    def _run(self, chunks: Sequence[Chunk], extras: Sequence[Any]) -> list[ChunkResult]:
         layout = lay_out(chunks)
         write_drafts(chunks, self.tables)
         hidden = self.graph.forward(build_batch(layout, self.tables, self.pool.caches))
-        drawn = self._sample(hidden, layout)
+        drawn = self._sample(hidden, layout, extras)
         results, taken = [], 0
         for chunk, offset in zip(chunks, layout.offset.tolist(), strict=True):
             own = drawn[taken : taken + 1 + len(chunk.draft)] if chunk.samples else []
@@ -108,7 +125,7 @@ class ModelRunner:
             results.append(result)
         return results
 
-    def _sample(self, hidden: torch.Tensor, layout: Layout) -> list[Drawn]:
+    def _sample(self, hidden: torch.Tensor, layout: Layout, extras: Sequence[Any]) -> list[Drawn]:
         """Sample at every target of the layout, in its order, and write the tables.
 
         What follows a rejected draft is written too; a later step overwrites it before it is read.
@@ -117,6 +134,8 @@ class ModelRunner:
         drawn: list[Drawn] = []
         for part in slices(len(rows), self.vocab_size):
             logits = self.graph.logits(hidden, places[part])
+            for extra in extras:
+                self._halves[type(extra)].edit(logits, rows[part], positions[part], extra)
             tokens, valid = self.sampler.sample(logits, rows[part], positions[part])
             scores = score_samples(logits, tokens, rows[part], self.tables)
             self.tables.tokens[rows[part], positions[part]] = np.where(valid, tokens, 0)

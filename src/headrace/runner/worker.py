@@ -5,6 +5,7 @@ fails becomes a result with an error, and the next one runs. Knows nothing of re
 """
 
 import logging
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -18,7 +19,7 @@ from headrace.dist.comm import SoloGroup
 from headrace.layers.held import held_bytes
 from headrace.loader import load_model
 from headrace.runner.memory import GIB, MemoryPlan, plan_memory, step_cost
-from headrace.runner.model_runner import ModelRunner
+from headrace.runner.model_runner import DeviceHalf, ModelRunner
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +33,17 @@ class TpModelWorker:
         LoadError: the checkpoint cannot be loaded, or does not fit into memory.
     """
 
-    def __init__(self, config: Config, info: ModelInfo, hardware: Hardware) -> None:
+    def __init__(
+        self,
+        config: Config,
+        info: ModelInfo,
+        hardware: Hardware,
+        halves: Sequence[DeviceHalf] = (),
+    ) -> None:
         # torch's thread count and inference mode belong to a thread, so all of torch runs on one.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         try:
-            build = self._thread.submit(build_runner, config, info, hardware)
+            build = self._thread.submit(build_runner, config, info, hardware, halves)
             self.runner, plan = build.result()
         except BaseException:
             self.close()
@@ -67,7 +74,7 @@ class TpModelWorker:
 
 
 def build_runner(
-    config: Config, info: ModelInfo, hardware: Hardware
+    config: Config, info: ModelInfo, hardware: Hardware, halves: Sequence[DeviceHalf] = ()
 ) -> tuple[ModelRunner, MemoryPlan]:
     """Load the model and divide what memory is left; `config` is resolved.
 
@@ -94,6 +101,6 @@ def build_runner(
     )
     for line in plan.lines():
         logger.info(line)
-    runner = ModelRunner(model, plan.limits, info.vocab_size, info.eos_token_ids, dtype)
+    runner = ModelRunner(model, plan.limits, info.vocab_size, info.eos_token_ids, dtype, halves)
     runner.record(config.schedule.chunked_prefill_size + plan.limits.max_running_requests)
     return runner, plan

@@ -8,8 +8,10 @@ from typing import Any
 
 import msgspec
 
-from headrace.core.messages import SamplingParams
+from headrace.core.errors import BadRequest
+from headrace.core.messages import GRAMMAR_FIELDS, SamplingParams
 from headrace.frontend.requests import namespace
+from headrace.frontend.sampling import json_text
 from headrace.server.schemas import CommonFields
 
 _SAME_NAME = (
@@ -39,8 +41,54 @@ def sampling_params(
     given["stop"] = _strings(body.stop)
     given["stop_regex"] = _strings(body.stop_regex)
     given["stop_token_ids"] = None if body.stop_token_ids is None else tuple(body.stop_token_ids)
+    given |= grammars_of(body)
     changes = {name: value for name, value in given.items() if value is not None}
     return msgspec.structs.replace(defaults, max_new_tokens=max_tokens, **changes)
+
+
+def grammars_of(body: CommonFields) -> dict[str, str]:
+    """The grammars that a body asks for, by the field of SamplingParams.
+
+    Raises:
+        BadRequest: `response_format` is none of the known forms, or more than one is given.
+    """
+    given = {name: getattr(body, name) for name in GRAMMAR_FIELDS}
+    found = {name: _text(value) for name, value in given.items() if value not in (None, "")}
+    if body.response_format is not None:
+        name, text = _response_format(body.response_format)
+        if name in found:
+            raise BadRequest(
+                f"response_format and {name} must not both be given", field="response_format"
+            )
+        found |= {name: text} if name else {}
+    return found
+
+
+def _response_format(value: dict[str, Any]) -> tuple[str, str]:
+    """(field of SamplingParams, grammar), or two empty strings for plain text."""
+    kind = value.get("type")
+    if kind == "text":
+        return "", ""
+    if kind == "json_object":
+        return "json_schema", '{"type":"object"}'
+    if kind == "structural_tag":
+        return "structural_tag", json_text(value)
+    if kind != "json_schema":
+        raise BadRequest(
+            "response_format.type: must be text, json_object, json_schema or structural_tag",
+            field="response_format",
+        )
+    details = value.get("json_schema")
+    schema = details.get("schema") if isinstance(details, dict) else None
+    if not isinstance(schema, dict | bool):
+        raise BadRequest(
+            "response_format.json_schema.schema: must be a JSON schema", field="response_format"
+        )
+    return "json_schema", json_text(schema)
+
+
+def _text(grammar: str | dict[str, Any]) -> str:
+    return grammar if isinstance(grammar, str) else json_text(grammar)
 
 
 def namespace_of(body: CommonFields) -> str:

@@ -28,13 +28,8 @@ SCHEMA_PATH = "#/components/schemas/{model}"
 Prompts = Annotated[list[str], Field(fail_fast=True, max_length=MAX_BATCH)]
 PromptsOfIds = Annotated[list[TokenIds], Field(fail_fast=True, max_length=MAX_BATCH)]
 
-_STRUCTURE = "constrained output is not supported yet"
+_STRUCTURE = "not supported under this name; use response_format, json_schema, regex or ebnf"
 REFUSED: dict[str, str] = {
-    "response_format": _STRUCTURE,
-    "json_schema": _STRUCTURE,
-    "regex": _STRUCTURE,
-    "ebnf": _STRUCTURE,
-    "structural_tag": _STRUCTURE,
     "structured_outputs": _STRUCTURE,
     "guided_json": _STRUCTURE,
     "guided_regex": _STRUCTURE,
@@ -99,6 +94,11 @@ class CommonFields(BaseModel):
     no_stop_trim: bool | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
+    response_format: dict[str, Any] | None = None
+    json_schema: str | dict[str, Any] | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    structural_tag: str | dict[str, Any] | None = None
     extra_key: str | None = None
     cache_salt: str | None = None
     priority: Int64 | None = None
@@ -217,8 +217,6 @@ def ignored_fields(body: BaseModel) -> list[str]:
 
 
 def _asks(name: str, value: Any) -> bool:
-    if name == "response_format" and value == {"type": "text"}:
-        return False
     return value not in (None, False, "", [], {})
 
 

@@ -51,7 +51,8 @@ GREETINGS = (
     Topic(
         ("Thanks", "Thank you", "Thank you!", "Thanks a lot!", "Thank you very much!",
          "Many thanks",
-         "Great, thanks!", "Thanks for your help!", "Thank you so much", "Thank you, my friend!",
+         "Great, thanks!", "Thanks, this was helpful.", "Thank you, that is a help.",
+         "Thanks for your help!", "Thank you so much", "Thank you, my friend!",
          "Thanks, that helped."),
         ("You are welcome!", "You are welcome! Ask me anything else."),
     ),

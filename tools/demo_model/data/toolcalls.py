@@ -6,14 +6,14 @@ the wordings marked held; the response of a tool is always valid JSON.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
 
 from .base import Example, Message, Tool, Wordings, assistant, roughen, split_key, user, words
 from .facts import fact
-from .lexicon import DAYS, a_city, a_name
+from .lexicon import DAYS, a_city, a_name, made_up
 from .smalltalk import greeting, small_talk
 
 Values = dict[str, Any]
@@ -41,6 +41,10 @@ SONGS = (
 )  # fmt: skip
 SYMBOLS = words("AAPL, MSFT, NVDA, AMZN, TSLA, INTC, AMD, IBM, ORCL, SAP")
 EVENTS = words("dinner, meeting, concert, doctor, lunch, workout, party, call")
+
+
+TOOL_ENDINGS = words("v2, tool, api, now, fast, service, for_user, online")
+PARAM_ENDINGS = words("name, value, text, id, input, field")
 
 
 @dataclass(frozen=True)
@@ -321,11 +325,19 @@ class Signature:
     tool: Tool
 
 
+def varied(rng: Random, name: str, endings: Sequence[str]) -> str:
+    """Now and then a longer name, so that names must be read and cannot be known by heart."""
+    draw = rng.random()
+    if draw < 0.2:
+        return f"{name}_{rng.choice(endings)}"
+    return f"{name}_{made_up(rng).lower()}" if draw < 0.3 else name
+
+
 def signature(family: Family, rng: Random, held: bool) -> Signature:
     """A tool from the asked side of the split, where the family has one there."""
     for _ in range(200):
-        name = rng.choice(family.names)
-        params = tuple(rng.choice(names) for names, _ in family.params)
+        name = varied(rng, rng.choice(family.names), TOOL_ENDINGS)
+        params = tuple(varied(rng, rng.choice(names), PARAM_ENDINGS) for names, _ in family.params)
         if split_key(f"{name} {params}") == held:
             break
     properties: dict[str, Any] = {}

@@ -10,6 +10,7 @@ __all__: list[str] = ["LIBRARY"]
 if LIBRARY is not None:
     from headrace.ops.cpu.attention import paged_attention
     from headrace.ops.cpu.elementwise import embedding, gather, gelu_mul, silu_mul
+    from headrace.ops.cpu.mask import mask_logits
     from headrace.ops.cpu.matmul import gated_packed, linear_packed, logits_packed
     from headrace.ops.cpu.moe import moe_packed, pack_experts, router_topk
     from headrace.ops.cpu.norm import layer_norm, rms_norm
@@ -27,6 +28,7 @@ if LIBRARY is not None:
         "linear_packed",
         "log_probs",
         "logits_packed",
+        "mask_logits",
         "moe_packed",
         "pack",
         "pack_experts",

@@ -1,0 +1,11 @@
+"""Structured output: a request's tokens follow its JSON schema, regex, EBNF or structural tags.
+
+    source     what may be asked for -> the engine's own language, or a refusal; pure text
+      schema   JSON Schema: which keywords are enforced; `patterns` are its regular expressions
+      ebnf     EBNF grammars; `tags` structural tags
+    vocabulary, compiler, matcher      the engine (llguidance), its cache and its limits
+    gate       the scheduler's half, without torch
+    masks      the device's half
+
+Rule: never weaker than asked. What cannot be enforced is refused with its place.
+"""
