@@ -183,6 +183,9 @@ class ServeOptions:
         False, "Cut over-long input to the context instead of refusing it."
     )
     strict_model_name: bool = option(False, "Answer 404 for a model name that is not served.")
+    strict_fields: bool = option(
+        False, "Refuse unknown fields of a request instead of naming them in a header."
+    )
     skip_server_warmup: bool = option(False, "Be ready without a first generation.")
     max_request_bytes: int = option(64 << 20, "Largest request body in bytes.", minimum=1024)
     timeout_keep_alive: int = option(5, "Seconds an idle connection stays open.", minimum=1)

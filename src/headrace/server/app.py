@@ -14,10 +14,14 @@ from headrace import __version__
 from headrace.core.config import Config
 from headrace.core.model_info import ModelInfo
 from headrace.frontend.tokenizer_manager import TokenizerManager
-from headrace.server import admin, errors, generation, tokens
+from headrace.server import admin, anthropic_messages, errors, generation, tokens
 from headrace.server.access import RequireApiKey
+from headrace.server.anthropic_input import CountRequest, MessagesRequest
 from headrace.server.context import Context
 from headrace.server.schemas import all_schemas
+
+# Bodies of the protocols that are not OpenAI's, for the OpenAPI document.
+BODIES = (MessagesRequest, CountRequest)
 
 
 def build_app(manager: TokenizerManager, config: Config, info: ModelInfo) -> FastAPI:
@@ -35,7 +39,7 @@ def build_app(manager: TokenizerManager, config: Config, info: ModelInfo) -> Fas
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     errors.install(app)
-    for part in (generation, tokens, admin):
+    for part in (generation, anthropic_messages, tokens, admin):
         app.include_router(part.routes(context))
     if config.serve.api_key:
         app.add_middleware(RequireApiKey, key=config.serve.api_key)
@@ -56,7 +60,7 @@ def _describe_bodies(app: FastAPI) -> None:
 
     def described() -> dict[str, Any]:
         document = plain()
-        document.setdefault("components", {}).setdefault("schemas", {}).update(all_schemas())
+        document.setdefault("components", {}).setdefault("schemas", {}).update(all_schemas(*BODIES))
         return document
 
     app.openapi = described  # type: ignore[method-assign]

@@ -189,9 +189,13 @@ def refuse_unsupported(body: BaseModel) -> None:
 
 
 def ignored_fields(body: BaseModel) -> list[str]:
-    """Names of given fields that have no effect here."""
+    """Names of given fields that have no effect here, also inside of objects: `a.b`."""
     extra = body.model_extra or {}
-    return [name for name, value in extra.items() if name not in REFUSED and value is not None]
+    names = [name for name, value in extra.items() if name not in REFUSED and value is not None]
+    for field in type(body).model_fields:
+        if isinstance(inner := getattr(body, field), BaseModel):
+            names += [f"{field}.{name}" for name in ignored_fields(inner)]
+    return names
 
 
 def _asks(name: str, value: Any) -> bool:
@@ -206,9 +210,9 @@ def body_of(kind: type[BaseModel] | None) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-def all_schemas() -> dict[str, Any]:
+def all_schemas(*more: type[BaseModel]) -> dict[str, Any]:
     """The definitions that `body_of` refers to: `components.schemas` of the OpenAPI document."""
-    kinds = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest, AbortBody)
+    kinds = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest, AbortBody, *more)
     _, definitions = models_json_schema(
         [(kind, "validation") for kind in kinds], ref_template=SCHEMA_PATH
     )

@@ -68,6 +68,10 @@ class TemplateManager:
         """Whether a list of tools would reach the prompt."""
         return self.has_template and self._select(tools=True).supports_tools
 
+    def source(self, tools: bool) -> str:
+        """The text of the template that serves requests with or without tools."""
+        return self._select(tools).source
+
     def render(
         self,
         messages: list[dict[str, Any]],

@@ -40,7 +40,7 @@ class ChatTemplate:
     `content_format` is "openai" if it walks over the parts of a message's content, else "string".
     `takes_string_content`: it also handles content that is a string. `supports_tools`: it reads
     `tools`. `string_arguments`: it prints the arguments of a tool call as they are, so they must
-    be JSON text.
+    be JSON text. `source` is its text.
     """
 
     def __init__(self, source: str) -> None:
@@ -48,6 +48,7 @@ class ChatTemplate:
             raise LoadError(
                 f"the chat template has {len(source)} characters; the limit is {MAX_TEMPLATE_CHARS}"
             )
+        self.source = source
         environment = _environment()
         try:
             tree = environment.parse(source)

@@ -1,0 +1,227 @@
+"""What the chat protocols share: a conversation becomes a prompt, generated text becomes segments.
+
+    body --adapter--> Chat --prompt_ids--> token ids
+    Delta --Answer.read--> Piece, Piece, ... --adapter--> events of its protocol
+
+The seam to `headrace.text.parsers` and to structured output; knows no protocol. Pure
+but for the dice of ids.
+"""
+
+import functools
+import uuid
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import msgspec
+import orjson
+
+from headrace.core.errors import BadRequest
+from headrace.core.messages import Delta, SamplingParams
+from headrace.frontend.sampling import read_sampling
+from headrace.server.context import Context
+from headrace.text.parsers import detect, make_parser, structure
+from headrace.text.parsers.events import Arguments, Content, Event, OutputParser, Reasoning
+
+# Where templates look for the switch of reasoning.
+_THINKING_NAMES = ("enable_thinking", "thinking")
+
+
+class Chat(msgspec.Struct, frozen=True):
+    """A conversation in OpenAI's form, whichever protocol it came in.
+
+    `choice` is OpenAI's tool_choice. `variables` go to the template. `continues`: the last message
+    is to be gone on with. `schema`: the answer must be JSON of this JSON Schema.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] = []
+    choice: str | dict[str, Any] = "auto"
+    variables: dict[str, Any] = {}
+    continues: bool = False
+    schema: dict[str, Any] | None = None
+
+    @property
+    def usable_tools(self) -> list[dict[str, Any]]:
+        """The tools that the model may call."""
+        return [] if self.choice == "none" else self.tools
+
+
+def thinking_variables(on: bool) -> dict[str, Any]:
+    """Template variables that switch reasoning on or off."""
+    return dict.fromkeys(_THINKING_NAMES, on)
+
+
+def prompt_ids(chat: Chat, context: Context) -> list[int]:
+    """The conversation through the chat template.
+
+    Raises:
+        BadRequest: the template cannot take these messages; names the message.
+    """
+    tokenizer = context.tokenizer("messages")
+    prompt = context.templates.render(
+        chat.messages,
+        tools=chat.usable_tools or None,
+        continue_final_message=chat.continues,
+        **chat.variables,
+    )
+    return tokenizer.encode(prompt, add_special_tokens=False)
+
+
+def parser_for(chat: Chat, context: Context) -> OutputParser:
+    """A fresh parser for one answer to `chat`."""
+    reasoning, dialect = _dialects(chat, context)
+    on = next((chat.variables[n] for n in _THINKING_NAMES if n in chat.variables), True)
+    return make_parser(reasoning, dialect, chat.usable_tools, thinking=bool(on))
+
+
+def _dialects(chat: Chat, context: Context) -> tuple[str, str]:
+    return _detected(context.templates.source(bool(chat.usable_tools)))
+
+
+@functools.lru_cache(maxsize=16)
+def _detected(template: str) -> tuple[str, str]:
+    return detect(template)
+
+
+def constrained(sampling: SamplingParams, chat: Chat, context: Context) -> SamplingParams:
+    """`sampling` with the grammar that `chat` asks for; a forced tool call beats a schema.
+
+    Raises:
+        Unsupported: this server cannot enforce it.
+    """
+    _, dialect = _dialects(chat, context)
+    tag = structure(dialect, chat.tools, chat.choice) if chat.usable_tools else None
+    if tag is not None:
+        return read_sampling({"structural_tag": orjson.dumps(tag).decode()}, sampling)
+    if chat.schema is not None:
+        return read_sampling({"json_schema": orjson.dumps(chat.schema).decode()}, sampling)
+    return sampling
+
+
+def room_for(asked: int | None, prompt: list[int], context: Context) -> int | None:
+    """`asked` new tokens, or None (what the context holds) if they do not fit behind `prompt`."""
+    limits = context.manager.limits
+    if asked is None or limits is None or len(prompt) + asked > limits.max_request_tokens:
+        return None
+    return asked
+
+
+class Segment:
+    """A stretch of an answer: reasoning, text, or one tool call with its arguments as JSON."""
+
+    def __init__(
+        self, kind: Literal["reasoning", "text", "call"], number: int, name: str = "", id: str = ""
+    ) -> None:
+        self.kind = kind
+        self.number = number
+        self.name = name
+        self.id = id
+        # Unique among all answers; protocols make item and call ids of it.
+        self.key = uuid.uuid4().hex[:24]
+        self._pieces: list[str] = []
+
+    def add(self, text: str) -> None:
+        self._pieces.append(text)
+
+    @property
+    def text(self) -> str:
+        return "".join(self._pieces)
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of a call. What a length limit has cut is kept under `partial_json`."""
+        text = self.text or "{}"
+        try:
+            value = orjson.loads(text)
+        except orjson.JSONDecodeError:
+            return {"partial_json": text}
+        return value if isinstance(value, dict) else {"partial_json": text}
+
+
+class Piece(msgspec.Struct, frozen=True):
+    """A segment starts, grows by `text`, or ends."""
+
+    what: Literal["start", "more", "end"]
+    segment: Segment
+    text: str = ""
+
+
+class Answer:
+    """One answer as it grows. Segments follow one another; at most one is open."""
+
+    def __init__(self, parser: OutputParser) -> None:
+        self._parser = parser
+        self._open: Segment | None = None
+        self.segments: list[Segment] = []
+        self.last: Delta | None = None
+
+    def read(self, delta: Delta) -> list[Piece]:
+        """What `delta` adds; the final one closes the last segment."""
+        self.last = delta
+        events = self._parser.feed(delta.text) if delta.text else []
+        if delta.finish is not None:
+            events = [*events, *self._parser.finish()]
+        pieces = [piece for event in events for piece in self._apply(event)]
+        if delta.finish is not None:
+            pieces += self._close()
+        return pieces
+
+    @property
+    def calls(self) -> list[Segment]:
+        """The tool calls so far."""
+        return [segment for segment in self.segments if segment.kind == "call"]
+
+    def text_of(self, kind: Literal["reasoning", "text"]) -> str:
+        """All text of one kind."""
+        return "".join(segment.text for segment in self.segments if segment.kind == kind)
+
+    def _apply(self, event: Event) -> Iterator[Piece]:
+        if isinstance(event, Content | Reasoning | Arguments):
+            if not event.text:
+                return
+            if not isinstance(event, Arguments):
+                kind: Literal["text", "reasoning"] = (
+                    "text" if isinstance(event, Content) else "reasoning"
+                )
+                if self._open is None or self._open.kind != kind:
+                    yield from self._start(Segment(kind, len(self.segments)))
+            assert self._open is not None
+            self._open.add(event.text)
+            yield Piece("more", self._open, event.text)
+        else:
+            yield from self._start(Segment("call", len(self.segments), event.name, event.id))
+
+    def _start(self, segment: Segment) -> Iterator[Piece]:
+        yield from self._close()
+        self._open = segment
+        self.segments.append(segment)
+        yield Piece("start", segment)
+
+    def _close(self) -> Iterator[Piece]:
+        if self._open is not None:
+            yield Piece("end", self._open)
+            self._open = None
+
+
+def tool_of(name: str, description: Any, parameters: Any, **more: Any) -> dict[str, Any]:
+    """A tool in OpenAI's form."""
+    function = {"name": name, "parameters": parameters or {"type": "object", "properties": {}}}
+    if description:
+        function["description"] = description
+    return {"type": "function", "function": function | more}
+
+
+def call_of(id: str, name: str, arguments: str) -> dict[str, Any]:
+    """A tool call of an assistant message in OpenAI's form."""
+    return {
+        "id": id,
+        "type": "function",
+        "function": {"name": name, "arguments": arguments},
+    }
+
+
+def text_only(kind: Any, where: str) -> BadRequest:
+    """The refusal of a content part that is no text."""
+    return BadRequest(
+        f"{where}: content of type {kind!r} is not supported; this model reads only text",
+        field=where,
+    )
