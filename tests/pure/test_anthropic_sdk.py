@@ -9,7 +9,7 @@ import pytest
 from headrace.core.messages import FinishReason
 from headrace.server import answers
 from headrace.text.parsers.events import Arguments, Content, Reasoning, ToolCall
-from tests.support.api_server import LinesParser, Model, serve
+from tests.support.api_server import CONTEXT, LinesParser, Model, serve
 
 HI = [{"role": "user", "content": "hi"}]
 WEATHER = {
@@ -45,11 +45,7 @@ def sdk(running):
 @pytest.fixture
 def model(running, monkeypatch):
     monkeypatch.setattr(answers, "make_parser", lambda *_, **__: LinesParser())
-    model, _ = running
-    fresh = Model()
-    fresh.manager = model.manager
-    model.__dict__.update(fresh.__dict__)
-    return model
+    return running[0].reset()
 
 
 @pytest.fixture
@@ -147,7 +143,10 @@ def test_tool_loop(client, model):
     results = [
         {"type": "tool_result", "tool_use_id": block.id, "content": text, "is_error": error}
         for block, text, error in zip(
-            first.content[2:], ["rain", [{"type": "text", "text": "no"}]], [False, True], strict=True
+            first.content[2:],
+            ["rain", [{"type": "text", "text": "no"}]],
+            [False, True],
+            strict=True,
         )
     ]
     history = [
@@ -227,7 +226,7 @@ def test_max_tokens_beyond_the_context_fills_it_and_says_so(client, model):
     model.finish = FinishReason("length", length=4)
     message = ask(client, max_tokens=20_000)
     prompt = len(model.manager.seen[-1].ids) // 4
-    assert model.requests[0].sampling.max_new_tokens == 256 - prompt
+    assert model.requests[0].sampling.max_new_tokens == CONTEXT - prompt
     assert message.stop_reason == "model_context_window_exceeded"
 
 
@@ -272,7 +271,7 @@ def test_wrong_bodies(running, model, fields, named):
 
 
 def test_errors_have_the_sdk_classes(client, running, model):
-    long = [{"role": "user", "content": "word " * 300}]
+    long = [{"role": "user", "content": "word " * 1000}]
     with pytest.raises(anthropic.BadRequestError, match="prompt is too long"):
         ask(client, messages=long)
     with pytest.raises(anthropic.AuthenticationError) as caught:

@@ -7,12 +7,12 @@ whatever dialects the real parsers know.
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import uvicorn
 
-from headrace.core.config import Config
+from headrace.core.config import Config, Limits
 from headrace.core.messages import Delta, FinishReason, GenerateRequest, unpack_ids
 from headrace.server.app import build_app
 from headrace.text.chat import TemplateManager
@@ -31,7 +31,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
     "{% if enable_thinking is defined %}{{ enable_thinking }}{% endif %}"
 )
-Turn = Callable[[GenerateRequest], list[Event]]
+CONTEXT = 1024
 
 
 class LinesParser:
@@ -58,14 +58,20 @@ def line(event: Event) -> str:
 class Model:
     """Answers each request with the next turn of `turns`, the last one for ever."""
 
+    manager: ScriptedManager
+
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> "Model":
+        """As new, but still behind the same server."""
         self.turns: list[list[Event]] = [[Content("Hello"), Content(" wheel"), Content("!")]]
         self.finish: FinishReason = FinishReason("stop", matched=3)
         self.prompts: list[str] = []
         self.requests: list[GenerateRequest] = []
         self.cached = 0
         self.endless = False
-        self.manager: ScriptedManager
+        return self
 
     def script(self, request: GenerateRequest) -> list[Delta]:
         self.requests.append(request)
@@ -92,8 +98,8 @@ class Model:
             prompt_tokens=len(prompt),
             completion_tokens=len(events) + 1,
             cached_tokens=self.cached,
-            queue_time=0.001,
-            first_token_time=0.002,
+            queue_time=1e-6,
+            first_token_time=3e-6,
         )
         return [*deltas, last]
 
@@ -104,6 +110,9 @@ def serve(model: Model, **options: object) -> Iterator[str]:
     config = Config.from_flat({"served_model_name": "tiny"} | options)
     manager = model.manager = ScriptedManager(config, model.script)
     manager.templates = TemplateManager({"default": TEMPLATE})
+    manager.open(
+        Limits(max_total_tokens=4096, max_running_requests=8, context_length=CONTEXT, page_size=16)
+    )
     settings = uvicorn.Config(
         build_app(manager, config, manager.info),
         port=0,

@@ -182,6 +182,11 @@ class ServeOptions:
     allow_auto_truncate: bool = option(
         False, "Cut over-long input to the context instead of refusing it."
     )
+    enable_response_store: bool = option(
+        False,
+        "Keep responses in memory for previous_response_id, GET /v1/responses and background.",
+    )
+    response_store_size: int = option(1000, "Most responses kept; the oldest go first.", minimum=1)
     strict_model_name: bool = option(False, "Answer 404 for a model name that is not served.")
     strict_fields: bool = option(
         False, "Refuse unknown fields of a request instead of naming them in a header."

@@ -69,17 +69,14 @@ def prompt_ids(chat: Chat, context: Context) -> list[int]:
 
 def parser_for(chat: Chat, context: Context) -> OutputParser:
     """A fresh parser for one answer to `chat`."""
-    reasoning, dialect = _dialects(chat, context)
+    reasoning, dialect = dialects(context.templates.source(bool(chat.usable_tools)))
     on = next((chat.variables[n] for n in _THINKING_NAMES if n in chat.variables), True)
     return make_parser(reasoning, dialect, chat.usable_tools, thinking=bool(on))
 
 
-def _dialects(chat: Chat, context: Context) -> tuple[str, str]:
-    return _detected(context.templates.source(bool(chat.usable_tools)))
-
-
 @functools.lru_cache(maxsize=16)
-def _detected(template: str) -> tuple[str, str]:
+def dialects(template: str) -> tuple[str, str]:
+    """(reasoning, tools): the dialects in which a model with this chat template writes."""
     return detect(template)
 
 
@@ -89,10 +86,10 @@ def constrained(sampling: SamplingParams, chat: Chat, context: Context) -> Sampl
     Raises:
         Unsupported: this server cannot enforce it.
     """
-    _, dialect = _dialects(chat, context)
-    tag = structure(dialect, chat.tools, chat.choice) if chat.usable_tools else None
-    if tag is not None:
-        return read_sampling({"structural_tag": orjson.dumps(tag).decode()}, sampling)
+    if chat.usable_tools:
+        _, dialect = dialects(context.templates.source(tools=True))
+        if (tag := structure(dialect, chat.tools, chat.choice)) is not None:
+            return read_sampling({"structural_tag": orjson.dumps(tag).decode()}, sampling)
     if chat.schema is not None:
         return read_sampling({"json_schema": orjson.dumps(chat.schema).decode()}, sampling)
     return sampling

@@ -32,13 +32,7 @@ from headrace.server.errors import anthropic_body
 from headrace.server.generation import answer, new_stamp, read_body
 from headrace.server.ignored import warnings
 from headrace.server.schemas import body_of, read
-from headrace.server.sse import Wire, to_json
-
-
-def named_event(name: str, **fields: Any) -> bytes:
-    """One server-sent event whose data repeats its name as `type`."""
-    return b"event: %b\ndata: %b\n\n" % (name.encode(), to_json({"type": name, **fields}))
-
+from headrace.server.sse import Wire, named_event
 
 PING = named_event("ping")
 WIRE = Wire(

@@ -14,14 +14,24 @@ from headrace import __version__
 from headrace.core.config import Config
 from headrace.core.model_info import ModelInfo
 from headrace.frontend.tokenizer_manager import TokenizerManager
-from headrace.server import admin, anthropic_messages, errors, generation, tokens
+from headrace.server import (
+    admin,
+    anthropic_messages,
+    errors,
+    generation,
+    ollama,
+    openai_responses,
+    tokens,
+)
 from headrace.server.access import RequireApiKey
 from headrace.server.anthropic_input import CountRequest, MessagesRequest
 from headrace.server.context import Context
+from headrace.server.ollama_input import ChatBody, GenerateBody, NameBody
+from headrace.server.responses_input import ResponsesRequest
 from headrace.server.schemas import all_schemas
 
-# Bodies of the protocols that are not OpenAI's, for the OpenAPI document.
-BODIES = (MessagesRequest, CountRequest)
+# Bodies that `schemas` does not know, for the OpenAPI document.
+BODIES = (ResponsesRequest, MessagesRequest, CountRequest, ChatBody, GenerateBody, NameBody)
 
 
 def build_app(manager: TokenizerManager, config: Config, info: ModelInfo) -> FastAPI:
@@ -39,7 +49,7 @@ def build_app(manager: TokenizerManager, config: Config, info: ModelInfo) -> Fas
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     errors.install(app)
-    for part in (generation, anthropic_messages, tokens, admin):
+    for part in (generation, openai_responses, anthropic_messages, ollama, tokens, admin):
         app.include_router(part.routes(context))
     if config.serve.api_key:
         app.add_middleware(RequireApiKey, key=config.serve.api_key)

@@ -8,6 +8,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Callable
+from typing import TypeVar
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -19,6 +20,8 @@ from headrace.server.errors import TooLarge
 from headrace.server.ignored import warnings
 from headrace.server.schemas import ChatRequest, CompletionRequest, body_of
 from headrace.server.sse import EventReply, EventStream, to_json, whole
+
+T = TypeVar("T")
 
 LARGE_BODY = 32 << 10
 
@@ -52,10 +55,16 @@ def routes(context: Context) -> APIRouter:
 
 async def answer(http: Request, context: Context, parse: Callable[[bytes], Job]) -> Response:
     """Serve one request from body to response."""
+    return await send(http, context, await take(http, context, parse))
+
+
+async def take(
+    http: Request, context: Context, parse: Callable[[bytes], T], *, any_type: bool = False
+) -> T:
+    """What `parse` makes of the body of a request; a large one is parsed in a thread."""
     context.check_ready()
-    raw = await read_body(http, context.config.serve.max_request_bytes)
-    job = parse(raw) if len(raw) <= LARGE_BODY else await asyncio.to_thread(parse, raw)
-    return await send(http, context, job)
+    raw = await read_body(http, context.config.serve.max_request_bytes, any_type=any_type)
+    return parse(raw) if len(raw) <= LARGE_BODY else await asyncio.to_thread(parse, raw)
 
 
 async def send(http: Request, context: Context, job: Job) -> Response:

@@ -212,7 +212,8 @@ def body_of(kind: type[BaseModel] | None) -> dict[str, Any]:
 
 def all_schemas(*more: type[BaseModel]) -> dict[str, Any]:
     """The definitions that `body_of` refers to: `components.schemas` of the OpenAPI document."""
-    kinds = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest, AbortBody, *more)
+    own = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest, AbortBody)
+    kinds: tuple[type[BaseModel], ...] = (*own, *more)
     _, definitions = models_json_schema(
         [(kind, "validation") for kind in kinds], ref_template=SCHEMA_PATH
     )

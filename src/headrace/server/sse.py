@@ -62,6 +62,11 @@ def event(value: Any) -> bytes:
     return b"data: " + to_json(value) + b"\n\n"
 
 
+def named_event(name: str, /, **fields: Any) -> bytes:
+    """One server-sent event whose data repeats its name as `type`."""
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), to_json({"type": name, **fields}))
+
+
 def split_event(value: Any) -> tuple[bytes, bytes]:
     """The bytes of an event before and after the last string `SLOT` in it.
 

@@ -39,6 +39,4 @@ def structure(
     """The structural tag that makes a model obey `choice`; None if it is free to choose."""
     if choice in ("auto", "none"):
         return None
-    raise Unsupported(
-        "tool_choice: only 'auto' and 'none' are supported yet", field="tool_choice"
-    )
+    raise Unsupported("tool_choice: only 'auto' and 'none' are supported yet", field="tool_choice")
