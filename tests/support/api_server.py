@@ -5,9 +5,10 @@ The model "writes" parser events: each delta's text is one event as a line of JS
 whatever dialects the real parsers know.
 """
 
+import asyncio
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
 import uvicorn
@@ -104,6 +105,20 @@ class Model:
         return [*deltas, last]
 
 
+class Server(uvicorn.Server):
+    """Also runs what an app wants to run beside its routes."""
+
+    work: Callable[[], Awaitable[None]]
+
+    async def serve(self, sockets=None) -> None:
+        work = asyncio.ensure_future(self.work())
+        try:
+            await super().serve(sockets)
+        finally:
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+
+
 @contextmanager
 def serve(model: Model, **options: object) -> Iterator[str]:
     """The URL of a running server that answers with `model`."""
@@ -113,14 +128,16 @@ def serve(model: Model, **options: object) -> Iterator[str]:
     manager.open(
         Limits(max_total_tokens=4096, max_running_requests=8, context_length=CONTEXT, page_size=16)
     )
+    app = build_app(manager, config, manager.info)
     settings = uvicorn.Config(
-        build_app(manager, config, manager.info),
+        app,
         port=0,
         log_level="warning",
         lifespan="off",
         log_config=None,
     )
-    server = uvicorn.Server(settings)
+    server = Server(settings)
+    server.work = app.state.work
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:

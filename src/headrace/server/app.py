@@ -5,6 +5,7 @@ Order of the layers, outermost first: CORS, API key, routes. Errors of all route
 """
 
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import FastAPI
@@ -17,6 +18,7 @@ from headrace.frontend.tokenizer_manager import TokenizerManager
 from headrace.server import (
     admin,
     anthropic_messages,
+    batch_routes,
     errors,
     generation,
     ollama,
@@ -25,17 +27,30 @@ from headrace.server import (
 )
 from headrace.server.access import RequireApiKey
 from headrace.server.anthropic_input import CountRequest, MessagesRequest
+from headrace.server.batch_db import BatchDb
+from headrace.server.batch_routes import BatchRequest
+from headrace.server.batches import BatchRunner
 from headrace.server.context import Context
 from headrace.server.ollama_input import ChatBody, GenerateBody, NameBody
 from headrace.server.responses_input import ResponsesRequest
 from headrace.server.schemas import all_schemas
 
 # Bodies that `schemas` does not know, for the OpenAPI document.
-BODIES = (ResponsesRequest, MessagesRequest, CountRequest, ChatBody, GenerateBody, NameBody)
+BODIES = (
+    ResponsesRequest,
+    MessagesRequest,
+    CountRequest,
+    ChatBody,
+    GenerateBody,
+    NameBody,
+    BatchRequest,
+)
 
 
 def build_app(manager: TokenizerManager, config: Config, info: ModelInfo) -> FastAPI:
     """The application. `config` is resolved; `manager` may still be loading (503 until ready).
+
+    `app.state.work()` is to run as a task for as long as it serves.
 
     Raises:
         BadRequest: --preferred-sampling-params is wrong.
@@ -51,6 +66,7 @@ def build_app(manager: TokenizerManager, config: Config, info: ModelInfo) -> Fas
     errors.install(app)
     for part in (generation, openai_responses, anthropic_messages, ollama, tokens, admin):
         app.include_router(part.routes(context))
+    app.state.work = _add_batches(app, context)
     if config.serve.api_key:
         app.add_middleware(RequireApiKey, key=config.serve.api_key)
     app.add_middleware(
@@ -62,6 +78,29 @@ def build_app(manager: TokenizerManager, config: Config, info: ModelInfo) -> Fas
     )
     _describe_bodies(app)
     return app
+
+
+def _add_batches(app: FastAPI, context: Context) -> Callable[[], Awaitable[None]]:
+    """The routes of files and batches; returns what the server has to run beside its routes.
+
+    Raises:
+        LoadError: --batch-store cannot be opened.
+    """
+    path = context.config.serve.batch_store
+    db = BatchDb(path) if path else None
+    runner = BatchRunner(context, db) if db else None
+    app.include_router(batch_routes.routes(context, db, runner))
+
+    async def work() -> None:
+        if db is None or runner is None:
+            return
+        try:
+            await context.manager.ready.wait()
+            await runner.run()
+        finally:
+            db.close()
+
+    return work
 
 
 def _describe_bodies(app: FastAPI) -> None:

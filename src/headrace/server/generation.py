@@ -93,6 +93,11 @@ async def read_body(http: Request, limit: int, *, any_type: bool = False) -> byt
     kind = http.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if not any_type and kind != "application/json" and not kind.endswith("+json"):
         raise BadRequest(f"Content-Type must be application/json, not {kind!r}.")
+    return await read_raw(http, limit)
+
+
+async def read_raw(http: Request, limit: int) -> bytes:
+    """The body of a request of any type; raises TooLarge."""
     refusal = TooLarge(f"The body is larger than {limit} bytes (--max-request-bytes).")
     length = http.headers.get("content-length", "")
     if length.isdecimal() and int(length) > limit:

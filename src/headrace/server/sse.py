@@ -167,14 +167,16 @@ async def whole(receive: Receive, deltas: Deltas, reply: WholeReply) -> Any:
         HeadraceError: a request failed; the others of the job are aborted.
     """
 
-    async def collect() -> Any:
-        async with aclosing(deltas):
-            async for index, delta in deltas:
-                raise_failure(delta)
-                reply.add(index, delta)
-        return reply.result()
+    return await until_disconnect(receive, collect(deltas, reply))
 
-    return await until_disconnect(receive, collect())
+
+async def collect(deltas: Deltas, reply: WholeReply) -> Any:
+    """`whole`, for an answer that nobody waits for on a connection."""
+    async with aclosing(deltas):
+        async for index, delta in deltas:
+            raise_failure(delta)
+            reply.add(index, delta)
+    return reply.result()
 
 
 def raise_failure(delta: Delta) -> None:
