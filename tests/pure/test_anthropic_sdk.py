@@ -44,7 +44,7 @@ def sdk(running):
 
 @pytest.fixture
 def model(running, monkeypatch):
-    monkeypatch.setattr(answers, "make_parser", lambda *_, **__: LinesParser())
+    monkeypatch.setattr(answers, "parser_for", lambda *_: LinesParser())
     return running[0].reset()
 
 
@@ -233,11 +233,11 @@ def test_max_tokens_beyond_the_context_fills_it_and_says_so(client, model):
 def test_thinking_off_reaches_template_and_parser(client, model, monkeypatch):
     seen = []
 
-    def spy(*names, thinking):
-        seen.append(thinking)
+    def spy(chat, *_):
+        seen.append(chat.thinking)
         return LinesParser()
 
-    monkeypatch.setattr(answers, "make_parser", spy)
+    monkeypatch.setattr(answers, "parser_for", spy)
     ask(client, thinking={"type": "disabled"})
     ask(client)
     assert model.prompts[0].endswith("<assistant>False")

@@ -57,7 +57,7 @@ class Site:
 
 @pytest.fixture
 def site(tmp_path, monkeypatch):
-    monkeypatch.setattr(answers, "make_parser", lambda *_, **__: LinesParser())
+    monkeypatch.setattr(answers, "parser_for", lambda *_: LinesParser())
     model = Model()
     with serve(model, batch_store=str(tmp_path / "b.db"), batch_concurrency=2) as url:
         model.manager.stats = SchedulerStats()
@@ -154,7 +154,7 @@ def test_lines_wait_for_clients(site, monkeypatch):
 
 
 def test_a_restart_repeats_only_what_has_no_result(tmp_path, monkeypatch):
-    monkeypatch.setattr(answers, "make_parser", lambda *_, **__: LinesParser())
+    monkeypatch.setattr(answers, "parser_for", lambda *_: LinesParser())
     options = {"batch_store": str(tmp_path / "b.db"), "batch_concurrency": 1}
     first, second = Model(), Model()
     answer = first.script

@@ -45,7 +45,7 @@ def sdk(running):
 
 @pytest.fixture
 def model(running, monkeypatch):
-    monkeypatch.setattr(answers, "make_parser", lambda *_, **__: LinesParser())
+    monkeypatch.setattr(answers, "parser_for", lambda *_: LinesParser())
     monkeypatch.setattr(routes, "TextParser", LinesParser)
     return running[0].reset()
 

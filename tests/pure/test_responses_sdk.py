@@ -47,7 +47,7 @@ def sdk(running):
 
 @pytest.fixture
 def model(running, monkeypatch):
-    monkeypatch.setattr(answers, "make_parser", lambda *_, **__: LinesParser())
+    monkeypatch.setattr(answers, "parser_for", lambda *_: LinesParser())
     return running[0].reset()
 
 
@@ -250,7 +250,7 @@ def test_background(client, model):
 
 
 def test_without_a_store(monkeypatch):
-    monkeypatch.setattr(answers, "make_parser", lambda *_, **__: LinesParser())
+    monkeypatch.setattr(answers, "parser_for", lambda *_: LinesParser())
     with (
         serve(Model()) as url,
         openai.OpenAI(base_url=url + "/v1", api_key="any", max_retries=0) as client,

@@ -16,7 +16,7 @@ import msgspec
 import orjson
 
 from headrace.core.errors import BadRequest
-from headrace.core.messages import Delta, SamplingParams
+from headrace.core.messages import Delta, GenerateRequest, SamplingParams
 from headrace.frontend.sampling import read_sampling
 from headrace.server.context import Context
 from headrace.text.parsers import detect, make_parser, structure
@@ -29,8 +29,9 @@ _THINKING_NAMES = ("enable_thinking", "thinking")
 class Chat(msgspec.Struct, frozen=True):
     """A conversation in OpenAI's form, whichever protocol it came in.
 
-    `choice` is OpenAI's tool_choice. `variables` go to the template. `continues`: the last message
-    is to be gone on with. `schema`: the answer must be JSON of this JSON Schema.
+    `choice` is OpenAI's tool_choice, `parallel`: more than one call may be made. `variables` go to
+    the template. `continues`: the last message is to be gone on with. `schema`: the answer must be
+    JSON of this JSON Schema.
     """
 
     messages: list[dict[str, Any]]
@@ -39,6 +40,12 @@ class Chat(msgspec.Struct, frozen=True):
     variables: dict[str, Any] = {}
     continues: bool = False
     schema: dict[str, Any] | None = None
+    parallel: bool = True
+
+    @property
+    def thinking(self) -> bool:
+        """Whether reasoning is not switched off."""
+        return all(self.variables.get(name, True) for name in _THINKING_NAMES)
 
     @property
     def usable_tools(self) -> list[dict[str, Any]]:
@@ -67,11 +74,25 @@ def prompt_ids(chat: Chat, context: Context) -> list[int]:
     return tokenizer.encode(prompt, add_special_tokens=False)
 
 
+def listen(
+    chat: Chat, request: GenerateRequest, context: Context
+) -> tuple[GenerateRequest, "Answer", list[str]]:
+    """(the request with the grammar that `chat` asks for, its answer, names of wishes that cannot
+    be enforced). A forced tool call beats a schema.
+
+    Raises:
+        Unsupported: this server cannot enforce what must be.
+    """
+    sampling = constrained(request.sampling, chat, context)
+    request = msgspec.structs.replace(request, sampling=sampling)
+    unenforced = [] if chat.parallel else ["parallel_tool_calls"]
+    return request, Answer(parser_for(chat, context)), unenforced
+
+
 def parser_for(chat: Chat, context: Context) -> OutputParser:
     """A fresh parser for one answer to `chat`."""
     reasoning, dialect = dialects(context.templates.source(bool(chat.usable_tools)))
-    on = next((chat.variables[n] for n in _THINKING_NAMES if n in chat.variables), True)
-    return make_parser(reasoning, dialect, chat.usable_tools, thinking=bool(on))
+    return make_parser(reasoning, dialect, chat.usable_tools, thinking=chat.thinking)
 
 
 @functools.lru_cache(maxsize=16)
@@ -81,18 +102,19 @@ def dialects(template: str) -> tuple[str, str]:
 
 
 def constrained(sampling: SamplingParams, chat: Chat, context: Context) -> SamplingParams:
-    """`sampling` with the grammar that `chat` asks for; a forced tool call beats a schema.
-
-    Raises:
-        Unsupported: this server cannot enforce it.
-    """
+    """`sampling` with the grammar that `chat` asks for."""
     if chat.usable_tools:
         _, dialect = dialects(context.templates.source(tools=True))
         if (tag := structure(dialect, chat.tools, chat.choice)) is not None:
             return read_sampling({"structural_tag": orjson.dumps(tag).decode()}, sampling)
-    if chat.schema is not None:
-        return read_sampling({"json_schema": orjson.dumps(chat.schema).decode()}, sampling)
-    return sampling
+    return with_schema(sampling, chat.schema)
+
+
+def with_schema(sampling: SamplingParams, schema: dict[str, Any] | None) -> SamplingParams:
+    """`sampling` with a JSON Schema for the answer, if there is one."""
+    if schema is None:
+        return sampling
+    return read_sampling({"json_schema": orjson.dumps(schema).decode()}, sampling)
 
 
 def room_for(asked: int | None, prompt: list[int], context: Context) -> int | None:

@@ -33,6 +33,7 @@ class ToolChoice(BaseModel):
 
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
+    disable_parallel_tool_use: bool | None = None
 
 
 class OutputFormat(BaseModel):
@@ -118,6 +119,7 @@ def understand(body: CountRequest) -> Understood:
         _variables(body),
         continues=_is_prefill(messages[-1]),
         schema=shape.schema_ if shape else None,
+        parallel=not (body.tool_choice and body.tool_choice.disable_parallel_tool_use),
     )
     return Understood(chat, ignored)
 

@@ -21,15 +21,15 @@ from headrace.server.answers import (
     Answer,
     Piece,
     Segment,
-    constrained,
-    parser_for,
+    listen,
     prompt_ids,
     room_for,
 )
 from headrace.server.anthropic_input import CountRequest, MessagesRequest, understand
 from headrace.server.context import Context, Job, Stamp
 from headrace.server.errors import anthropic_body
-from headrace.server.generation import answer, new_stamp, read_body
+from headrace.server.generation import answer as serve
+from headrace.server.generation import new_stamp, read_body
 from headrace.server.ignored import warnings
 from headrace.server.schemas import body_of, read
 from headrace.server.sse import Wire, named_event
@@ -54,7 +54,7 @@ def routes(context: Context) -> APIRouter:
     async def messages(http: Request) -> Response:
         """Anthropic's messages."""
         stamp = new_stamp("msg_")
-        return await answer(http, context, lambda raw: parse(raw, context, stamp))
+        return await serve(http, context, lambda raw: parse(raw, context, stamp))
 
     @router.post("/v1/messages/count_tokens", openapi_extra=body_of(CountRequest))
     async def count_tokens(http: Request) -> Response:
@@ -87,14 +87,15 @@ def parse(raw: bytes, context: Context, stamp: Stamp) -> Job:
     request = GenerateRequest(
         rid=stamp.id,
         ids=pack_ids(ids),
-        sampling=constrained(_sampling(body, ids, context), chat, context),
+        sampling=_sampling(body, ids, context),
         stream=bool(body.stream),
         priority=body.priority,
         namespace=namespace(body.cache_salt, None),
     )
-    message = Message(body, Answer(parser_for(chat, context)), context, stamp)
+    request, answer, unenforced = listen(chat, request, context)
+    message = Message(body, answer, context, stamp)
     reply = (MessageEvents if body.stream else MessageResult)(message)
-    return Job([request], reply, stamp.id, ignored, WIRE)
+    return Job([request], reply, stamp.id, ignored + unenforced, WIRE)
 
 
 def _sampling(body: MessagesRequest, ids: list[int], context: Context) -> SamplingParams:

@@ -25,11 +25,11 @@ from headrace.server.answers import (
     Answer,
     Chat,
     Segment,
-    constrained,
     dialects,
-    parser_for,
+    listen,
     prompt_ids,
     room_for,
+    with_schema,
 )
 from headrace.server.context import Context, Job
 from headrace.server.errors import ollama_body
@@ -142,15 +142,16 @@ def job_of(asked: Asked, context: Context, times: "Times") -> Job:
     sampling = sampling_of(body, context)
     fitted = room_for(sampling.max_new_tokens, asked.ids, context)
     sampling = msgspec.structs.replace(sampling, max_new_tokens=fitted)
-    shown = chat or Chat([], schema=schema_of(body))
     request = GenerateRequest(
         rid=new_rid(),
         ids=pack_ids(asked.ids),
-        sampling=constrained(sampling, shown, context),
+        sampling=sampling if chat else with_schema(sampling, schema_of(body)),
         stream=body.stream is not False,
         logprobs=LogprobSpec(top=body.top_logprobs or 0) if body.logprobs else None,
     )
-    answer = Answer(parser_for(chat, context) if chat else TextParser())
+    answer = Answer(TextParser())
+    if chat is not None:
+        request, answer, _ = listen(chat, request, context)
     form = Form(asked, answer, context, times)
     reply = OllamaResult(form) if body.stream is False else OllamaEvents(form)
     return Job([request], reply, request.rid, ignored_of(body), WIRE)

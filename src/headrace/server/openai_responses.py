@@ -18,7 +18,7 @@ from headrace.core.errors import BadRequest, Cancelled, HeadraceError, Unsupport
 from headrace.core.messages import GenerateRequest, LogprobSpec, SamplingParams, pack_ids
 from headrace.frontend.requests import namespace
 from headrace.server.admin import json_response
-from headrace.server.answers import Answer, constrained, parser_for, prompt_ids
+from headrace.server.answers import listen, prompt_ids
 from headrace.server.context import Context, Job, Stamp
 from headrace.server.errors import internal_error
 from headrace.server.generation import headers_of, new_stamp, send, take
@@ -157,21 +157,22 @@ def _turn(
             if not body.background:
                 store.put(stored)
 
-    answer = Answer(parser_for(found.chat, context))
-    response = ResponseBody(body, found, answer, context, stamp, keep)
-    if stored is not None:
-        stored.response = response.running("queued")
     with_logprobs = body.top_logprobs or LOGPROBS in (body.include or ())
     request = GenerateRequest(
         rid=stamp.id,
         ids=pack_ids(ids),
-        sampling=constrained(_sampling(body, context), found.chat, context),
+        sampling=_sampling(body, context),
         # Log-probabilities belong to pieces of text, so they must come in pieces.
         stream=bool(body.stream or with_logprobs or body.background),
         logprobs=LogprobSpec(top=body.top_logprobs or 0) if with_logprobs else None,
         priority=body.priority,
         namespace=namespace(body.cache_salt, body.extra_key),
     )
+    request, answer, unenforced = listen(found.chat, request, context)
+    found.ignored.extend(unenforced)
+    response = ResponseBody(body, found, answer, context, stamp, keep)
+    if stored is not None:
+        stored.response = response.running("queued")
     if not body.stream:
         job = Job([request], ResponseResult(response, time.time), stamp.id, found.ignored)
         return Turn(job, response, stored, bool(body.background))

@@ -133,7 +133,12 @@ def understand(body: ResponsesRequest, history: Sequence[dict[str, Any]]) -> Und
     offered, choice = _offered(body)
     tools = list(_tools(offered, ignored))
     chat = Chat(
-        messages, tools, _choice(choice, tools), _variables(body), schema=_schema(body.text)
+        messages,
+        tools,
+        _choice(choice, tools),
+        _variables(body),
+        schema=_schema(body.text),
+        parallel=body.parallel_tool_calls is not False,
     )
     custom = frozenset(str(tool.get("name")) for tool in offered if tool.get("type") == "custom")
     return Understood(chat, inputs, custom, ignored)
@@ -141,8 +146,6 @@ def understand(body: ResponsesRequest, history: Sequence[dict[str, Any]]) -> Und
 
 def _without_effect(body: ResponsesRequest) -> Iterator[str]:
     """Names of declared fields whose value cannot be honored."""
-    if body.parallel_tool_calls is False:
-        yield "parallel_tool_calls"
     if body.truncation == "auto":
         yield "truncation"
     if any(name != LOGPROBS for name in body.include or ()):
