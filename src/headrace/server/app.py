@@ -5,10 +5,12 @@ Order of the layers, outermost first: CORS, API key, routes. Errors of all route
 """
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 from starlette.middleware.cors import CORSMiddleware
 
 from headrace import __version__
@@ -33,7 +35,7 @@ from headrace.server.batches import BatchRunner
 from headrace.server.context import Context
 from headrace.server.ollama_input import ChatBody, GenerateBody, NameBody
 from headrace.server.responses_input import ResponsesRequest
-from headrace.server.schemas import all_schemas
+from headrace.server.schemas import SCHEMA_PATH, all_schemas
 
 # Bodies that `schemas` does not know, for the OpenAPI document.
 BODIES = (
@@ -103,13 +105,22 @@ def _add_batches(app: FastAPI, context: Context) -> Callable[[], Awaitable[None]
     return work
 
 
+def schemas_of(bodies: Sequence[type[BaseModel]]) -> dict[str, Any]:
+    """The definitions of bodies, for the OpenAPI document."""
+    _, found = models_json_schema(
+        [(body, "validation") for body in bodies], ref_template=SCHEMA_PATH
+    )
+    return dict(found["$defs"])
+
+
 def _describe_bodies(app: FastAPI) -> None:
     """Add the bodies that routes read themselves to the OpenAPI document."""
     plain = app.openapi
 
     def described() -> dict[str, Any]:
         document = plain()
-        document.setdefault("components", {}).setdefault("schemas", {}).update(all_schemas(*BODIES))
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        schemas.update(all_schemas() | schemas_of(BODIES))
         return document
 
     app.openapi = described  # type: ignore[method-assign]

@@ -210,10 +210,9 @@ def body_of(kind: type[BaseModel] | None) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-def all_schemas(*more: type[BaseModel]) -> dict[str, Any]:
+def all_schemas() -> dict[str, Any]:
     """The definitions that `body_of` refers to: `components.schemas` of the OpenAPI document."""
-    own = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest, AbortBody)
-    kinds: tuple[type[BaseModel], ...] = (*own, *more)
+    kinds = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest, AbortBody)
     _, definitions = models_json_schema(
         [(kind, "validation") for kind in kinds], ref_template=SCHEMA_PATH
     )
