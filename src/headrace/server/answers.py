@@ -9,7 +9,7 @@ but for the dice of ids.
 
 import functools
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import msgspec
@@ -165,10 +165,14 @@ class Piece(msgspec.Struct, frozen=True):
 
 
 class Answer:
-    """One answer as it grows. Segments follow one another; at most one is open."""
+    """One answer as it grows. Segments follow one another; at most one is open.
 
-    def __init__(self, parser: OutputParser) -> None:
+    `name_call` makes the id of a call of the one that the model gave, "" if it gave none.
+    """
+
+    def __init__(self, parser: OutputParser, name_call: Callable[[str], str] = str) -> None:
         self._parser = parser
+        self._name_call = name_call
         self._open: Segment | None = None
         self.segments: list[Segment] = []
         self.last: Delta | None = None
@@ -207,7 +211,8 @@ class Answer:
             self._open.add(event.text)
             yield Piece("more", self._open, event.text)
         else:
-            yield from self._start(Segment("call", len(self.segments), event.name, event.id))
+            id = self._name_call(event.id)
+            yield from self._start(Segment("call", len(self.segments), event.name, id))
 
     def _start(self, segment: Segment) -> Iterator[Piece]:
         yield from self._close()
