@@ -42,6 +42,12 @@ def sdk(running):
         yield found
 
 
+@pytest.fixture(scope="module")
+def web(running):
+    with httpx.Client(base_url=running[1], headers={"x-api-key": "secret"}) as found:
+        yield found
+
+
 @pytest.fixture
 def model(running, monkeypatch):
     monkeypatch.setattr(answers, "parser_for", lambda *_: LinesParser())
@@ -104,13 +110,11 @@ def test_stream_helper(client, model):
     assert streamed["usage"] == complete["usage"]
 
 
-def test_event_bytes(running, model):
+def test_event_bytes(web, model):
     """The framing that other clients read: names, order, a ping, no [DONE]."""
     model.turns = [[Reasoning("hm"), Content("a")]]
     body = {"model": "tiny", "max_tokens": 9, "messages": HI, "stream": True}
-    answer = httpx.post(
-        f"{running[1]}/v1/messages?beta=true", json=body, headers={"x-api-key": "secret"}
-    )
+    answer = web.post("/v1/messages?beta=true", json=body)
     assert answer.headers["content-type"].startswith("text/event-stream")
     events = [part.split("\n") for part in answer.text.strip().split("\n\n")]
     names = [name.removeprefix("event: ") for name, _ in events]
@@ -260,9 +264,9 @@ def test_thinking_off_reaches_template_and_parser(client, model, monkeypatch):
         ({"mcp_servers": [{"url": "x"}]}, "mcp_servers"),
     ],
 )
-def test_wrong_bodies(running, model, fields, named):
+def test_wrong_bodies(web, model, fields, named):
     body = {"model": "tiny", "max_tokens": 5, "messages": HI} | fields
-    answer = httpx.post(f"{running[1]}/v1/messages", json=body, headers={"x-api-key": "secret"})
+    answer = web.post("/v1/messages", json=body)
     assert answer.status_code == 400
     value = answer.json()
     assert value["type"] == "error"

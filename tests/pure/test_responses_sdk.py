@@ -45,6 +45,12 @@ def sdk(running):
         yield found
 
 
+@pytest.fixture(scope="module")
+def web(running):
+    with httpx.Client(base_url=running[1], headers={"x-api-key": "secret"}) as found:
+        yield found
+
+
 @pytest.fixture
 def model(running, monkeypatch):
     monkeypatch.setattr(answers, "parser_for", lambda *_: LinesParser())
@@ -115,11 +121,11 @@ def test_stream_helper_equals_the_whole(client, model):
     assert [event.sequence_number for event in events] == list(range(len(events)))
 
 
-def test_event_order(running, model):
+def test_event_order(web, model):
     """What clients that check every event see: names, places, ids."""
     model.turns = [CALL[1:6]]
     body = {"model": "tiny", "input": "hi", "stream": True, "tools": [WEATHER]}
-    answer = httpx.post(f"{running[1]}/v1/responses", json=body)
+    answer = web.post("/v1/responses", json=body)
     events = [part.split("\n") for part in answer.text.strip().split("\n\n")]
     names = [name.removeprefix("event: response.") for name, _ in events]
     assert names == [
@@ -349,8 +355,8 @@ def test_allowed_tools_narrow_the_list(client, model):
         ({"temperature": -1}, "temperature"),
     ],
 )
-def test_wrong_bodies(running, model, fields, named):
-    answer = httpx.post(f"{running[1]}/v1/responses", json={"input": "hi"} | fields)
+def test_wrong_bodies(web, model, fields, named):
+    answer = web.post("/v1/responses", json={"input": "hi"} | fields)
     assert answer.status_code == 400
     assert named in answer.json()["error"]["message"]
 

@@ -1,6 +1,7 @@
 """Fields without effect on every route, and what a stream sends while nothing comes."""
 
 import asyncio
+import functools
 import json
 
 import pytest
@@ -29,6 +30,7 @@ BODIES = {
 }
 
 
+@functools.cache
 def client(**options) -> TestClient:
     config = Config.from_flat({"served_model_name": "tiny"} | options)
     manager = ScriptedManager(config)

@@ -106,7 +106,7 @@ def constrained(sampling: SamplingParams, chat: Chat, context: Context) -> Sampl
     if chat.usable_tools:
         _, dialect = dialects(context.templates.source(tools=True))
         if (tag := structure(dialect, chat.tools, chat.choice)) is not None:
-            return read_sampling({"structural_tag": orjson.dumps(tag).decode()}, sampling)
+            return read_sampling({"structural_tag": json_text(tag, "tools")}, sampling)
     return with_schema(sampling, chat.schema)
 
 
@@ -114,7 +114,19 @@ def with_schema(sampling: SamplingParams, schema: dict[str, Any] | None) -> Samp
     """`sampling` with a JSON Schema for the answer, if there is one."""
     if schema is None:
         return sampling
-    return read_sampling({"json_schema": orjson.dumps(schema).decode()}, sampling)
+    return read_sampling({"json_schema": json_text(schema, "schema")}, sampling)
+
+
+def json_text(value: Any, field: str) -> str:
+    """The JSON of what came in a body.
+
+    Raises:
+        BadRequest: a number beyond 64 bits, or nested too deep.
+    """
+    try:
+        return orjson.dumps(value).decode()
+    except TypeError as error:
+        raise BadRequest(f"{field}: {error}", field=field) from None
 
 
 def room_for(asked: int | None, prompt: list[int], context: Context) -> int | None:

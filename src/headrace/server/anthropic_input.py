@@ -8,11 +8,10 @@ are left out and reported. Pure.
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NamedTuple
 
-import orjson
 from pydantic import BaseModel, ConfigDict, Field
 
 from headrace.core.errors import BadRequest, Unsupported
-from headrace.server.answers import Chat, call_of, text_only, thinking_variables, tool_of
+from headrace.server.answers import Chat, call_of, json_text, text_only, thinking_variables, tool_of
 from headrace.server.schemas import Count, Int64, Prompts, ignored_fields
 
 Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
@@ -180,7 +179,7 @@ def _assistant(blocks: list[dict[str, Any]], where: str, ignored: list[str]) -> 
         elif block["type"] == "redacted_thinking":
             ignored.append(place)
         elif block["type"] == "tool_use":
-            arguments = orjson.dumps(block.get("input") or {}).decode()
+            arguments = json_text(block.get("input") or {}, f"{place}.input")
             name = _string(block, "name", place)
             calls.append(call_of(_string(block, "id", place), name, arguments))
         else:

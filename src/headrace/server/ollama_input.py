@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import msgspec
-import orjson
 from pydantic import BaseModel, ConfigDict, Field
 
 from headrace.core.errors import BadRequest, Unsupported
 from headrace.core.messages import SamplingParams
-from headrace.server.answers import Chat, call_of, thinking_variables
+from headrace.frontend.sampling import read_sampling
+from headrace.server.answers import Chat, call_of, json_text, thinking_variables
 from headrace.server.context import Context
 from headrace.server.schemas import Count, TokenIds, ignored_fields
 
@@ -162,7 +162,7 @@ def _calls(calls: Any, where: str, start: int) -> Iterator[dict[str, Any]]:
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise BadRequest(f"{place}.name: must be a string", field=place)
-        arguments = orjson.dumps(function.get("arguments") or {}).decode()
+        arguments = json_text(function.get("arguments") or {}, place)
         id = str(call.get("id") or f"call_{start + i}")
         yield call_of(id, function["name"], arguments)
 
@@ -173,18 +173,14 @@ def sampling_of(body: CommonBody, context: Context) -> SamplingParams:
     changes: dict[str, Any] = {
         ours: options[name] for name, ours in _OPTIONS.items() if name in options
     }
-    stop = changes.get("stop")
-    if stop is not None:
-        changes["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
     if changes.get("top_k") == 0:
         changes["top_k"] = -1
     if isinstance(seed := changes.get("seed"), int) and seed < 0:
         del changes["seed"]
-    most = changes.pop("max_new_tokens", None)
-    if isinstance(most, int) and most < 0:
-        most = None
-    most = context.max_tokens(most, None)
-    return msgspec.structs.replace(context.openai_sampling, max_new_tokens=most, **changes)
+    found = read_sampling({"max_new_tokens": None, **changes}, context.openai_sampling)
+    most = found.max_new_tokens
+    most = context.max_tokens(None if most is not None and most < 0 else most, None)
+    return msgspec.structs.replace(found, max_new_tokens=most)
 
 
 def ignored_of(body: CommonBody) -> list[str]:

@@ -7,11 +7,10 @@ would run itself are left out and reported: clients always list them. Pure.
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
-import orjson
 from pydantic import BaseModel, ConfigDict, Field
 
 from headrace.core.errors import BadRequest, Unsupported
-from headrace.server.answers import Chat, call_of, text_only, thinking_variables, tool_of
+from headrace.server.answers import Chat, call_of, json_text, text_only, thinking_variables, tool_of
 from headrace.server.schemas import Count, Int64, Prompts, RequestId, ignored_fields
 
 Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
@@ -120,6 +119,8 @@ def understand(body: ResponsesRequest, history: Sequence[dict[str, Any]]) -> Und
     for name in ("conversation", "prompt"):
         if getattr(body, name) is not None:
             raise Unsupported(f"{name}: not supported; send the items as input", field=name)
+    text = body.text.model_dump() if body.text else None
+    json_text([body.tools, body.tool_choice, body.input, text], "input")  # they are shown again
     ignored = ignored_fields(body) + list(_without_effect(body))
     inputs: list[dict[str, Any]]
     if isinstance(body.input, str):
@@ -234,7 +235,7 @@ class Turns:
         if kind == "function_call":
             arguments = _string(item, "arguments", where)
         else:
-            arguments = orjson.dumps({"input": _string(item, "input", where)}).decode()
+            arguments = json_text({"input": _string(item, "input", where)}, where)
         self._names[id] = name
         message = self._assistant(unless=())
         message.setdefault("tool_calls", []).append(call_of(id, name, arguments))
@@ -283,7 +284,10 @@ def _offered(body: ResponsesRequest) -> tuple[list[dict[str, Any]], Any]:
     """(tools, choice); `allowed_tools` narrows the former."""
     tools, choice = body.tools or [], body.tool_choice
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-        names = {tool.get("name") for tool in choice.get("tools") or () if isinstance(tool, dict)}
+        allowed = choice.get("tools")
+        if not isinstance(allowed, list) or not all(isinstance(tool, dict) for tool in allowed):
+            raise BadRequest("tool_choice.tools: must be a list of tools", field="tool_choice")
+        names = [tool.get("name") for tool in allowed]
         return [tool for tool in tools if tool.get("name") in names], choice.get("mode")
     return tools, choice
 
