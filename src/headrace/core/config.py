@@ -258,7 +258,19 @@ class ServeOptions:
     allow_auto_truncate: bool = option(
         False, "Cut over-long input to the context instead of refusing it."
     )
+    enable_response_store: bool = option(
+        False,
+        "Keep responses in memory for previous_response_id, GET /v1/responses and background.",
+    )
+    response_store_size: int = option(1000, "Most responses kept; the oldest go first.", minimum=1)
+    batch_store: str = option(
+        "", "SQLite file for /v1/files and /v1/batches; empty turns them off."
+    )
+    batch_concurrency: int = option(8, "Most requests of batches that run at once.", minimum=1)
     strict_model_name: bool = option(False, "Answer 404 for a model name that is not served.")
+    strict_fields: bool = option(
+        False, "Refuse unknown fields of a request instead of naming them in a header."
+    )
     skip_server_warmup: bool = option(False, "Be ready without a first generation.")
     max_request_bytes: int = option(64 << 20, "Largest request body in bytes.", minimum=1024)
     timeout_keep_alive: int = option(5, "Seconds an idle connection stays open.", minimum=1)

@@ -39,12 +39,14 @@ async def serve(launched: Launched, listener: socket.socket) -> None:
     server = HttpServer(uvicorn_config(app, config), manager)
     launched.watch.begin("wait for children")
     opening = asyncio.create_task(open_for_service(launched, server, listener))
+    work = asyncio.create_task(app.state.work())
     try:
         await server.serve(sockets=[listener])
     finally:
         opening.cancel()
+        work.cancel()
         launched.close()
-        await asyncio.gather(opening, return_exceptions=True)
+        await asyncio.gather(opening, work, return_exceptions=True)
         await manager.close()
     if server.failure is not None:
         raise server.failure

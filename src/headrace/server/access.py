@@ -1,6 +1,7 @@
 """The API key: every route asks for it, except the few named here. A plain ASGI middleware."""
 
 import hmac
+from collections.abc import Iterator
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -11,7 +12,8 @@ OPEN_PATHS = frozenset(("/", "/health", "/health_generate", "/ready", "/metrics"
 
 
 class RequireApiKey:
-    """Lets through `Authorization: Bearer <key>`, open paths and CORS preflights."""
+    """Lets through `Authorization: Bearer <key>` or `x-api-key: <key>` (Anthropic's clients), open
+    paths and CORS preflights."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self._app = app
@@ -23,7 +25,7 @@ class RequireApiKey:
         elif scope["type"] == "http":
             error = Unauthorized("A valid API key is needed: Authorization: Bearer <key>.")
             error.code = "invalid_api_key"
-            await error_response(error)(scope, receive, send)
+            await error_response(error, scope["path"])(scope, receive, send)
         else:
             await send({"type": "websocket.close", "code": 1008})
 
@@ -32,6 +34,15 @@ class RequireApiKey:
             scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS"
         ):
             return True
-        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        scheme, _, key = given.partition(b" ")
-        return scheme.lower() == b"bearer" and hmac.compare_digest(key, self._key)
+        return any(hmac.compare_digest(key, self._key) for key in _keys(scope))
+
+
+def _keys(scope: Scope) -> Iterator[bytes]:
+    """The keys that a request brings."""
+    for name, value in scope["headers"]:
+        if name == b"x-api-key":
+            yield value
+        elif name == b"authorization":
+            scheme, _, key = value.partition(b" ")
+            if scheme.lower() == b"bearer":
+                yield key

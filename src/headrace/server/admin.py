@@ -22,7 +22,8 @@ from headrace.metrics.catalog import PREFIX, Sources
 from headrace.metrics.prometheus import CONTENT_TYPE, Exporter
 from headrace.server.context import Context
 from headrace.server.generation import read_body
-from headrace.server.schemas import AbortBody, body_of, read
+from headrace.server.ignored import warnings
+from headrace.server.schemas import AbortBody, body_of, ignored_fields, read
 from headrace.server.sse import to_json
 
 PROBE_SECONDS = 20.0
@@ -283,14 +284,15 @@ def _add_control(router: APIRouter, context: Context) -> None:
     async def abort_request(http: Request) -> Response:
         """End every request whose id starts with `rid`, or all. No such request is no error."""
         body = read(AbortBody, await read_body(http, context.config.serve.max_request_bytes))
+        headers = warnings(ignored_fields(body), strict=context.config.serve.strict_fields)
         if body.rid or body.abort_all:
             context.manager.abort(body.rid or "", prefix=True, all=bool(body.abort_all))
-        return Response(status_code=200)
+        return Response(status_code=200, headers=headers)
 
 
-def json_response(value: Any) -> Response:
+def json_response(value: Any, headers: dict[str, str] | None = None) -> Response:
     """A complete JSON answer."""
-    return Response(to_json(value), media_type="application/json")
+    return Response(to_json(value), headers=headers, media_type="application/json")
 
 
 def stats_dict(stats: SchedulerStats) -> dict[str, Any]:

@@ -5,23 +5,55 @@ Order of the layers, outermost first: CORS, API key, routes. Errors of all route
 """
 
 import time
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 from starlette.middleware.cors import CORSMiddleware
 
 from headrace import __version__
 from headrace.core.config import Config
 from headrace.core.model_info import ModelInfo
 from headrace.frontend.tokenizer_manager import TokenizerManager
-from headrace.server import admin, errors, generation, parsing, tokens
+from headrace.server import (
+    admin,
+    anthropic_messages,
+    batch_routes,
+    errors,
+    generation,
+    ollama,
+    openai_responses,
+    parsing,
+    tokens,
+)
 from headrace.server.access import RequireApiKey
+from headrace.server.anthropic_input import CountRequest, MessagesRequest
+from headrace.server.batch_db import BatchDb
+from headrace.server.batch_routes import BatchRequest
+from headrace.server.batches import BatchRunner
 from headrace.server.context import Context
-from headrace.server.schemas import all_schemas
+from headrace.server.ollama_input import ChatBody, GenerateBody, NameBody
+from headrace.server.responses_input import ResponsesRequest
+from headrace.server.schemas import SCHEMA_PATH, all_schemas
+
+# Bodies that `schemas` does not know, for the OpenAPI document.
+BODIES = (
+    ResponsesRequest,
+    MessagesRequest,
+    CountRequest,
+    ChatBody,
+    GenerateBody,
+    NameBody,
+    BatchRequest,
+)
 
 
 def build_app(manager: TokenizerManager, config: Config, info: ModelInfo) -> FastAPI:
     """The application. `config` is resolved; `manager` may still be loading (503 until ready).
+
+    `app.state.work()` is to run as a task for as long as it serves.
 
     Raises:
         BadRequest: --preferred-sampling-params is wrong.
@@ -35,8 +67,9 @@ def build_app(manager: TokenizerManager, config: Config, info: ModelInfo) -> Fas
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     errors.install(app)
-    for part in (generation, tokens, parsing, admin):
+    for part in (generation, openai_responses, anthropic_messages, ollama, tokens, parsing, admin):
         app.include_router(part.routes(context))
+    app.state.work = _add_batches(app, context)
     if config.serve.api_key:
         app.add_middleware(RequireApiKey, key=config.serve.api_key)
     app.add_middleware(
@@ -50,13 +83,45 @@ def build_app(manager: TokenizerManager, config: Config, info: ModelInfo) -> Fas
     return app
 
 
+def _add_batches(app: FastAPI, context: Context) -> Callable[[], Awaitable[None]]:
+    """The routes of files and batches; returns what the server has to run beside its routes.
+
+    Raises:
+        LoadError: --batch-store cannot be opened.
+    """
+    path = context.config.serve.batch_store
+    db = BatchDb(path) if path else None
+    runner = BatchRunner(context, db) if db else None
+    app.include_router(batch_routes.routes(context, db, runner))
+
+    async def work() -> None:
+        if db is None or runner is None:
+            return
+        try:
+            await context.manager.ready.wait()
+            await runner.run()
+        finally:
+            db.close()
+
+    return work
+
+
+def schemas_of(bodies: Sequence[type[BaseModel]]) -> dict[str, Any]:
+    """The definitions of bodies, for the OpenAPI document."""
+    _, found = models_json_schema(
+        [(body, "validation") for body in bodies], ref_template=SCHEMA_PATH
+    )
+    return dict(found["$defs"])
+
+
 def _describe_bodies(app: FastAPI) -> None:
     """Add the bodies that routes read themselves to the OpenAPI document."""
     plain = app.openapi
 
     def described() -> dict[str, Any]:
         document = plain()
-        document.setdefault("components", {}).setdefault("schemas", {}).update(all_schemas())
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        schemas.update(all_schemas() | schemas_of(BODIES))
         return document
 
     app.openapi = described  # type: ignore[method-assign]

@@ -15,7 +15,7 @@ from headrace.core.messages import GenerateRequest, SamplingParams
 from headrace.core.model_info import ModelInfo
 from headrace.frontend.sampling import native_defaults, openai_defaults
 from headrace.frontend.tokenizer_manager import TokenizerManager
-from headrace.server.sse import EventReply, WholeReply
+from headrace.server.sse import EventReply, WholeReply, Wire
 from headrace.text.chat import TemplateManager
 from headrace.text.tokenizer import Tokenizer
 
@@ -38,6 +38,7 @@ class Job(NamedTuple):
     reply: EventReply | WholeReply
     id: str = ""
     ignored: Sequence[str] = ()
+    wire: Wire = Wire()
 
 
 @dataclass(frozen=True)

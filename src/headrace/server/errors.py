@@ -1,12 +1,14 @@
-"""Errors as HTTP answers: one JSON shape for every route, and never the text of a bug.
+"""Errors as HTTP answers: one JSON shape for each protocol, and never the text of a bug.
 
-    {"error": {"message": ..., "type": ..., "param": ..., "code": ...}}
+    {"error": {"message": ..., "type": ..., "param": ..., "code": ...}}            OpenAI, native
+    {"type": "error", "error": {"type": ..., "message": ...}, "request_id": ...}   Anthropic
+    {"error": "..."}                                                               Ollama
 
-This is the shape the OpenAI clients read; native routes use it too. A wrong request is 400, never
-422. Messages of unexpected exceptions go to the log, not to the client.
+The path decides. A wrong request is 400, never 422. Messages of unexpected exceptions go to the
+log, not to the client.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import orjson
@@ -16,7 +18,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from headrace.core.errors import BadRequest, HeadraceError, NotFound, Unauthorized, Unsupported
+from headrace.core.errors import (
+    BadRequest,
+    HeadraceError,
+    NotFound,
+    TooLong,
+    Unauthorized,
+    Unsupported,
+)
 
 RETRY_AFTER_SECONDS = 1
 # The names under which the OpenAI routes know fields of the native protocol.
@@ -32,6 +41,15 @@ _ROUTE_NAMES = {
         "top_logprobs_num": "top_logprobs",
         "input_ids": "messages",
     },
+    "/v1/responses": {
+        **_OPENAI_NAMES,
+        "max_new_tokens": "max_output_tokens",
+        "top_logprobs_num": "top_logprobs",
+        "input_ids": "input",
+    },
+    "/v1/messages": {**_OPENAI_NAMES, "stop": "stop_sequences", "input_ids": "messages"},
+    "/api/chat": {"max_new_tokens": "num_predict", "input_ids": "messages"},
+    "/api/generate": {"max_new_tokens": "num_predict", "input_ids": "prompt"},
 }
 _KINDS = {400: BadRequest, 401: Unauthorized, 404: NotFound}
 
@@ -60,19 +78,53 @@ def error_body(error: HeadraceError) -> dict[str, Any]:
     }
 
 
-def error_response(error: HeadraceError) -> Response:
-    """`error` as a complete HTTP response."""
+def anthropic_body(error: HeadraceError) -> dict[str, Any]:
+    """`error` as Anthropic's clients read it; agents look for "prompt is too long"."""
+    kind = _ANTHROPIC_KINDS.get(error.status, "api_error")
+    if isinstance(error, Unsupported):
+        kind = "invalid_request_error"
+    message = error.message
+    if isinstance(error, TooLong):
+        message = f"prompt is too long: {message}"
+    detail = {"type": kind, "message": message, "param": error.field, "code": error.code}
+    return {"type": "error", "error": detail, "request_id": None}
+
+
+_ANTHROPIC_KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def ollama_body(error: HeadraceError) -> dict[str, Any]:
+    """`error` as Ollama's clients read it."""
+    return {"error": error.message}
+
+
+def _body_of(path: str) -> Callable[[HeadraceError], dict[str, Any]]:
+    if path.startswith("/v1/messages"):
+        return anthropic_body
+    return ollama_body if path.startswith("/api/") else error_body
+
+
+def error_response(error: HeadraceError, path: str = "") -> Response:
+    """`error` as a complete HTTP response of the route `path`."""
     # Clients retry every 5xx; asking again for what is not built does not help.
     status = 400 if isinstance(error, Unsupported) else error.status
     headers = {}
-    if error.status == 503:
+    if error.status in (429, 503):
         headers["retry-after"] = str(RETRY_AFTER_SECONDS)
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     if error.status == 413:
         headers["connection"] = "close"  # the rest of the body is not read
     return Response(
-        orjson.dumps(error_body(error)),
+        orjson.dumps(_body_of(path)(error)),
         status_code=status,
         headers=headers,
         media_type="application/json",
@@ -126,17 +178,18 @@ def install(app: FastAPI) -> None:
     """Answer every exception of a route in the shape of this module."""
 
     async def known(request: Request, error: HeadraceError) -> Response:
-        return error_response(_renamed(error, _ROUTE_NAMES.get(request.url.path, {})))
+        path = request.url.path
+        return error_response(_renamed(error, _ROUTE_NAMES.get(path, {})), path)
 
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return error_response(explain(error.errors()))
+        return error_response(explain(error.errors()), request.url.path)
 
     async def http(request: Request, error: HTTPException) -> Response:
         known_as = _KINDS.get(error.status_code, HeadraceError)(str(error.detail))
         known_as.status = error.status_code
         if error.status_code == 405:
             known_as.kind = "MethodNotAllowedError"
-        response = error_response(known_as)
+        response = error_response(known_as, request.url.path)
         response.headers.update(error.headers or {})
         return response
 
@@ -144,7 +197,7 @@ def install(app: FastAPI) -> None:
         return Response(status_code=499)
 
     async def bug(request: Request, error: Exception) -> Response:
-        return error_response(internal_error())
+        return error_response(internal_error(), request.url.path)
 
     handlers: dict[Any, Any] = {
         HeadraceError: known,

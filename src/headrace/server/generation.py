@@ -5,12 +5,10 @@ parsed, and a large one is parsed in a thread so that other streams go on.
 """
 
 import asyncio
-import functools
-import logging
-import re
 import time
 import uuid
 from collections.abc import Callable
+from typing import TypeVar
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -19,13 +17,13 @@ from headrace.core.errors import BadRequest
 from headrace.server import native, openai_chat, openai_completions
 from headrace.server.context import Context, Job, Stamp
 from headrace.server.errors import TooLarge
+from headrace.server.ignored import warnings
 from headrace.server.schemas import ChatRequest, CompletionRequest, body_of
 from headrace.server.sse import EventReply, EventStream, to_json, whole
 
-log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 LARGE_BODY = 32 << 10
-MAX_REPORTED_NAMES = 32
 
 
 def routes(context: Context) -> APIRouter:
@@ -57,27 +55,49 @@ def routes(context: Context) -> APIRouter:
 
 async def answer(http: Request, context: Context, parse: Callable[[bytes], Job]) -> Response:
     """Serve one request from body to response."""
+    return await send(http, context, await take(http, context, parse))
+
+
+async def take(
+    http: Request, context: Context, parse: Callable[[bytes], T], *, any_type: bool = False
+) -> T:
+    """What `parse` makes of the body of a request; a large one is parsed in a thread."""
     context.check_ready()
-    raw = await read_body(http, context.config.serve.max_request_bytes)
-    job = parse(raw) if len(raw) <= LARGE_BODY else await asyncio.to_thread(parse, raw)
+    raw = await read_body(http, context.config.serve.max_request_bytes, any_type=any_type)
+    return parse(raw) if len(raw) <= LARGE_BODY else await asyncio.to_thread(parse, raw)
+
+
+async def send(http: Request, context: Context, job: Job) -> Response:
+    """Generate what `job` asks for, as a stream or in one piece."""
+    headers = headers_of(job, context)
     deltas = context.manager.generate_many(job.requests)
-    headers = _headers(job)
     if isinstance(job.reply, EventReply):
-        return EventStream(deltas, job.reply, headers)
+        return EventStream(deltas, job.reply, headers, job.wire)
     value = await whole(http.receive, deltas, job.reply)
     return Response(to_json(value), headers=headers, media_type="application/json")
 
 
-async def read_body(http: Request, limit: int) -> bytes:
-    """The body of a JSON request.
+def headers_of(job: Job, context: Context) -> dict[str, str]:
+    """The request's id, and the names of fields that had no effect."""
+    named = {"x-request-id": job.id} if job.id else {}
+    return named | warnings(job.ignored, strict=context.config.serve.strict_fields)
+
+
+async def read_body(http: Request, limit: int, *, any_type: bool = False) -> bytes:
+    """The body of a JSON request; with `any_type` whatever its content type says.
 
     Raises:
         TooLarge: more than `limit` bytes; the rest is not read.
         BadRequest: the content type is not JSON.
     """
     kind = http.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if kind != "application/json" and not kind.endswith("+json"):
+    if not any_type and kind != "application/json" and not kind.endswith("+json"):
         raise BadRequest(f"Content-Type must be application/json, not {kind!r}.")
+    return await read_raw(http, limit)
+
+
+async def read_raw(http: Request, limit: int) -> bytes:
+    """The body of a request of any type; raises TooLarge."""
     refusal = TooLarge(f"The body is larger than {limit} bytes (--max-request-bytes).")
     length = http.headers.get("content-length", "")
     if length.isdecimal() and int(length) > limit:
@@ -93,20 +113,3 @@ async def read_body(http: Request, limit: int) -> bytes:
 def new_stamp(prefix: str) -> Stamp:
     """A fresh id in OpenAI's form, and the time."""
     return Stamp(prefix + uuid.uuid4().hex, int(time.time()))
-
-
-def _headers(job: Job) -> dict[str, str]:
-    headers = {"x-request-id": job.id} if job.id else {}
-    if job.ignored:
-        names = ",".join(
-            re.sub(r"[^A-Za-z0-9_.-]", "?", name[:64]) for name in job.ignored[:MAX_REPORTED_NAMES]
-        )
-        headers["x-headrace-ignored"] = names
-        _log_ignored(names)
-    return headers
-
-
-@functools.lru_cache(maxsize=256)
-def _log_ignored(names: str) -> None:
-    """Once for each set of names, not for each request."""
-    log.warning("fields without effect in a request: %s", names)

@@ -211,9 +211,13 @@ def refuse_unsupported(body: BaseModel) -> None:
 
 
 def ignored_fields(body: BaseModel) -> list[str]:
-    """Names of given fields that have no effect here."""
+    """Names of given fields that have no effect here, also inside of objects: `a.b`."""
     extra = body.model_extra or {}
-    return [name for name, value in extra.items() if name not in REFUSED and value is not None]
+    names = [name for name, value in extra.items() if name not in REFUSED and value is not None]
+    for field in type(body).model_fields:
+        if isinstance(inner := getattr(body, field), BaseModel):
+            names += [f"{field}.{name}" for name in ignored_fields(inner)]
+    return names
 
 
 def _asks(name: str, value: Any) -> bool:

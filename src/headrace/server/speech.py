@@ -39,8 +39,6 @@ THINKING_NAMES = ("enable_thinking", "thinking")
 # Enough tokens to hold the mark that opens or closes the reasoning.
 _TAIL = 16
 _MISTRAL_ID_LENGTH = 9
-# Constraints of a request that leave no room for those of its tools.
-_OTHER_GRAMMARS = ("regex", "ebnf", "structural_tag")
 
 
 def dialects(context: Context) -> tuple[str, str]:
@@ -108,10 +106,13 @@ class Speech:
 
     def call_id(self, own: str) -> str:
         """The id of a call: the model's own, or a fresh one that its template accepts."""
-        if own:
+        return self.bound_id(own) or f"call_{uuid.uuid4().hex[:24]}"
+
+    def bound_id(self, own: str) -> str:
+        """The id of a call if the model gave it or its template accepts no other, else ""."""
+        if own or self.dialect != "mistral":
             return own
-        fresh = uuid.uuid4().hex
-        return fresh[:_MISTRAL_ID_LENGTH] if self.dialect == "mistral" else f"call_{fresh[:24]}"
+        return uuid.uuid4().hex[:_MISTRAL_ID_LENGTH]
 
     def visible(self, sampling: SamplingParams, context: Context) -> SamplingParams:
         """`sampling` such that the parser sees its marks, special tokens or not."""
@@ -134,7 +135,7 @@ class Speech:
         """
         own = "" if self.dialect == JSON_CALLS else self.dialect
         free, answer = _split_answer(sampling)
-        taken = any(getattr(free, name, None) for name in _OTHER_GRAMMARS)
+        taken = any((free.regex, free.ebnf, free.structural_tag))
         if self.choice == "auto" and (taken or not _has_grammars(context)):
             return sampling, self._wishes(parallel)
         tag = structure(own, self.tools, self.choice, parallel, answer)
@@ -150,12 +151,12 @@ class Speech:
 
 
 def _has_grammars(context: Context) -> bool:
-    return getattr(context.config.run, "grammar_backend", "none") != "none"
+    return context.config.run.grammar_backend != "none"
 
 
 def _split_answer(sampling: SamplingParams) -> tuple[SamplingParams, Any]:
     """`sampling` without the JSON schema of the answer, and the schema. What is no JSON stays."""
-    text = getattr(sampling, "json_schema", None)
+    text = sampling.json_schema
     with suppress(ValueError, RecursionError):
         if text:
             return msgspec.structs.replace(sampling, json_schema=None), json.loads(text)

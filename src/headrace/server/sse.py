@@ -8,9 +8,9 @@ its request at once; and it closes the source of deltas on every path, which is 
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing, suppress
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import orjson
 from starlette.responses import Response
@@ -27,6 +27,8 @@ T = TypeVar("T")
 Deltas = AsyncGenerator[tuple[int, Delta], None]
 DONE = b"data: [DONE]\n\n"
 SLOT = "\0slot\0"
+# A client or proxy that hears nothing for longer may give up.
+IDLE_SECONDS = 10.0
 
 
 @runtime_checkable
@@ -60,6 +62,11 @@ def event(value: Any) -> bytes:
     return b"data: " + to_json(value) + b"\n\n"
 
 
+def named_event(name: str, /, **fields: Any) -> bytes:
+    """One server-sent event whose data repeats its name as `type`."""
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), to_json({"type": name, **fields}))
+
+
 def split_event(value: Any) -> tuple[bytes, bytes]:
     """The bytes of an event before and after the last string `SLOT` in it.
 
@@ -69,14 +76,34 @@ def split_event(value: Any) -> tuple[bytes, bytes]:
     return before, after
 
 
+def failure_event(error: HeadraceError) -> bytes:
+    """The event with which a stream of an OpenAI or native route fails."""
+    return event(error_body(error))
+
+
+class Wire(NamedTuple):
+    """How the stream of a protocol is framed: what `EventReply` does not say.
+
+    `done` ends every stream; `failed` is what an error looks like once the status has been sent;
+    `idle`, if any, is sent when there has been no news for a while.
+    """
+
+    media_type: str = "text/event-stream"
+    done: bytes = DONE
+    failed: Callable[[HeadraceError], bytes] = failure_event
+    idle: bytes = b""
+
+
 class EventStream(Response):
     """Sends the events of `reply` as `deltas` arrive; ends the request if the client leaves."""
 
-    media_type = "text/event-stream"
-
-    def __init__(self, deltas: Deltas, reply: EventReply, headers: Mapping[str, str]) -> None:
+    def __init__(
+        self, deltas: Deltas, reply: EventReply, headers: Mapping[str, str], wire: Wire
+    ) -> None:
         self.deltas = deltas
         self.reply = reply
+        self.wire = wire
+        self.media_type = wire.media_type
         self.status_code = 200
         self.background = None
         self.init_headers({**headers, "cache-control": "no-cache", "x-accel-buffering": "no"})
@@ -87,11 +114,9 @@ class EventStream(Response):
 
     async def _send_events(self, send: Send) -> None:
         started = False
-        async with aclosing(self.deltas) as deltas:
+        async with aclosing(self.deltas) as deltas, aclosing(self._bodies(deltas)) as bodies:
             try:
-                async for index, delta in deltas:
-                    raise_failure(delta)
-                    body = self.reply.event(index, delta)
+                async for body in bodies:
                     if not body:
                         continue
                     if not started:
@@ -102,15 +127,32 @@ class EventStream(Response):
             except HeadraceError as error:
                 if not started:
                     raise
-                tail = event(error_body(error))
+                tail = self.wire.failed(error)
             except Exception:  # isolates one request: its client must get an answer
                 if not started:
                     raise
                 log.exception("a stream failed")
-                tail = event(error_body(internal_error()))
+                tail = self.wire.failed(internal_error())
         if not started:
             await self._send_start(send)
-        await send({"type": "http.response.body", "body": tail + DONE, "more_body": False})
+        await send(
+            {"type": "http.response.body", "body": tail + self.wire.done, "more_body": False}
+        )
+
+    async def _bodies(self, deltas: Deltas) -> AsyncGenerator[bytes, None]:
+        """The events of each delta, and `idle` when none comes for a while."""
+        if not self.wire.idle:
+            async for index, delta in deltas:
+                raise_failure(delta)
+                yield self.reply.event(index, delta)
+            return
+        async with aclosing(with_pauses(deltas, IDLE_SECONDS)) as paused:
+            async for news in paused:
+                if news is None:
+                    yield self.wire.idle
+                else:
+                    raise_failure(news[1])
+                    yield self.reply.event(*news)
 
     async def _send_start(self, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
@@ -125,14 +167,16 @@ async def whole(receive: Receive, deltas: Deltas, reply: WholeReply) -> Any:
         HeadraceError: a request failed; the others of the job are aborted.
     """
 
-    async def collect() -> Any:
-        async with aclosing(deltas):
-            async for index, delta in deltas:
-                raise_failure(delta)
-                reply.add(index, delta)
-        return reply.result()
+    return await until_disconnect(receive, collect(deltas, reply))
 
-    return await until_disconnect(receive, collect())
+
+async def collect(deltas: Deltas, reply: WholeReply) -> Any:
+    """`whole`, for an answer that nobody waits for on a connection."""
+    async with aclosing(deltas):
+        async for index, delta in deltas:
+            raise_failure(delta)
+            reply.add(index, delta)
+    return reply.result()
 
 
 def raise_failure(delta: Delta) -> None:
@@ -158,6 +202,27 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         task.cancel()
         watch.cancel()
         await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def with_pauses(
+    deltas: Deltas, seconds: float
+) -> AsyncGenerator[tuple[int, Delta] | None, None]:
+    """`deltas`, with None whenever nothing has come for so long."""
+    coming = asyncio.ensure_future(anext(deltas, None))
+    try:
+        while True:
+            await asyncio.wait((coming,), timeout=seconds)
+            if not coming.done():
+                yield None
+                continue
+            news = coming.result()
+            if news is None:
+                return
+            coming = asyncio.ensure_future(anext(deltas, None))
+            yield news
+    finally:
+        coming.cancel()
+        await asyncio.gather(coming, return_exceptions=True)
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -4,14 +4,22 @@ import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request
+from pydantic import BaseModel
 from starlette.responses import Response
 
 from headrace.core.errors import BadRequest
 from headrace.server.admin import json_response
 from headrace.server.context import Context
 from headrace.server.generation import read_body
+from headrace.server.ignored import warnings
 from headrace.server.openai_chat import prompt_ids
-from headrace.server.schemas import DetokenizeRequest, TokenizeRequest, body_of, read
+from headrace.server.schemas import (
+    DetokenizeRequest,
+    TokenizeRequest,
+    body_of,
+    ignored_fields,
+    read,
+)
 
 
 def routes(context: Context) -> APIRouter:
@@ -24,19 +32,19 @@ def routes(context: Context) -> APIRouter:
     async def tokenize(http: Request) -> Response:
         """Token ids of a prompt, of several prompts, or of messages through the chat template."""
         raw = await read_body(http, limit)
-        return json_response(await asyncio.to_thread(_tokenize, raw, context))
+        return await asyncio.to_thread(_tokenize, raw, context)
 
     @router.post("/detokenize", openapi_extra=body_of(DetokenizeRequest))
     @router.post("/v1/detokenize", openapi_extra=body_of(DetokenizeRequest))
     async def detokenize(http: Request) -> Response:
         """Text of token ids, or of several lists of them."""
         raw = await read_body(http, limit)
-        return json_response(await asyncio.to_thread(_detokenize, raw, context))
+        return await asyncio.to_thread(_detokenize, raw, context)
 
     return router
 
 
-def _tokenize(raw: bytes, context: Context) -> dict[str, Any]:
+def _tokenize(raw: bytes, context: Context) -> Response:
     body = read(TokenizeRequest, raw)
     if (body.prompt is None) == (body.messages is None):
         raise BadRequest("give exactly one of prompt and messages", field="prompt")
@@ -51,14 +59,15 @@ def _tokenize(raw: bytes, context: Context) -> dict[str, Any]:
         else:
             tokens = tokenizer.encode_batch(body.prompt, special)
     many = isinstance(body.prompt, list)
-    return {
+    value = {
         "tokens": tokens,
         "count": [len(ids) for ids in tokens] if many else len(tokens),  # type: ignore[arg-type]
         "max_model_len": context.context_length,
     }
+    return _answer(value, body, context)
 
 
-def _detokenize(raw: bytes, context: Context) -> dict[str, Any]:
+def _detokenize(raw: bytes, context: Context) -> Response:
     body = read(DetokenizeRequest, raw)
     tokenizer = context.tokenizer("tokens")
     skip = body.skip_special_tokens is not False
@@ -74,5 +83,11 @@ def _detokenize(raw: bytes, context: Context) -> dict[str, Any]:
 
     many: Any = body.tokens
     if many and isinstance(many[0], list):
-        return {"text": [text(ids) for ids in many]}
-    return {"text": text(many)}
+        return _answer({"text": [text(ids) for ids in many]}, body, context)
+    return _answer({"text": text(many)}, body, context)
+
+
+def _answer(value: dict[str, Any], body: BaseModel, context: Context) -> Response:
+    return json_response(
+        value, warnings(ignored_fields(body), strict=context.config.serve.strict_fields)
+    )
