@@ -2,10 +2,11 @@
 #include "vocab.h"
 
 namespace HR_NS {
+namespace {
 
 constexpr int64_t kRowGrain = 1 << 14;  // logits worth handing to another thread
 
-// The natural logarithm of softmax((x) / temperature): x -> log-probability.
+// The natural logarithm of softmax(x / temperature).
 struct Normal {
   float top;
   double inverse;
@@ -17,12 +18,12 @@ struct Normal {
 };
 
 // Falling logits, rising ids where they are equal.
-static bool before(const Candidate& a, const Candidate& b) {
+bool before(const Candidate& a, const Candidate& b) {
   return a.x > b.x || (a.x == b.x && a.id < b.id);
 }
 
 // The `count` first of `found` in order, by insertion into the sorted list of those seen.
-static int64_t first_of(const Candidates& found, int64_t count, Candidate* sorted) {
+int64_t first_of(const Candidates& found, int64_t count, Candidate* sorted) {
   int64_t kept = 0;
   for (int64_t i = 0; i < found.count; ++i) {
     const Candidate item = found.items[i];
@@ -34,7 +35,7 @@ static int64_t first_of(const Candidates& found, int64_t count, Candidate* sorte
   return kept;
 }
 
-static void top_of(const float* x, const Blocks& blocks, const Normal& normal,
+void top_of(const float* x, const Blocks& blocks, const Normal& normal,
                    const hr_log_probs_args& args, int64_t row) {
   const Candidates found = collect(x, blocks, bound_of(blocks, args.top));
   const size_t bytes = static_cast<size_t>(args.top) * sizeof(Candidate);
@@ -46,7 +47,7 @@ static void top_of(const float* x, const Blocks& blocks, const Normal& normal,
   }
 }
 
-static void score_row(const hr_log_probs_args& args, int64_t row, float* memory) {
+void score_row(const hr_log_probs_args& args, int64_t row, float* memory) {
   const float* x = row_of<float>(args.logits, args.rows[row]);
   const Blocks blocks = blocks_of(args.logits.columns, row, memory);
   const float inverse = args.temperature[row] == 0 ? 1 : 1 / args.temperature[row];
@@ -65,7 +66,7 @@ static void score_row(const hr_log_probs_args& args, int64_t row, float* memory)
   if (args.top > 0) top_of(x, blocks, normal, args, row);
 }
 
-static void log_probs(const hr_log_probs_args& args, const hr_step& step) {
+void log_probs(const hr_log_probs_args& args, const hr_step& step) {
   const int64_t vocab = args.logits.columns, rows = step.tokens;
   float* memory = memory_for_blocks(vocab, rows);
   const int64_t pieces = (vocab + kSegment - 1) / kSegment, size = block_size(vocab);
@@ -82,6 +83,8 @@ static void log_probs(const hr_log_probs_args& args, const hr_step& step) {
     for (int64_t row = begin; row < end; ++row) score_row(args, row, memory);
   });
 }
+
+}  // namespace
 
 HR_OPERATOR(log_probs, hr_log_probs_args)
 

@@ -8,7 +8,7 @@ namespace {
 
 // Rows without top-k look at about this many of the largest logits first.
 constexpr int64_t kFirstLook = 64;
-constexpr int64_t kDrawGrain = 1 << 13;  // logits of rows that one thread draws from at a time
+constexpr int64_t kDrawGrain = 1 << 13;  // logits worth another thread when drawing
 constexpr int kRanges = 2048;
 constexpr int64_t kManyTokens = 2048;  // worth counting on more than one thread
 constexpr double kBelowOne = 1.0 - 0x1p-52;

@@ -11,6 +11,7 @@ extern "C" float logf(float x);
 extern "C" double log(double x);
 
 namespace HR_NS {
+namespace {
 
 constexpr float kInfinity = __builtin_inff();
 constexpr int64_t kSegment = 1 << 14;  // logits worth handing to another thread
@@ -49,26 +50,26 @@ struct Blocks {
 };
 
 // Small vocabularies get small blocks: there should be more of them than tokens looked for.
-static inline int64_t block_size(int64_t vocab) { return vocab > 1 << 15 ? 256 : 64; }
+inline int64_t block_size(int64_t vocab) { return vocab > 1 << 15 ? 256 : 64; }
 
-static inline int64_t block_count(int64_t vocab) {
+inline int64_t block_count(int64_t vocab) {
   const int64_t size = block_size(vocab);
   return (vocab + size - 1) / size;
 }
 
 // The blocks of row `row`, whose numbers stand in `memory` [rows][2][count].
-static inline Blocks blocks_of(int64_t vocab, int64_t row, float* memory) {
+inline Blocks blocks_of(int64_t vocab, int64_t row, float* memory) {
   const int64_t count = block_count(vocab);
   float* own = memory + row * 2 * count;
   return {vocab, block_size(vocab), count, own, own + count};
 }
 
-static inline float* memory_for_blocks(int64_t vocab, int64_t rows) {
+inline float* memory_for_blocks(int64_t vocab, int64_t rows) {
   const int64_t floats = rows * 2 * block_count(vocab);
   return static_cast<float*>(hr::scratch(static_cast<size_t>(floats) * sizeof(float), 0));
 }
 
-static inline float largest_in(const float* x, int64_t count) {
+inline float largest_in(const float* x, int64_t count) {
   vf most[2] = {set(-kInfinity), set(-kInfinity)};
   vi bad[2] = {};
   int64_t i = 0;
@@ -105,7 +106,7 @@ HR_INLINE vf exp_falling(vf x) {
 }
 
 // exp((x - top) * inverse) of `count` logits; `to` may be x.
-static inline void weigh(const float* x, int64_t count, float top, float inverse, float* to) {
+inline void weigh(const float* x, int64_t count, float top, float inverse, float* to) {
   const vf tops = set(top), inverses = set(inverse);
   for (int64_t i = 0; i < count; i += kLanes) {
     const int64_t n = count - i < kLanes ? count - i : kLanes;
@@ -113,7 +114,7 @@ static inline void weigh(const float* x, int64_t count, float top, float inverse
   }
 }
 
-static inline float sum_weights(const float* x, int64_t count, float top, float inverse) {
+inline float sum_weights(const float* x, int64_t count, float top, float inverse) {
   const vf tops = set(top), inverses = set(inverse);
   vf sums[2] = {};
   int64_t i = 0;
@@ -130,7 +131,7 @@ static inline float sum_weights(const float* x, int64_t count, float top, float 
 }
 
 // Fills blocks [first, last). With `inverse` 0 there are no sums.
-static inline void scan(const float* x, const Blocks& blocks, int64_t first, int64_t last,
+inline void scan(const float* x, const Blocks& blocks, int64_t first, int64_t last,
                         float inverse) {
   for (int64_t b = first; b < last; ++b) {
     const float* own = x + blocks.begin(b);
@@ -143,10 +144,12 @@ static inline void scan(const float* x, const Blocks& blocks, int64_t first, int
 }
 
 // The largest logit of the row, NaN if there is a NaN.
-static inline float largest_of(const Blocks& blocks) { return largest_in(blocks.largest, blocks.count); }
+inline float largest_of(const Blocks& blocks) {
+  return largest_in(blocks.largest, blocks.count);
+}
 
 // Makes the sums relative to `top`, the largest logit of the row; returns their sum.
-static inline double rescale(const Blocks& blocks, float top, float inverse) {
+inline double rescale(const Blocks& blocks, float top, float inverse) {
   for (int64_t b = 0; b < blocks.count; b += kLanes) {
     const int64_t n = blocks.count - b < kLanes ? blocks.count - b : kLanes;
     const vf factor = exp_falling((take_logits(blocks.largest + b, n) - set(top)) * set(inverse));
@@ -170,7 +173,7 @@ struct Candidates {
 };
 
 // Tokens with bound <= x < limit in the order of ids, without weights; in scratch 1.
-static inline Candidates collect(const float* x, const Blocks& blocks, float bound,
+inline Candidates collect(const float* x, const Blocks& blocks, float bound,
                                  float limit = kInfinity) {
   int64_t most = 0;
   for (int64_t b = 0; b < blocks.count; ++b) most += blocks.largest[b] >= bound ? blocks.size : 0;
@@ -197,7 +200,7 @@ static inline Candidates collect(const float* x, const Blocks& blocks, float bou
 // The largest value v for which the items with value >= v measure `limit` or more together; the
 // smallest value if there is none. Reorders the items (at least one), none of them NaN.
 template <class Item, class Value, class Measure>
-static inline float cut_at(Item* items, int64_t count, double limit, const Value& value,
+inline float cut_at(Item* items, int64_t count, double limit, const Value& value,
                            const Measure& measure) {
   double above = 0;
   for (;;) {
@@ -233,7 +236,7 @@ static inline float cut_at(Item* items, int64_t count, double limit, const Value
 }
 
 // A bound from below of the `rank`-th largest logit; -inf if there are not as many blocks.
-static inline float bound_of(const Blocks& blocks, int64_t rank) {
+inline float bound_of(const Blocks& blocks, int64_t rank) {
   if (rank > blocks.count) return -kInfinity;
   float* copy = static_cast<float*>(
       hr::scratch(static_cast<size_t>(blocks.count) * sizeof(float), 2));
@@ -243,4 +246,5 @@ static inline float bound_of(const Blocks& blocks, int64_t rank) {
   return cut_at(copy, blocks.count, static_cast<double>(rank), itself, one);
 }
 
+}  // namespace
 }  // namespace HR_NS

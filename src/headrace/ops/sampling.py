@@ -6,7 +6,7 @@ Knows nothing of requests or batches.
 """
 
 import ctypes
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -67,8 +67,10 @@ def sample_row(**fields: Any) -> tuple[Any, ...]:
 
 def address(array: np.ndarray) -> int:
     """Where the elements of a contiguous, writable array begin; 0 if it has none."""
-    # Much faster than array.ctypes.data.
-    return ctypes.addressof(ctypes.c_char.from_buffer(cast(Any, array))) if array.size else 0
+    if not array.size:
+        return 0
+    memory: Any = array  # much faster than array.ctypes.data
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
 def array_at(place: int, count: int, kind: type[Any]) -> np.ndarray:
