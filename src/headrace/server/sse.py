@@ -113,50 +113,62 @@ class EventStream(Response):
             await until_disconnect(receive, self._send_events(send))
 
     async def _send_events(self, send: Send) -> None:
-        started = False
-        async with aclosing(self.deltas) as deltas, aclosing(self._bodies(deltas)) as bodies:
-            try:
-                async for body in bodies:
-                    if not body:
-                        continue
-                    if not started:
-                        started = True
-                        await self._send_start(send)
-                    await send({"type": "http.response.body", "body": body, "more_body": True})
-                tail = self.reply.end()
-            except HeadraceError as error:
-                if not started:
-                    raise
-                tail = self.wire.failed(error)
-            except Exception:  # isolates one request: its client must get an answer
-                if not started:
-                    raise
-                log.exception("a stream failed")
-                tail = self.wire.failed(internal_error())
-        if not started:
-            await self._send_start(send)
-        await send(
-            {"type": "http.response.body", "body": tail + self.wire.done, "more_body": False}
-        )
+        outlet = Outlet(send, self.raw_headers)
+        alive = asyncio.ensure_future(outlet.keep_alive(self.wire.idle))
+        try:
+            async with aclosing(self.deltas) as deltas:
+                tail = await self._write_events(deltas, outlet)
+        finally:
+            alive.cancel()
+            await asyncio.gather(alive, return_exceptions=True)
+        await outlet.write(tail + self.wire.done, more=False)
 
-    async def _bodies(self, deltas: Deltas) -> AsyncGenerator[bytes, None]:
-        """The events of each delta, and `idle` when none comes for a while."""
-        if not self.wire.idle:
+    async def _write_events(self, deltas: Deltas, outlet: "Outlet") -> bytes:
+        """Write the events of all deltas; returns the last words."""
+        try:
             async for index, delta in deltas:
                 raise_failure(delta)
-                yield self.reply.event(index, delta)
-            return
-        async with aclosing(with_pauses(deltas, IDLE_SECONDS)) as paused:
-            async for news in paused:
-                if news is None:
-                    yield self.wire.idle
-                else:
-                    raise_failure(news[1])
-                    yield self.reply.event(*news)
+                if body := self.reply.event(index, delta):
+                    await outlet.write(body)
+            return self.reply.end()
+        except HeadraceError as error:
+            if not outlet.started:
+                raise
+            return self.wire.failed(error)
+        except Exception:  # isolates one request: its client must get an answer
+            if not outlet.started:
+                raise
+            log.exception("a stream failed")
+            return self.wire.failed(internal_error())
 
-    async def _send_start(self, send: Send) -> None:
-        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        await send(start)
+
+class Outlet:
+    """Writes pieces of one response, the status before the first."""
+
+    def __init__(self, send: Send, raw_headers: list[tuple[bytes, bytes]]) -> None:
+        self.started = False
+        self._send = send
+        self._headers = raw_headers
+        self._lock = asyncio.Lock()
+        self._quiet = True
+
+    async def write(self, body: bytes, more: bool = True) -> None:
+        """Send a piece; the last one without `more`."""
+        self._quiet = False
+        async with self._lock:
+            if not self.started:
+                self.started = True
+                start = {"type": "http.response.start", "status": 200, "headers": self._headers}
+                await self._send(start)
+            await self._send({"type": "http.response.body", "body": body, "more_body": more})
+
+    async def keep_alive(self, sign: bytes) -> None:
+        """Send `sign`, unless it is empty, whenever nothing has been written for a while."""
+        while sign:
+            self._quiet = True
+            await asyncio.sleep(IDLE_SECONDS)
+            if self._quiet:
+                await self.write(sign)
 
 
 async def whole(receive: Receive, deltas: Deltas, reply: WholeReply) -> Any:
@@ -166,7 +178,6 @@ async def whole(receive: Receive, deltas: Deltas, reply: WholeReply) -> Any:
         Cancelled: the client left first; its requests are aborted.
         HeadraceError: a request failed; the others of the job are aborted.
     """
-
     return await until_disconnect(receive, collect(deltas, reply))
 
 
@@ -202,27 +213,6 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         task.cancel()
         watch.cancel()
         await asyncio.gather(task, watch, return_exceptions=True)
-
-
-async def with_pauses(
-    deltas: Deltas, seconds: float
-) -> AsyncGenerator[tuple[int, Delta] | None, None]:
-    """`deltas`, with None whenever nothing has come for so long."""
-    coming = asyncio.ensure_future(anext(deltas, None))
-    try:
-        while True:
-            await asyncio.wait((coming,), timeout=seconds)
-            if not coming.done():
-                yield None
-                continue
-            news = coming.result()
-            if news is None:
-                return
-            coming = asyncio.ensure_future(anext(deltas, None))
-            yield news
-    finally:
-        coming.cancel()
-        await asyncio.gather(coming, return_exceptions=True)
 
 
 async def _disconnected(receive: Receive) -> None:
