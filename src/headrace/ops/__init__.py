@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from headrace.ops import cpu, ref
-from headrace.ops.meta import AttentionMeta
 from headrace.ops.experts import PackedExperts
+from headrace.ops.meta import AttentionMeta
 from headrace.ops.packed import PackedWeight
 
 Activation = Literal["silu", "gelu_tanh", "gelu_erf"]
