@@ -72,9 +72,9 @@ def pack(weight: Quantized) -> PackedWeight:
     offsets = weight.offsets
     if weight.format == "int4" and offsets is None:
         offsets = 8 * weight.scales
-    return PackedWeight(
-        weight.values, *weight.values.shape, weight.format, weight.scales, weight.group, offsets
-    )
+    values, scales = weight.values, weight.scales
+    out_size, in_size = values.shape
+    return PackedWeight(values, out_size, in_size, weight.format, scales, weight.group, offsets)
 
 
 def rows(weight: PackedWeight, ids: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""pack and embedding_packed: weights in panels (csrc/kernels/linear_pack.cpp, linear_int8.cpp, ...).
+"""pack and embedding_packed: weights in panels (csrc/kernels/linear_pack.cpp, linear_*.cpp).
 
 Panels lie in memory of their own, on huge pages where the system grants them: a decode step reads
 every byte of every weight once.
