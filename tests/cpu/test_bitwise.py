@@ -196,6 +196,14 @@ def test_the_demo_model():
     check(folder, make_requests(vocab, 8, 8, 140), ["chunks-of-16", "two-threads"])
 
 
+@pytest.mark.parametrize("format", ["int8", "int4", "fp8"])
+def test_low_bit_weights(tmp_path, monkeypatch, format):
+    pack = ops.pack
+    monkeypatch.setattr(ops, "pack", lambda weight: pack(weight, format))
+    folder = tiny(tmp_path, "qwen3")
+    check(folder, make_requests(101, 8, 8, 140), ["chunks-of-16", "two-threads"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["demo", "llama-dynamic-long", "qwen2-window", "qwen3"])
 def test_64_requests_under_every_schedule_at_every_level(tmp_path, level, case):
