@@ -20,7 +20,7 @@ from headrace.ops.cpu import library
 from headrace.ops.cpu.library import Step
 from headrace.ops.cpu.record import Arena, empty, recording
 
-FORMATS = [("int8", 0), ("int4", 0), ("int4", 16), ("int4", 64), ("int4", 128), ("fp8", 0)]
+FORMATS = [("int8", 0), ("int4", 0), ("int4", 16), ("int4", 32), ("int4", 128), ("fp8", 0)]
 # [out, in]: rests of panels, quads and groups, more than one block of rows
 SHAPES = [(1, 1), (17, 33), (70, 533), (257, 512)]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]

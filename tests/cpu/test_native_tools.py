@@ -68,7 +68,7 @@ def test_a_measured_product_counts_its_work() -> None:
 
 
 @pytest.mark.parametrize(
-    ("format", "size"), [("int8", 64 + 4), ("int4", 32 + 4), ("int4-64", 32 + 2), ("fp8", 64 + 4)]
+    ("format", "size"), [("int8", 64 + 4), ("int4", 32 + 2), ("int4-32", 32 + 4), ("fp8", 64 + 4)]
 )
 def test_a_measured_product_with_low_bit_weights(format: str, size: int) -> None:
     assert probe.time_linear(128, 64, format, rows=2, budget=0.0).bytes_read == 128 * size

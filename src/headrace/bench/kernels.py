@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--formats",
         nargs="+",
         default=["bfloat16", "float32", "int8", "int4", "fp8"],
-        help="of weights; int4-64 has 64 inputs per scale (16, 32, 64, 128)",
+        help="of weights; int4-32 has 32 inputs per scale (16, 32, 64, 128)",
     )
     parser.add_argument("--threads", type=int, default=0, help="0 takes the usable cores")
     parser.add_argument("--seconds", type=float, default=0.5, help="time for each measurement")

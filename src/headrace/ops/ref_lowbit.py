@@ -13,7 +13,7 @@ from torch import Tensor
 
 from headrace.ops.packed import PackedWeight, Quantized, check_group
 
-DEFAULT_GROUP = 32  # of int4
+DEFAULT_GROUP = 64  # of int4
 _SMALLEST = 1e-30  # no number is divided by less
 _EXACT = 1024  # products of two int8 values whose sum fp32 holds exactly
 _FP8_MOST = 448.0

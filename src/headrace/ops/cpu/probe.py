@@ -96,8 +96,7 @@ def peak_rates(budget: float = 0.3) -> dict[str, float]:
 def time_linear(out_size: int, in_size: int, format: str, rows: int, budget: float) -> Product:
     """fp32 x [rows, in] times a weight that lies in memory, not in a cache.
 
-    `format` is one of `ops.packed.FORMATS`, for int4 also "int4-64" with the inputs per scale.
-
+    `format` is one of `ops.packed.FORMATS`, for int4 also "int4-32" with the inputs per scale.
     A product of many rows takes fewer outputs than asked for: the rates do not depend on them.
     """
     most = max(1024, int(_BURST / (2 * rows * in_size)) // 32 * 32)
