@@ -1,8 +1,9 @@
 // linear_fp8: fp8 e4m3 weights with scales per tensor, output or block; x stays float, sums in fp32.
 //
-// Pieces of a panel, kPiece inputs long, are widened to fp32 with their scale into first-level cache
-// and then multiplied with every tile of rows. One accumulator per output element runs over k from 0
-// to the end; between pieces it is parked in memory as fp32, which changes nothing.
+// A weight is widened to fp32 and multiplied with its scale, then with x. Where one tile of rows
+// reads it that happens in registers; where several do, pieces of a panel, kPiece inputs long, are
+// widened once into first-level cache. One accumulator per output element runs over k from 0 to the
+// end; between pieces it is parked in memory as fp32, which changes nothing.
 #include "lowbit.h"
 
 namespace HR_NS {
@@ -13,41 +14,49 @@ constexpr int kRows = HR_LEVEL >= 2 ? 12 : HR_LEVEL == 1 ? 6 : 4;
 constexpr int kTile = kVectors * kLanes;
 constexpr int64_t kPiece = 128;  // inputs; the side of the blocks that share a scale
 
-// An e4m3 number moved to where f16 has its parts is its value / 256.
-HR_INLINE float widen_e4m3(uint8_t bits) {
-  const f16 half = {static_cast<uint16_t>((bits & 0x80) << 8 | (bits & 0x7f) << 7)};
-  return widen(half) * 256.0f;
+// An e4m3 number moved to where f16 has its parts is its value / 256; scales make up for that.
+HR_INLINE float part_of(uint8_t bits) {
+  return widen(f16{static_cast<uint16_t>((bits & 0x80) << 8 | (bits & 0x7f) << 7)});
+}
+
+// kTile weights of one input as fp32, times their scales.
+HR_INLINE void read(const uint8_t* w, const float* scale, vf* out) {
+#if HR_LEVEL >= 2
+  const __m512i word = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)w));
+  const __m512i half = _mm512_and_si512(_mm512_slli_epi16(word, 7), _mm512_set1_epi16(-0x4001));
+  out[0] = (vf)_mm512_cvtph_ps(_mm512_castsi512_si256(half)) * load(scale);
+  out[1] = (vf)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1)) * load(scale + kLanes);
+#elif HR_LEVEL == 1
+  const __m256i word = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)w));
+  const __m256i half = _mm256_and_si256(_mm256_slli_epi16(word, 7), _mm256_set1_epi16(-0x4001));
+  out[0] = (vf)_mm256_cvtph_ps(_mm256_castsi256_si128(half)) * load(scale);
+  out[1] = (vf)_mm256_cvtph_ps(_mm256_extracti128_si256(half, 1)) * load(scale + kLanes);
+#else
+  float values[kTile];
+  for (int j = 0; j < kTile; ++j) values[j] = part_of(w[j]) * scale[j];
+  for (int v = 0; v < kVectors; ++v) out[v] = load(values + v * kLanes);
+#endif
+}
+HR_INLINE void read(const float* w, const float*, vf* out) {
+  for (int v = 0; v < kVectors; ++v) out[v] = load(w + v * kLanes);
 }
 
 // w [count][HR_PANEL] to fp32, times the panel's scales.
-static void widen_piece(const uint8_t* w, int64_t count, const float* scales, float* out) {
-  alignas(64) float scale[HR_PANEL];
-  for (int j = 0; j < HR_PANEL; ++j) scale[j] = scales[j] * (HR_LEVEL >= 1 ? 256.0f : 1.0f);
+static void widen_piece(const uint8_t* w, int64_t count, const float* scale, float* out) {
   for (int64_t k = 0; k < count; ++k, w += HR_PANEL, out += HR_PANEL) {
     if (k % 2 == 0) prefetch(w + kAhead);
-#if HR_LEVEL >= 2
-    const __m512i word = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)w));
-    const __m512i half = _mm512_and_si512(_mm512_slli_epi16(word, 7), _mm512_set1_epi16(-0x4001));
-    store(out, (vf)_mm512_cvtph_ps(_mm512_castsi512_si256(half)) * load(scale));
-    store(out + 16, (vf)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1)) * load(scale + 16));
-#elif HR_LEVEL == 1
-    for (int j = 0; j < HR_PANEL; j += 16) {
-      const __m256i word = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(w + j)));
-      const __m256i half = _mm256_and_si256(_mm256_slli_epi16(word, 7), _mm256_set1_epi16(-0x4001));
-      const vf low = (vf)_mm256_cvtph_ps(_mm256_castsi256_si128(half));
-      const vf high = (vf)_mm256_cvtph_ps(_mm256_extracti128_si256(half, 1));
-      store(out + j, low * load(scale + j));
-      store(out + j + 8, high * load(scale + j + 8));
+    for (int j = 0; j < HR_PANEL; j += kTile) {
+      vf part[kVectors];
+      read(w + j, scale + j, part);
+      for (int v = 0; v < kVectors; ++v) store(out + j + v * kLanes, part[v]);
     }
-#else
-    for (int j = 0; j < HR_PANEL; ++j) out[j] = widen_e4m3(w[j]) * scale[j];
-#endif
   }
 }
 
-// c [R, HR_PANEL] gets `count` inputs more; w [count][HR_PANEL], x [count][R].
-template <int R>
-static void tile(const float* w, const float* x, int64_t count, float* c, bool first) {
+// c [R, HR_PANEL] gets `count` inputs more; w [count][HR_PANEL] as e4m3, or widened; x [count][R].
+template <class Word, int R>
+static void tile(const Word* w, const float* scale, const float* x, int64_t count, float* c,
+                 bool first) {
   for (int j = 0; j < HR_PANEL; j += kTile) {
     vf sum[R][kVectors];
     for (int r = 0; r < R; ++r) {
@@ -57,7 +66,8 @@ static void tile(const float* w, const float* x, int64_t count, float* c, bool f
     }
     for (int64_t k = 0; k < count; ++k) {
       vf part[kVectors];
-      for (int v = 0; v < kVectors; ++v) part[v] = load(w + k * HR_PANEL + j + v * kLanes);
+      prefetch(w + k * HR_PANEL + kAhead);
+      read(w + k * HR_PANEL + j, scale + j, part);
       for (int r = 0; r < R; ++r) {
         const vf b = set(x[k * R + r]);
         for (int v = 0; v < kVectors; ++v) sum[r][v] = fma(b, part[v], sum[r][v]);
@@ -69,14 +79,16 @@ static void tile(const float* w, const float* x, int64_t count, float* c, bool f
   }
 }
 
-using TileOf = void (*)(const float*, const float*, int64_t, float*, bool);
-static constexpr TileOf kTiles[] = {
-    nullptr, tile<1>, tile<2>, tile<3>,  tile<4>,
+template <class Word>
+using TileOf = void (*)(const Word*, const float*, const float*, int64_t, float*, bool);
+template <class W>
+static constexpr TileOf<W> kTiles[] = {
+    nullptr,    tile<W, 1>, tile<W, 2>, tile<W, 3>,  tile<W, 4>,
 #if HR_LEVEL >= 1
-    tile<5>, tile<6>,
+    tile<W, 5>, tile<W, 6>,
 #endif
 #if HR_LEVEL >= 2
-    tile<7>, tile<8>, tile<9>, tile<10>, tile<11>, tile<12>,
+    tile<W, 7>, tile<W, 8>, tile<W, 9>, tile<W, 10>, tile<W, 11>, tile<W, 12>,
 #endif
 };
 
@@ -108,11 +120,20 @@ static void linear_fp8(const hr_linear_args& args, const hr_step& step) {
       const uint8_t* panel = static_cast<const uint8_t*>(w.data) + p * w.in * HR_PANEL;
       for (int64_t k = 0; k < w.in; k += kPiece) {
         const int64_t size = least(kPiece, w.in - k);
-        const float* scales = w.scales + p * HR_PANEL + (w.group ? k / w.group * columns : 0);
-        widen_piece(panel + k * HR_PANEL, size, scales, piece);
+        const uint8_t* words = panel + k * HR_PANEL;
+        alignas(64) float scales[HR_PANEL];
+        const float* from = w.scales + p * HR_PANEL + (w.group ? k / w.group * columns : 0);
+        for (int j = 0; j < HR_PANEL; ++j) scales[j] = from[j] * 256.0f;
+        if (end - begin > 1) widen_piece(words, size, scales, piece);
         for (int64_t t = begin; t < end; ++t) {
           const int64_t at = tiles.begin(t), of = tiles.size(t);
-          kTiles[of](piece, x + at * w.in + k * of, size, sums + (at - row) * HR_PANEL, k == 0);
+          const float* input = x + at * w.in + k * of;
+          float* c = sums + (at - row) * HR_PANEL;
+          if (end - begin > 1) {
+            kTiles<float>[of](piece, scales, input, size, c, k == 0);
+          } else {
+            kTiles<uint8_t>[of](words, scales, input, size, c, k == 0);
+          }
         }
       }
       const Result result(args, p);
@@ -146,7 +167,7 @@ static void unpack_fp8(const hr_unpack_args& args, const hr_step& step) {
   unpack_rows(args, step, [&](int64_t row, int64_t k) {
     const int64_t at = (row / HR_PANEL * w.in + k) * HR_PANEL + row % HR_PANEL;
     const float scale = w.scales[row + (w.group ? k / w.group * columns : 0)];
-    return widen_e4m3(static_cast<const uint8_t*>(w.data)[at]) * scale;
+    return part_of(static_cast<const uint8_t*>(w.data)[at]) * (256.0f * scale);
   });
 }
 

@@ -11,7 +11,7 @@ namespace {  // the linker must not share these functions between levels
 constexpr int64_t kMostRows = 576;          // of x, quantized at once
 constexpr int64_t kBlockBytes = 384 << 10;  // of x, kept in the second-level cache
 constexpr int64_t kPanelsAtOnce = 8;
-constexpr int64_t kAhead = 1024;  // bytes that the stream of weights is fetched ahead
+constexpr int64_t kAhead = 2048;  // bytes that the stream of weights is fetched ahead
 
 HR_INLINE int64_t round_up(int64_t value, int64_t by) { return (value + by - 1) / by * by; }
 HR_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -1,9 +1,9 @@
 // probe_*: the limits that kernels are measured against: read bandwidth and multiply-add rates.
 //
-// probe_fma, probe_bf16 and probe_int8 keep HR_PROBE_CHAINS sums in registers, enough to hide the
-// latency of two units. probe_width tells the products that one instruction does, 0 where the level
-// has no such instruction.
-#include "simd.h"
+// probe_fma, probe_bf16, probe_int8 and probe_int4 keep HR_PROBE_CHAINS sums in registers, enough to
+// hide the latency of two units. The integer ones do what the products with such weights do, without
+// loads. probe_width tells the products of one such step, 0 where the level has no instruction.
+#include "dot_int8.h"
 
 // A register whose value the compiler may not guess.
 #if HR_LEVEL >= 2
@@ -76,25 +76,34 @@ static void probe_bf16(const hr_probe_args& args, const hr_step&) {
 
 static void probe_int8(const hr_probe_args& args, const hr_step&) {
 #if HR_LEVEL >= 3
-  run_chains<vi>(args, [](vi c, vi x, vi y) {
-    return (vi)_mm512_dpbusd_epi32((__m512i)c, (__m512i)x, (__m512i)y);
-  });
+  run_chains<vi>(args, [](vi c, vi x, vi y) { return dot4(c, (vu)x, y); });
 #else
-  probe_fma(args, hr_step{});
+  run_chains<vi>(args, [](vi c, vi x, vi y) { return c + pair_dot((vs)x, (vs)y); });
 #endif
 }
 
-// sink[0..2] = products per instruction of fma, bf16 and int8.
+static void probe_int4(const hr_probe_args& args, const hr_step&) {
+#if HR_LEVEL >= 3
+  probe_int8(args, hr_step{});
+#else
+  const char quad[8] = {1, 1, 1, 1, 1, 1, 1, 1};
+  run_chains<vs>(args, [&](vs c, vs x, vs) { return dot_nibbles(c, (vu)x, quad); });
+#endif
+}
+
+// sink[0..3] = products per step of fma, bf16, int8 and int4.
 static void probe_width(const hr_probe_args& args, const hr_step&) {
   args.sink[0] = kLanes;
   args.sink[1] = HR_LEVEL >= 3 ? 2 * kLanes : 0;
-  args.sink[2] = HR_LEVEL >= 3 ? 4 * kLanes : 0;
+  args.sink[2] = HR_LEVEL >= 3 ? 4 * kLanes : 2 * kLanes;
+  args.sink[3] = 4 * kLanes;
 }
 
 HR_OPERATOR(probe_read, hr_probe_args)
 HR_OPERATOR(probe_fma, hr_probe_args)
 HR_OPERATOR(probe_bf16, hr_probe_args)
 HR_OPERATOR(probe_int8, hr_probe_args)
+HR_OPERATOR(probe_int4, hr_probe_args)
 HR_OPERATOR(probe_width, hr_probe_args)
 
 }  // namespace HR_NS

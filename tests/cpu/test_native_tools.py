@@ -56,7 +56,8 @@ def test_limits_are_plausible() -> None:
     assert 1e8 < probe.read_bandwidth(0.01) < 1e13
     rates = probe.peak_rates(0.01)
     assert 1e9 < rates["fp32"] < 1e14
-    assert set(rates) <= {"fp32", "bf16", "int8"}
+    assert set(rates) <= {"fp32", "bf16", "int8", "int4"}
+    assert 1e9 < rates["int8"] <= 1.5 * rates["int4"]
 
 
 def test_a_measured_product_counts_its_work() -> None:
@@ -64,6 +65,13 @@ def test_a_measured_product_counts_its_work() -> None:
     assert took.seconds > 0
     assert took.bytes_read == 128 * 64 * 2
     assert took.operations == 2 * 2 * 128 * 64
+
+
+@pytest.mark.parametrize(
+    ("format", "size"), [("int8", 64 + 4), ("int4", 32 + 2), ("int4-32", 32 + 4), ("fp8", 64 + 4)]
+)
+def test_a_measured_product_with_low_bit_weights(format: str, size: int) -> None:
+    assert probe.time_linear(128, 64, format, rows=2, budget=0.0).bytes_read == 128 * size
 
 
 def test_bench_kernels_names_a_bad_option() -> None:

@@ -29,7 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rows", type=int, nargs="+", default=[1, 16, 32, 512], help="rows of x (tokens)"
     )
-    parser.add_argument("--formats", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument(
+        "--formats",
+        nargs="+",
+        default=["bfloat16", "float32", "int8", "int4", "fp8"],
+        help="of weights; int4-32 has 32 inputs per scale (16, 32, 64, 128)",
+    )
     parser.add_argument("--threads", type=int, default=0, help="0 takes the usable cores")
     parser.add_argument("--seconds", type=float, default=0.5, help="time for each measurement")
     add_report_arguments(parser)
@@ -55,12 +60,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from headrace.ops.packed import FLOAT_FORMATS
+    from headrace.ops.packed import FORMATS, INT4_GROUPS
 
-    unknown = set(args.formats) - set(FLOAT_FORMATS)
+    known = (*FORMATS, *(f"int4-{group}" for group in INT4_GROUPS))
+    unknown = set(args.formats) - set(known)
     if unknown:
-        known = ", ".join(FLOAT_FORMATS)
-        raise BadRequest(f"--formats knows {known}, not {min(unknown)}", field="formats")
+        raise BadRequest(f"--formats knows {', '.join(known)}, not {min(unknown)}", field="formats")
     if min(args.rows) < 1:
         raise BadRequest(f"--rows must be at least 1, not {min(args.rows)}", field="rows")
 
@@ -81,12 +86,14 @@ def measure_linear(args: argparse.Namespace, limits: dict[str, Any]) -> Iterator
     """One dict per shape, format and number of rows."""
     from headrace.ops.cpu.probe import time_linear
 
-    read, peak = limits["read_bytes_per_s"], limits["operations_per_s"]["fp32"]
+    read, rates = limits["read_bytes_per_s"], limits["operations_per_s"]
     shapes = [(model, *shape) for model in SHAPES for shape in SHAPES[model]]
     for (model, out_size, in_size), name, rows in product(shapes, args.formats, args.rows):
         if args.shapes not in (None, model):
             continue
         took = time_linear(out_size, in_size, name, rows, args.seconds)
+        # Weights that are widened are multiplied at the rate of what they are widened to.
+        peak = rates.get(name.partition("-")[0], rates["fp32"])
         reading, multiplying = took.bytes_read / read, took.operations / peak
         yield {
             "model": model,

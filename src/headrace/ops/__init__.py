@@ -243,7 +243,7 @@ def pack(weight: Tensor, format: str = "", group: int = 0) -> PackedWeight:
     Without a format the values stay: the result may share memory with `weight`, and an
     implementation may store it in a narrower type if no value changes. "int8", "int4" and "fp8"
     quantize: int8 and fp8 with a scale per output, int4 with one per `group` inputs (16, 32, 64 or
-    128; 0 takes 32). `headrace.ops.ref_lowbit` defines the arithmetic.
+    128; 0 takes 64). `headrace.ops.ref_lowbit` defines the arithmetic.
     """
     return _pack(weight, format, group)
 

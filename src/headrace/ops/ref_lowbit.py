@@ -13,7 +13,7 @@ from torch import Tensor
 
 from headrace.ops.packed import PackedWeight, Quantized, check_group
 
-DEFAULT_GROUP = 32  # of int4
+DEFAULT_GROUP = 64  # of int4
 _SMALLEST = 1e-30  # no number is divided by less
 _EXACT = 1024  # products of two int8 values whose sum fp32 holds exactly
 _FP8_MOST = 448.0
@@ -72,10 +72,9 @@ def pack(weight: Quantized) -> PackedWeight:
     offsets = weight.offsets
     if weight.format == "int4" and offsets is None:
         offsets = 8 * weight.scales
-    out_size, in_size = weight.values.shape
-    return PackedWeight(
-        weight.values, out_size, in_size, weight.format, weight.scales, weight.group, offsets
-    )
+    values, scales = weight.values, weight.scales
+    out_size, in_size = values.shape
+    return PackedWeight(values, out_size, in_size, weight.format, scales, weight.group, offsets)
 
 
 def rows(weight: PackedWeight, ids: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from headrace.ops.cpu import library
 from headrace.ops.cpu.library import Operator, Step
 from headrace.ops.cpu.matmul import linear_packed
 from headrace.ops.cpu.packing import pack
+from headrace.ops.packed import FLOAT_FORMATS
 
 _CHAINS = 24  # HR_PROBE_CHAINS
 _ROUNDS = 2000
@@ -78,13 +79,15 @@ def peak_rates(budget: float = 0.3) -> dict[str, float]:
     Types without an instruction of their own at the level in use are missing.
     """
     pieces = 4 * library.native().hr_threads()
-    sink = torch.zeros(max(3, pieces))
+    sink = torch.zeros(max(4, pieces))
     args = _Args(None, sink.data_ptr(), pieces, 0, _ROUNDS)
     Operator("probe_width", _Args)(args, Step())
-    widths = dict(zip(("fp32", "bf16", "int8"), sink[:3].tolist(), strict=True))
+    operators = {"fp32": "fma", "bf16": "bf16", "int8": "int8", "int4": "int4"}
+    widths = dict(zip(operators, sink[:4].tolist(), strict=True))
     rates: dict[str, float] = {}
-    for name, operator in (("fp32", "probe_fma"), ("bf16", "probe_bf16"), ("int8", "probe_int8")):
+    for name, kind in operators.items():
         if widths[name]:
+            operator = f"probe_{kind}"
             seconds = best_seconds(partial(Operator(operator, _Args), args, Step()), budget)
             rates[name] = 2 * widths[name] * _CHAINS * _ROUNDS * pieces / seconds
     return rates
@@ -93,12 +96,16 @@ def peak_rates(budget: float = 0.3) -> dict[str, float]:
 def time_linear(out_size: int, in_size: int, format: str, rows: int, budget: float) -> Product:
     """fp32 x [rows, in] times a weight that lies in memory, not in a cache.
 
+    `format` is one of `ops.packed.FORMATS`, for int4 also "int4-32" with the inputs per scale.
     A product of many rows takes fewer outputs than asked for: the rates do not depend on them.
     """
     most = max(1024, int(_BURST / (2 * rows * in_size)) // 32 * 32)
-    weight = torch.randn(min(out_size, most), in_size).to(getattr(torch, format))
-    first = pack(weight)
-    copies = [first, *(pack(weight) for _ in range(min(_COPIES, _COPIES_BYTES // first.nbytes)))]
+    name, _, group = format.partition("-")
+    dtype = FLOAT_FORMATS.get(name, torch.bfloat16)
+    weight = torch.randn(min(out_size, most), in_size).to(dtype)
+    again = partial(pack, weight, name, int(group or 0))
+    first = again()
+    copies = [first, *(again() for _ in range(min(_COPIES, _COPIES_BYTES // first.nbytes)))]
     x = torch.randn(rows, in_size)
     turn = 0
 
