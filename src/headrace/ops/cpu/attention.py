@@ -18,6 +18,8 @@ class _AttentionArgs(Structure):
         ("out", Rows),
         ("keys", c_void_p),
         ("values", c_void_p),
+        ("key_scales", c_void_p),
+        ("value_scales", c_void_p),
         ("sinks", c_void_p),
         ("heads", c_int64),
         ("kv_heads", c_int64),
@@ -25,6 +27,8 @@ class _AttentionArgs(Structure):
         ("window", c_int64),
         ("scale", c_float),
         ("soft_cap", c_float),
+        ("key_scale", c_float),
+        ("value_scale", c_float),
         ("cache_dtype", c_int32),
     )
 
@@ -62,6 +66,8 @@ def paged_attention(
         window=window,
         scale=scale,
         soft_cap=soft_cap,
+        key_scale=1.0,
+        value_scale=1.0,
         cache_dtype=DTYPES[k_cache.dtype],
     )
     _ATTENTION(args, step_of(meta, tokens))

@@ -36,7 +36,7 @@ DTYPES = {
 }
 """hr_dtype of torch's."""
 
-_ABI = 1
+_ABI = 2
 _FILE = Path(__file__).parent.parent / "_native" / "libheadrace.so"
 _FUNCTIONS: dict[str, tuple[type[Any] | None, list[Any]]] = {
     "hr_abi": (c_int32, []),

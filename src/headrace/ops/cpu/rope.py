@@ -1,6 +1,6 @@
 """rotary, write_kv, rotary_kv: bindings of csrc/kernels/rope.cpp, one kernel for all three."""
 
-from ctypes import Structure, c_int32, c_int64, c_void_p
+from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
 
 from torch import Tensor
 
@@ -15,8 +15,12 @@ class _RotaryKvArgs(Structure):
         ("cos_sin", Rows),
         ("keys", c_void_p),
         ("values", c_void_p),
+        ("key_scales", c_void_p),
+        ("value_scales", c_void_p),
         ("heads", c_int64),
         ("kv_heads", c_int64),
+        ("key_scale", c_float),
+        ("value_scale", c_float),
         ("cache_dtype", c_int32),
         ("interleaved", c_int32),
     )
