@@ -46,11 +46,23 @@ HR_INLINE void store(e4m3* p, vf x) {
 // ---- kLanes neighbors ---------------------------------------------------------------------------
 
 HR_INLINE vf lanes(const float* p) { return load(p); }
-HR_INLINE vf lanes(const bf16* p) { return load(p); }
+HR_INLINE vf lanes(const bf16* p) {
+#if HR_LEVEL >= 2  // gcc 12 widens the halves of a vector apart
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+#else
+  return load(p);
+#endif
+}
 HR_INLINE vf lanes(const f16* p) { return load(p); }
 HR_INLINE vf lanes(const int8_t* p) {
+#if HR_LEVEL >= 2
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bits));
+#else
   const vb bytes = *reinterpret_cast<const vb_loose*>(p);
   return __builtin_convertvector(__builtin_convertvector(bytes, vi), vf);
+#endif
 }
 HR_INLINE vf lanes(const e4m3* p) {
 #if HR_LEVEL >= 2

@@ -7,7 +7,7 @@ each against itself. No tolerance anywhere.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,16 +134,20 @@ def numbers(answer: Answer) -> tuple[Any, ...]:
     return answer.ids, answer.values, answer.top, prompt
 
 
-def check(folder: Path, requests: list[GenerateRequest], variants: list[str]) -> None:
+def check(
+    folder: Path, requests: list[GenerateRequest], variants: list[str], **options: Any
+) -> None:
     """Every variant gives the answers of requests that run alone."""
-    truth = serve(folder, requests, ALONE, alone=True)
+    alone = replace(ALONE, options=ALONE.options | options)
+    truth = serve(folder, requests, alone, alone=True)
     assert all(answer.values for answer in truth.values())
     random = np.random.default_rng(5)
     for name in variants:
-        shuffled = VARIANTS[name].shuffled
+        variant = replace(VARIANTS[name], options=VARIANTS[name].options | options)
+        shuffled = variant.shuffled
         order = random.permutation(len(requests)) if shuffled else np.arange(len(requests))
         ordered = [requests[index] for index in order]
-        assert differing(truth, serve(folder, ordered, VARIANTS[name])) == [], name
+        assert differing(truth, serve(folder, ordered, variant)) == [], name
 
 
 def check_retraction(folder: Path, requests: list[GenerateRequest]) -> None:
@@ -194,6 +198,14 @@ def test_the_demo_model():
     folder = demo_model_path()
     vocab = read_model_info(folder).vocab_size
     check(folder, make_requests(vocab, 8, 8, 140), ["chunks-of-16", "two-threads"])
+
+
+@pytest.mark.parametrize("kv", ["bf16", "fp8_e4m3", "int8"])
+def test_narrow_caches(tmp_path, kv):
+    """Cached, chunked or decoded: what is read is what was rounded into the cache."""
+    folder = tiny(tmp_path, "qwen3")
+    requests = make_requests(101, 9, 8, 140)
+    check(folder, requests, ["together", "chunks-of-16", "two-threads"], kv_cache_dtype=kv)
 
 
 @pytest.mark.slow

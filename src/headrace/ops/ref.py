@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from headrace.ops.meta import KvCache
 from headrace.ops.packed import PackedWeight, format_of
 from headrace.ops.ref_attention import paged_attention, write_kv
 
@@ -83,12 +84,12 @@ def rotary_kv(
     k: Tensor,
     v: Tensor,
     cos_sin: Tensor,
-    caches: tuple[Tensor, Tensor],
+    cache: KvCache,
     slots: Tensor,
     interleaved: bool,
 ) -> Tensor:
     q, k = rotary(q, k, cos_sin, interleaved)
-    write_kv(k, v, *caches, slots)
+    write_kv(k, v, cache, slots)
     return q
 
 

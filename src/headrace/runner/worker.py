@@ -19,6 +19,7 @@ from headrace.dist.comm import SoloGroup
 from headrace.loader import load_model
 from headrace.runner.memory import GIB, MemoryPlan, plan_memory, step_cost
 from headrace.runner.model_runner import ModelRunner
+from headrace.runner.pool import bytes_per_token, kv_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -77,16 +78,17 @@ def build_runner(
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     model = load_model(info, dtype, SoloGroup(), config.model.load_format)
     values = sum(math.prod(shape) for shape in model.checkpoint_shapes().values())
+    stored = kv_dtype(config.cache.kv_cache_dtype, dtype)
     plan = plan_memory(
         hardware,
         values * dtype.itemsize,
-        sum(spec.bytes_per_token(dtype.itemsize) for spec in model.state_specs()),
+        bytes_per_token(model.state_specs(), stored),
         config,
         config.model.context_length or info.context_length,
         step_cost(info, config, dtype.itemsize),
     )
     for line in plan.lines():
         logger.info(line)
-    runner = ModelRunner(model, plan.limits, info.vocab_size, info.eos_token_ids, dtype)
+    runner = ModelRunner(model, plan.limits, info.vocab_size, info.eos_token_ids, dtype, stored)
     runner.record(config.schedule.chunked_prefill_size + plan.limits.max_running_requests)
     return runner, plan

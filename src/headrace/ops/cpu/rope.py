@@ -4,7 +4,9 @@ from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
 
 from torch import Tensor
 
+from headrace.ops.cpu.attention import set_scales
 from headrace.ops.cpu.library import DTYPES, Operator, Rows, Step, rows
+from headrace.ops.meta import KvCache
 
 
 class _RotaryKvArgs(Structure):
@@ -42,9 +44,9 @@ def rotary(q: Tensor, k: Tensor, cos_sin: Tensor, interleaved: bool) -> tuple[Te
     return q, k
 
 
-def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+def write_kv(k: Tensor, v: Tensor, cache: KvCache, slots: Tensor) -> None:
     args = _RotaryKvArgs(k=_flat(k), v=_flat(v), kv_heads=k.shape[1])
-    _cache_into(args, k_cache, v_cache)
+    _cache_into(args, cache)
     _ROTARY_KV(args, Step(tokens=len(k), slots=slots.data_ptr()))
 
 
@@ -53,7 +55,7 @@ def rotary_kv(
     k: Tensor,
     v: Tensor,
     cos_sin: Tensor,
-    caches: tuple[Tensor, Tensor],
+    cache: KvCache,
     slots: Tensor,
     interleaved: bool,
 ) -> Tensor:
@@ -66,14 +68,15 @@ def rotary_kv(
         kv_heads=k.shape[1],
         interleaved=interleaved,
     )
-    _cache_into(args, *caches)
+    _cache_into(args, cache)
     _ROTARY_KV(args, Step(tokens=len(q), slots=slots.data_ptr()))
     return q
 
 
-def _cache_into(args: _RotaryKvArgs, k_cache: Tensor, v_cache: Tensor) -> None:
-    args.keys, args.values = k_cache.data_ptr(), v_cache.data_ptr()
-    args.cache_dtype = DTYPES[k_cache.dtype]
+def _cache_into(args: _RotaryKvArgs, cache: KvCache) -> None:
+    args.keys, args.values = cache.keys.data_ptr(), cache.values.data_ptr()
+    args.cache_dtype = DTYPES[cache.keys.dtype]
+    set_scales(args, cache)
 
 
 def _flat(x: Tensor) -> Rows:
