@@ -118,7 +118,13 @@ def test_rotary_kv(shape: tuple[int, ...], dtype: torch.dtype, cache_dtype: torc
     for ours, theirs in zip(
         *(fused(module, shape, (dtype, cache_dtype), 3) for module in (cpu, ref)), strict=True
     ):
-        close(ours.float(), theirs.float())
+        if ours.dtype == torch.int8 and dtype == torch.bfloat16:
+            # Turned keys may differ in their last bit, and then by one here.
+            assert int((ours.int() - theirs.int()).abs().max()) <= 1
+        elif ours.dtype == torch.int8:
+            assert torch.equal(ours, theirs)
+        else:
+            close(ours.to(dtype), theirs.to(dtype))
 
 
 class Context:

@@ -11,6 +11,7 @@ from headrace.ops.cpu.record import empty
 from headrace.ops.meta import AttentionMeta, KvCache
 
 _MOST_HEAD_DIM = 512  # HR_MOST_HEAD_DIM
+_MOST_GROUP = 512  # query heads per KV head
 
 
 class _AttentionArgs(Structure):
@@ -51,6 +52,8 @@ def paged_attention(
     tokens, heads, dim = q.shape
     if dim > _MOST_HEAD_DIM or cache.values.shape[-1] != dim:
         raise ValueError(f"heads of {dim} and {cache.values.shape[-1]} elements have no kernel")
+    if heads // cache.keys.shape[2] > _MOST_GROUP:
+        raise ValueError(f"{heads} heads on {cache.keys.shape[2]} KV heads have no kernel")
     if sinks is not None and sinks.dtype != torch.float32:
         raise ValueError(f"attention sinks must be float32, not {sinks.dtype}")
     out = empty((tokens, heads, dim), q.dtype)
