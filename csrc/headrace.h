@@ -231,6 +231,10 @@ typedef struct {
 // rotary_kv: turns the heads of q and k in place by the angles of row i of cos_sin (cosines | sines,
 // fp32), then writes k and v to slot step.slots[i] of the caches. Without cos_sin nothing turns,
 // without keys nothing is written. (kernels/rope.cpp)
+// A cache may be narrower than k and v. HR_F8 (e4m3): x / scale, rounded to nearest even, at most
+// 448 in size, one scale per cache. HR_I8: per token and KV head x * (127 / m), rounded the same,
+// where m is the largest |x| of the head, and m / 127 in `key_scales` or `value_scales`, which lie
+// beside the pages as [slots, kv_heads].
 typedef struct {
   hr_rows q;
   hr_rows k;
@@ -238,8 +242,12 @@ typedef struct {
   hr_rows cos_sin;
   void* keys;    // [slots, k.columns]
   void* values;  // [slots, v.columns]
+  float* key_scales;    // null but for HR_I8
+  float* value_scales;  // the same
   int64_t heads;
   int64_t kv_heads;
+  float key_scale;  // read for HR_F8 alone
+  float value_scale;
   int32_t cache_dtype;
   int32_t interleaved;
 } hr_rotary_kv_args;
@@ -277,6 +285,8 @@ typedef struct {
   hr_rows out;         // the same
   const void* keys;    // [pages, page_size, kv_heads, head_dim]
   const void* values;  // the same
+  const float* key_scales;  // HR_I8: [pages, page_size, kv_heads], see rotary_kv
+  const float* value_scales;
   const float* sinks;  // [heads] or null
   int64_t heads;
   int64_t kv_heads;
@@ -284,6 +294,8 @@ typedef struct {
   int64_t window;  // 0: everything
   float scale;
   float soft_cap;  // 0: none
+  float key_scale;  // HR_F8: what a stored 1 means
+  float value_scale;
   int32_t cache_dtype;
 } hr_attention_args;
 

@@ -2,7 +2,7 @@
 //
 // One pass over a token while its q, k, v are in the cache of the core. Products are rounded before
 // they are added, at every level alike, as the definition does.
-#include "types.h"
+#include "kv.h"
 
 namespace HR_NS {
 
@@ -51,20 +51,59 @@ static void turn_row(const hr_rotary_kv_args& args, const hr_rows& rows, int64_t
   }
 }
 
+template <class A, class B>
+struct Same {
+  static constexpr bool value = false;
+};
+template <class A>
+struct Same<A, A> {
+  static constexpr bool value = true;
+};
+
+template <class T, class C>
+static void put_elements(const T* from, C* to, int64_t count, float factor) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i) * set(factor));
+  if (i == count) return;
+  C some[kLanes];
+  store(some, load_part(from + i, count - i) * set(factor));
+  memcpy(to + i, some, static_cast<size_t>(count - i) * sizeof(C));
+}
+
+// One head as int8; returns its scale.
 template <class T>
-static void put_row(const hr_rows& rows, int64_t row, void* cache, int32_t dtype, int64_t slot) {
+static float quantize_head(const T* from, int8_t* to, int64_t count) {
+  vf most = zero();
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const vf x = take(from + i, count - i < kLanes ? count - i : kLanes);
+    most = max(most, max(x, zero() - x));
+  }
+  const float top = largest(most), factor = top > 0 ? 127.0f / top : 0.0f;
+  for (int64_t i = 0; i < count; ++i) {
+    const float x = widen(from[i]) * factor;
+    to[i] = static_cast<int8_t>(static_cast<int32_t>((x + 12582912.0f) - 12582912.0f));
+  }
+  return top / 127.0f;
+}
+
+// A row of k or v into slot `slot` of its cache.
+template <class T>
+static void put_row(const hr_rows& rows, int64_t row, const hr_rotary_kv_args& args, void* cache,
+                    float* scales, float scale, int64_t slot) {
   const T* from = row_of<T>(rows, row);
-  const int64_t count = rows.columns;
-  with_type(dtype, [&](auto type) {
+  const int64_t count = rows.columns, dim = count / args.kv_heads;
+  with_cache_type(args.cache_dtype, [&](auto type) {
     using C = decltype(type);
     C* to = static_cast<C*>(cache) + slot * count;
-    if (rows.dtype == dtype) {
+    if constexpr (Same<C, int8_t>::value) {
+      for (int64_t h = 0; h < args.kv_heads; ++h) {
+        scales[slot * args.kv_heads + h] = quantize_head(from + h * dim, to + h * dim, dim);
+      }
+    } else if constexpr (Same<C, T>::value) {
       memcpy(to, from, static_cast<size_t>(count) * sizeof(T));
-      return;
+    } else {
+      put_elements(from, to, count, Same<C, e4m3>::value ? 1 / scale : 1);
     }
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
-    for (; i < count; ++i) narrow(widen(from[i]), to + i);
   });
 }
 
@@ -80,8 +119,8 @@ static void rotary_kv(const hr_rotary_kv_args& args, const hr_step& step) {
         }
         if (args.keys) {
           const int64_t slot = step.slots[row];
-          put_row<T>(args.k, row, args.keys, args.cache_dtype, slot);
-          put_row<T>(args.v, row, args.values, args.cache_dtype, slot);
+          put_row<T>(args.k, row, args, args.keys, args.key_scales, args.key_scale, slot);
+          put_row<T>(args.v, row, args, args.values, args.value_scales, args.value_scale, slot);
         }
       }
     });

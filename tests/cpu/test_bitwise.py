@@ -217,6 +217,14 @@ def test_bfloat16_activations(tmp_path):
     check(folder, requests, ["shuffled", "chunks-of-16", "two-threads"], dtype="bfloat16")
 
 
+@pytest.mark.parametrize("kv", ["bf16", "fp8_e4m3", "int8"])
+def test_narrow_caches(tmp_path, kv):
+    """Cached, chunked or decoded: what is read is what was rounded into the cache."""
+    folder = tiny(tmp_path, "qwen3")
+    requests = make_requests(101, 9, 8, 140)
+    check(folder, requests, ["together", "chunks-of-16", "two-threads"], kv_cache_dtype=kv)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["demo", "llama-dynamic-long", "qwen2-window", "qwen3"])
 def test_64_requests_under_every_schedule_at_every_level(tmp_path, level, case):

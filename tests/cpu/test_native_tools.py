@@ -74,6 +74,14 @@ def test_a_measured_product_with_low_bit_weights(format: str, size: int) -> None
     assert probe.time_linear(128, 64, format, rows=2, budget=0.0).bytes_read == 128 * size
 
 
+def test_measured_attention_counts_its_work() -> None:
+    load = probe.Load(rows=3, queries=2, context=10)
+    took = probe.time_attention((4, 2, 8), load, torch.int8, budget=0.0)
+    assert took.seconds > 0
+    assert took.bytes_read == 2 * 3 * 16 * 2 * (8 + 4)  # whole pages of 16
+    assert took.operations == 4 * 3 * (9 + 10) * 4 * 8
+
+
 def test_bench_kernels_names_a_bad_option() -> None:
     parser = argparse.ArgumentParser()
     kernels.add_arguments(parser)
@@ -91,10 +99,12 @@ def test_bench_kernels_table() -> None:
     result = {
         "level": "avx512", "threads": 2, "read_bytes_per_s": 10e9, "load_average": 0.5,
         "operations_per_s": {"fp32": 150e9}, "operators": [item],
+        "attention": [item | {"sequences": 4, "queries": 1, "context": 256}],
     }  # fmt: skip
     text = kernels.table(result)
     assert "read 10.0 GB/s; multiply-add 150 G/s fp32" in text
     assert text.splitlines()[-1].split()[-3:] == ["18", "read", "90%"]
+    assert "m 1 of 256 bfloat16" in text
 
 
 @pytest.mark.parametrize("command", ["check-env", "doctor"])

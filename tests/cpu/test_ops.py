@@ -10,7 +10,7 @@ from torch import Tensor
 
 from headrace import ops
 from headrace.ops import ref
-from headrace.ops.meta import AttentionMeta
+from headrace.ops.meta import AttentionMeta, KvCache
 from tests.support.native import native_level, native_levels, operators
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -161,10 +161,55 @@ def test_write_kv_touches_only_its_slots(impl: SimpleNamespace) -> None:
     k, v = torch.randn(3, 2, 4), torch.randn(3, 2, 5)
     k_cache, v_cache = torch.zeros(6, 8, 2, 4), torch.zeros(6, 8, 2, 5)
     slots = torch.tensor([8 * 5 + 7, 0, 8 * 2 + 3])
-    impl.write_kv(k, v, k_cache, v_cache, slots)
+    impl.write_kv(k, v, KvCache(k_cache, v_cache), slots)
     assert torch.equal(k_cache.view(48, 2, 4)[slots], k)
     assert torch.equal(v_cache.view(48, 2, 5)[slots], v)
     assert k_cache.any(-1).sum() == 6
+
+
+@pytest.mark.parametrize("dim", [8, 20, 64, 80])
+def test_write_kv_in_fp8_rounds_to_the_nearest_and_saturates(
+    impl: SimpleNamespace, dim: int
+) -> None:
+    """Ties, subnormal numbers, all sizes; torch's conversion is the oracle."""
+    k = torch.randn(40, 3, dim) * 2.0 ** torch.randint(-12, 4, (40, 3, dim))
+    k[0, 0, :8] = torch.tensor([448.0, 464.0, 1e9, -1e9, 0.0, 2.0**-9, 2.0**-10, 17.0])
+    stored = torch.zeros(2, 10, 4, 3, dim, dtype=torch.float8_e4m3fn)
+    impl.write_kv(k, -k, KvCache(stored[0], stored[1]), torch.arange(40))
+    exact = k.clamp(-448, 448).to(torch.float8_e4m3fn).float().view(10, 4, 3, dim)
+    assert torch.equal(stored[0].float(), exact)
+    assert torch.equal(stored[1].float(), -exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [8, 20, 64, 80])
+def test_write_kv_in_int8_keeps_a_scale_per_token_and_head(
+    impl: SimpleNamespace, dtype: torch.dtype, dim: int
+) -> None:
+    k, v = (torch.randn(30, 3, dim) * 4).to(dtype), torch.randn(30, 3, dim).to(dtype)
+    k[3, 1] = 0
+    cache = int8_cache((10, 4, 3, dim))
+    slots = torch.randperm(40)[:30]
+    impl.write_kv(k, v, cache, slots)
+    for x, stored, scale in (
+        (k, cache.keys, cache.key_scale),
+        (v, cache.values, cache.value_scale),
+    ):
+        assert isinstance(scale, Tensor)
+        numbers, scales = stored.flatten(0, 1)[slots], scale.flatten(0, 1)[slots]
+        assert torch.equal(scales, x.float().abs().amax(-1) / 127)
+        error = (numbers.float() * scales[..., None] - x.float()).abs()
+        assert (error <= scales[..., None] * 0.5001).all()
+    untouched = torch.ones(40, dtype=torch.bool)
+    untouched[slots] = False
+    assert not cache.keys.flatten(0, 1)[untouched].any()
+
+
+def int8_cache(shape: tuple[int, ...]) -> KvCache:
+    return KvCache(
+        *(torch.zeros(shape, dtype=torch.int8) for _ in range(2)),
+        *(torch.zeros(shape[:3]) for _ in range(2)),
+    )
 
 
 class Paged:
@@ -177,10 +222,10 @@ class Paged:
         self.k = [torch.randn(n, kv_heads, dim).to(dtype) for n in lengths]
         self.v = [torch.randn(n, kv_heads, dim).to(dtype) for n in lengths]
         shape = (len(pages), self.page_size, kv_heads, dim)
-        self.k_cache, self.v_cache = (torch.full(shape, torch.nan, dtype=dtype) for _ in range(2))
+        self.cache = KvCache(*(torch.full(shape, torch.nan, dtype=dtype) for _ in range(2)))
         for row, n in enumerate(lengths):
             slots = self.slots(row, torch.arange(n))
-            ref.write_kv(self.k[row], self.v[row], self.k_cache, self.v_cache, slots)
+            ref.write_kv(self.k[row], self.v[row], self.cache, slots)
 
     def slots(self, row: int, positions: Tensor) -> Tensor:
         page = self.table[row, positions // self.page_size].long()
@@ -237,8 +282,7 @@ def test_paged_attention(
     sink = torch.randn(6) if sinks else NO_SINK
     ours = impl.paged_attention(
         q,
-        paged.k_cache,
-        paged.v_cache,
+        paged.cache,
         meta,
         scale=0.3,
         window=window,
@@ -264,12 +308,10 @@ def test_paged_attention_never_reads_pages_before_the_window(impl: SimpleNamespa
     paged = Paged([30], 2, 8, torch.float32)
     q = torch.randn(1, 4, 8)
     options = {"scale": 1.0, "window": 6, "soft_cap": 0.0, "sinks": None}
-    whole = impl.paged_attention(
-        q, paged.k_cache, paged.v_cache, paged.meta([(0, 29, 1)]), **options
-    )
+    whole = impl.paged_attention(q, paged.cache, paged.meta([(0, 29, 1)]), **options)
     meta = paged.meta([(0, 29, 1)])
     paged.table[0, :6] = 1_000_000
-    cut = impl.paged_attention(q, paged.k_cache, paged.v_cache, meta, **options)
+    cut = impl.paged_attention(q, paged.cache, meta, **options)
     assert torch.equal(whole, cut)
 
 
@@ -283,8 +325,8 @@ def test_paged_attention_splits_large_batches(
     chunks = [(0, 29, 1), (1, 0, 40), (2, 3, 1), (3, 12, 1)]
     q = torch.randn(43, 4, 8)
     options = {"scale": 1.0, "window": 0, "soft_cap": 0.0, "sinks": None}
-    whole = impl.paged_attention(q, paged.k_cache, paged.v_cache, paged.meta(chunks), **options)
+    whole = impl.paged_attention(q, paged.cache, paged.meta(chunks), **options)
     monkeypatch.setattr(ref_attention, "_BATCH_KEYS", 32)
     monkeypatch.setattr(ref_attention, "_BLOCK_SCORES", 1)
-    split = impl.paged_attention(q, paged.k_cache, paged.v_cache, paged.meta(chunks), **options)
+    split = impl.paged_attention(q, paged.cache, paged.meta(chunks), **options)
     torch.testing.assert_close(whole, split, atol=1e-6, rtol=1e-5)

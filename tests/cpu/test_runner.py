@@ -13,7 +13,7 @@ from headrace.core.errors import Unsupported
 from headrace.core.messages import LogprobSpec, SamplingParams
 from headrace.core.plan import Chunk, Pages, StateSpec, StepPlan
 from headrace.runner.model_runner import ModelRunner
-from headrace.runner.pool import KvPool
+from headrace.runner.pool import KvPool, bytes_per_token, kv_dtype
 from headrace.runner.sampler import Sampler
 from headrace.runner.tables import RowTables
 from tests.support.driver import Driver, Sequence, generate
@@ -297,8 +297,9 @@ def test_extras_that_nobody_handles_are_an_error():
 def test_pool_shapes_follow_the_layers():
     specs = [StateSpec(kv_heads=2, head_dim=8), StateSpec(kv_heads=1, head_dim=3, window=5)]
     pool = KvPool(specs, pages=5, page_size=PAGE, dtype=torch.bfloat16)
-    assert [key.shape for key, _ in pool.caches] == [(5, PAGE, 2, 8), (5, PAGE, 1, 3)]
-    for keys, values in pool.caches:
+    assert [cache.keys.shape for cache in pool.caches] == [(5, PAGE, 2, 8), (5, PAGE, 1, 3)]
+    for cache in pool.caches:
+        keys, values = cache.tensors()
         assert keys.dtype == values.dtype == torch.bfloat16
         assert keys.is_contiguous()
         assert keys.data_ptr() % 64 == values.data_ptr() % 64 == 0
@@ -307,27 +308,34 @@ def test_pool_shapes_follow_the_layers():
         assert not values.any()
 
 
-def test_pool_copies_pages_in_order():
-    pool = KvPool([StateSpec(kv_heads=1, head_dim=2)] * 2, 6, PAGE, torch.float32)
+@pytest.mark.parametrize("name", ["auto", "fp8_e4m3", "int8"])
+def test_pool_copies_pages_in_order(name):
+    """Scales, too, are copied, and counted."""
+    specs, dtype = [StateSpec(kv_heads=1, head_dim=2)] * 2, kv_dtype(name, torch.float32)
+    pool = KvPool(specs, 6, PAGE, dtype)
+    held = sum(tensor.nbytes for cache in pool.caches for tensor in cache.tensors())
+    assert held == 6 * PAGE * bytes_per_token(specs, dtype)
     for cache in pool.caches:
-        for tensor in cache:
-            tensor[:] = torch.arange(6.0)[:, None, None, None]
+        assert len(cache.tensors()) == (4 if name == "int8" else 2)
+        for tensor in cache.tensors():
+            for page in range(6):
+                tensor[page].fill_(page)
     pool.copy([(0, 4), (1, 5)])
     pool.copy([(4, 1), (1, 2)])
     for cache in pool.caches:
-        for tensor in cache:
-            assert tensor[:, 0, 0, 0].tolist() == [0, 0, 0, 3, 0, 1]
+        for tensor in cache.tensors():
+            assert tensor.float().view(6, -1)[:, 0].tolist() == [0, 0, 0, 3, 0, 1]
 
 
 def test_pool_memory_is_not_touched_before_use():
     process = psutil.Process()
     before = process.memory_info().rss
     pool = KvPool([StateSpec(kv_heads=8, head_dim=128)] * 8, 1000, 16, torch.float32)
-    keys, values = pool.caches[7]
+    keys, values = pool.caches[7].tensors()
     values[999] = 1.0
     assert float(values[999].sum()) == 16 * 8 * 128
     assert float(keys[999].sum()) == 0
-    assert sum(tensor.nbytes for cache in pool.caches for tensor in cache) > 900 << 20
+    assert sum(tensor.nbytes for cache in pool.caches for tensor in cache.tensors()) > 900 << 20
     assert process.memory_info().rss - before < 64 << 20
 
 

@@ -132,12 +132,13 @@ def test_num_predict_is_only_a_limit(client, model):
 
 
 def test_format_asks_for_a_grammar(client, model, monkeypatch):
-    asked = []
-    monkeypatch.setattr(answers, "read_sampling", lambda fields, d: (asked.append(fields), d)[1])
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     client.chat(model="tiny", messages=HI, format=schema)
     client.generate(model="tiny", prompt="hi", format="json", raw=True)
-    assert [json.loads(fields["json_schema"]) for fields in asked] == [schema, {"type": "object"}]
+    assert [json.loads(r.sampling.json_schema) for r in model.requests] == [
+        schema,
+        {"type": "object"},
+    ]
 
 
 def test_models(client, model):

@@ -166,8 +166,6 @@ def test_parse(client, model, monkeypatch):
     class Place(pydantic.BaseModel):
         city: str
 
-    asked = []
-    monkeypatch.setattr(answers, "read_sampling", lambda fields, d: (asked.append(fields), d)[1])
     model.turns = [[Content('{"city":'), Content('"Oslo"}')]]
     response = client.responses.parse(model="tiny", input="where?", text_format=Place)
     assert response.output_parsed == Place(city="Oslo")
@@ -175,9 +173,11 @@ def test_parse(client, model, monkeypatch):
     with client.responses.stream(model="tiny", input="where?", text_format=Place) as stream:
         done = [event for event in stream if event.type == "response.output_text.done"]
     assert done[0].parsed == Place(city="Oslo")
-    assert [json.loads(fields["json_schema"])["required"] for fields in asked] == [["city"]] * 2
+    assert [json.loads(r.sampling.json_schema)["required"] for r in model.requests] == [
+        ["city"]
+    ] * 2
     client.responses.create(model="tiny", input="a", text={"format": {"type": "json_object"}})
-    assert json.loads(asked[-1]["json_schema"]) == {"type": "object"}
+    assert json.loads(model.requests[-1].sampling.json_schema) == {"type": "object"}
 
 
 def test_tool_loop_with_items(client, model):

@@ -30,9 +30,9 @@ class PrefixModel:
         if self.vocab in batch.ids:
             raise RuntimeError("the device broke")
         stored = torch.stack([batch.ids, batch.positions], dim=-1).float()
-        for keys, values in batch.caches:
-            keys.view(-1, 2)[batch.meta.slots] = stored
-            values.view(-1, 2)[batch.meta.slots] = -stored
+        for cache in batch.caches:
+            cache.keys.view(-1, 2)[batch.meta.slots] = stored
+            cache.values.view(-1, 2)[batch.meta.slots] = -stored
         hidden = torch.zeros(len(batch.ids), 1, dtype=torch.float64)
         bounds = batch.meta.query_start.tolist()
         for chunk, row in enumerate(batch.meta.rows.tolist()):
@@ -48,7 +48,8 @@ class PrefixModel:
         """Token ids of a row as both layers show them."""
         size = batch.meta.page_size
         pages = batch.meta.page_table[row, : -(-context // size)].long()
-        seen = [cache[pages].view(-1, 2)[:context] for pair in batch.caches for cache in pair]
+        tensors = [tensor for cache in batch.caches for tensor in cache.tensors()]
+        seen = [tensor[pages].view(-1, 2)[:context] for tensor in tensors]
         assert torch.equal(seen[0][:, 1], torch.arange(context).float()), "wrong position"
         assert all(torch.equal(seen[0].abs(), other.abs()) for other in seen), "layers differ"
         return seen[0][:, 0].int().tolist()

@@ -165,8 +165,8 @@ def load(args: argparse.Namespace, info: ModelInfo, work: list[Work]) -> tuple["
     config, _ = resolve(Config.from_flat(asked), info, hardware)
     runner, plan = build_runner(config, info, hardware)
     for cache in runner.pool.caches:
-        for tensor in cache:
-            tensor.fill_(0.01)
+        cache.keys.fill_(0.01)
+        cache.values.fill_(0.01)
     matrices = {
         name: math.prod(shape)
         for name, shape in runner.model.checkpoint_shapes().items()

@@ -89,6 +89,11 @@ class CacheOptions:
         None, "KV cache size in tokens; empty computes it from free memory.", minimum=1
     )
     page_size: int = option(16, "Tokens per KV page.", minimum=1, maximum=1024)
+    kv_cache_dtype: str = option(
+        "auto",
+        "How keys and values are stored; auto takes the model's dtype.",
+        choices=("auto", "bf16", "fp8_e4m3", "int8"),
+    )
     disable_radix_cache: bool = option(False, "Keep no prefixes between requests.")
     radix_eviction_policy: str = option(
         "lru",

@@ -126,6 +126,7 @@ class StateSpec(msgspec.Struct, frozen=True, kw_only=True):
     head_dim: int
     window: int = 0
 
-    def bytes_per_token(self, element_size: int) -> int:
+    def bytes_per_token(self, element_size: int, scale_size: int = 0) -> int:
+        """`scale_size`: bytes kept beside each stored vector."""
         copies = 2 if self.kind == "kv" else 1
-        return copies * self.kv_heads * self.head_dim * element_size
+        return copies * self.kv_heads * (self.head_dim * element_size + scale_size)

@@ -12,6 +12,7 @@ from headrace.layers.batch import ForwardBatch
 from headrace.layers.build import Build
 from headrace.layers.linear import RowLinear, qkv_linear
 from headrace.layers.norm import RMSNorm
+from headrace.ops.meta import KvCache
 from headrace.quant.base import Targets
 
 
@@ -45,17 +46,13 @@ class Attention:
         self.k_norm = RMSNorm(spec.head_dim, spec.eps, build) if spec.qk_norm else None
         self.scale = spec.head_dim**-0.5
 
-    def __call__(
-        self, x: Tensor, cos_sin: Tensor, batch: ForwardBatch, cache: tuple[Tensor, Tensor]
-    ) -> Tensor:
+    def __call__(self, x: Tensor, cos_sin: Tensor, batch: ForwardBatch, cache: KvCache) -> Tensor:
         qkv = self.qkv(x).view(len(x), -1, self.spec.head_dim)
         q, k, v = torch.split(qkv, [self.heads, self.kv_heads, self.kv_heads], dim=1)
         if self.q_norm and self.k_norm:
             q, k = self.q_norm(q)[0], self.k_norm(k)[0]
         q = ops.rotary_kv(q, k, v, cos_sin, cache, batch.meta.slots)
-        mixed = ops.paged_attention(
-            q, *cache, batch.meta, scale=self.scale, window=self.spec.window
-        )
+        mixed = ops.paged_attention(q, cache, batch.meta, scale=self.scale, window=self.spec.window)
         return self.out(mixed.flatten(1))
 
     def state_spec(self) -> StateSpec:

@@ -5,15 +5,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headrace.ops.meta import AttentionMeta
+from headrace.ops.meta import AttentionMeta, KvCache
 
 
 @dataclass(frozen=True, eq=False)
 class ForwardBatch:
     """Flat tokens of any mix of chunks.
 
-    `ids`, `positions`: int64 [tokens]. `caches`: (k, v) of each layer, each
-    [pages, page_size, kv_heads, head_dim] as the model's `state_specs` say.
+    `ids`, `positions`: int64 [tokens]. `caches`: of each layer, as the model's
+    `state_specs` say.
     `prompt_lens`: int32 [chunks], length of the prompt of each chunk's row; only models whose
     rotary embedding depends on it read it (see `layers.rope`). Without it a chunk's context counts.
     `cos_sin`: fp32 [tokens, rotary_dim], the model's `cos_sin` of this batch if already computed.
@@ -22,7 +22,7 @@ class ForwardBatch:
     ids: Tensor
     positions: Tensor
     meta: AttentionMeta
-    caches: list[tuple[Tensor, Tensor]]
+    caches: list[KvCache]
     prompt_lens: Tensor | None = None
     cos_sin: Tensor | None = None
 

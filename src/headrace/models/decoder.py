@@ -21,6 +21,7 @@ from headrace.layers.norm import RMSNorm
 from headrace.layers.rope import Rope, prefix_scope
 from headrace.layers.rope_scaling import RopeSpec
 from headrace.layers.weights import load_targets
+from headrace.ops.meta import KvCache
 from headrace.quant.base import Targets
 
 
@@ -55,7 +56,7 @@ class DecoderLayer:
         residual: Tensor | None,
         cos_sin: Tensor,
         batch: ForwardBatch,
-        cache: tuple[Tensor, Tensor],
+        cache: KvCache,
     ) -> tuple[Tensor, Tensor]:
         x, residual = self.norm(x, residual)
         x = self.attention(x, cos_sin, batch, cache)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from headrace.ops import cpu, ref
 from headrace.ops.experts import PackedExperts
-from headrace.ops.meta import AttentionMeta
+from headrace.ops.meta import AttentionMeta, KvCache
 from headrace.ops.packed import PackedWeight
 from headrace.ops.sampling import LogProbs, Sampled, SampleTable
 
@@ -130,12 +130,13 @@ def rotary(
     return _rotary(q, k, cos_sin, interleaved)
 
 
-def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    """Put k, v [tokens, kv_heads, dim] into caches [pages, page_size, kv_heads, dim].
+def write_kv(k: Tensor, v: Tensor, cache: KvCache, slots: Tensor) -> None:
+    """Put k, v [tokens, kv_heads, dim] into a cache, rounded to its dtype.
 
-    slots int64 [tokens] = page * page_size + offset, without duplicates.
+    slots int64 [tokens] = page * page_size + offset, without duplicates. float8_e4m3fn takes at
+    most 448 times its scale in size.
     """
-    _write_kv(k, v, k_cache, v_cache, slots)
+    _write_kv(k, v, cache, slots)
 
 
 def rotary_kv(
@@ -143,18 +144,17 @@ def rotary_kv(
     k: Tensor,
     v: Tensor,
     cos_sin: Tensor,
-    caches: tuple[Tensor, Tensor],
+    cache: KvCache,
     slots: Tensor,
     interleaved: bool = False,
 ) -> Tensor:
     """`rotary`, then `write_kv` of the turned keys and the values: the turned q."""
-    return _rotary_kv(q, k, v, cos_sin, caches, slots, interleaved)
+    return _rotary_kv(q, k, v, cos_sin, cache, slots, interleaved)
 
 
 def paged_attention(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    cache: KvCache,
     meta: AttentionMeta,
     *,
     scale: float,
@@ -164,14 +164,14 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention of each token to its own sequence, for any mix of chunks.
 
-    q [tokens, heads, dim], caches [pages, page_size, kv_heads, dim], heads a multiple of kv_heads
-    -> [tokens, heads, dim]. The keys of these tokens are already in the caches. A query at
+    q [tokens, heads, dim], heads a multiple of the cache's kv_heads -> [tokens, heads, dim]. The
+    keys of these tokens are already in the cache, and are read from there. A query at
     position p sees positions <= p, and only those > p - window if window > 0. Scores become
     soft_cap * tanh(score / soft_cap) if soft_cap > 0. `sinks` [heads] are extra logits in the
     softmax that carry no value. Softmax in fp32.
     """
     return _paged_attention(
-        q, k_cache, v_cache, meta, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks
+        q, cache, meta, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks
     )
 
 

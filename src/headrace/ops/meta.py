@@ -1,6 +1,6 @@
-"""Where the tokens of one forward pass live in the paged KV cache.
+"""The paged KV cache of a layer, and where the tokens of one forward pass live in it.
 
-Plain index tensors made by the runner, read by attention operators. Knows nothing of requests.
+Plain tensors made by the runner, read by attention operators. Knows nothing of requests.
 Invariant: within a chunk, token i sits at absolute position context - count + i.
 """
 
@@ -8,6 +8,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class KvCache:
+    """Keys and values of one layer, [pages, page_size, kv_heads, head_dim] each.
+
+    The dtype is a float type, float8_e4m3fn or int8. What is stored times its scale is the value.
+    int8 has a scale per token and KV head, fp32 [pages, page_size, kv_heads], written with the
+    value: the largest size of the head / 127. float8_e4m3fn has one number, which is given.
+    """
+
+    keys: Tensor
+    values: Tensor
+    key_scale: Tensor | float = 1.0
+    value_scale: Tensor | float = 1.0
+
+    def tensors(self) -> list[Tensor]:
+        """All that belongs to a page; the first dimension is pages."""
+        scales = (self.key_scale, self.value_scale)
+        return [self.keys, self.values, *(x for x in scales if isinstance(x, Tensor))]
 
 
 @dataclass(frozen=True, eq=False)

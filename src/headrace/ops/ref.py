@@ -10,6 +10,7 @@ from torch import Tensor
 
 from headrace.ops import ref_lowbit
 from headrace.ops.experts import PackedExperts
+from headrace.ops.meta import KvCache
 from headrace.ops.packed import FLOAT_FORMATS, PackedWeight, check_quantized, format_of
 from headrace.ops.ref_attention import paged_attention, write_kv
 from headrace.ops.ref_sampling import log_probs, sample
@@ -95,12 +96,12 @@ def rotary_kv(
     k: Tensor,
     v: Tensor,
     cos_sin: Tensor,
-    caches: tuple[Tensor, Tensor],
+    cache: KvCache,
     slots: Tensor,
     interleaved: bool,
 ) -> Tensor:
     q, k = rotary(q, k, cos_sin, interleaved)
-    write_kv(k, v, *caches, slots)
+    write_kv(k, v, cache, slots)
     return q
 
 

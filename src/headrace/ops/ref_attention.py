@@ -12,11 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headrace.ops.meta import AttentionMeta
+from headrace.ops.meta import AttentionMeta, KvCache
 
 _SHORT = 16  # chunks up to this long are batched
 _BATCH_KEYS = 1 << 15  # keys gathered at once for a batch of short chunks
 _BLOCK_SCORES = 1 << 20  # scores per head of a query block
+_INT8_MOST = 127.0
+_FP8_MOST = 448.0
 
 
 @dataclass(frozen=True)
@@ -34,15 +36,27 @@ class _Block:
     visible: Tensor
 
 
-def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    k_cache.flatten(0, 1).index_copy_(0, slots, k.to(k_cache.dtype))
-    v_cache.flatten(0, 1).index_copy_(0, slots, v.to(v_cache.dtype))
+def write_kv(k: Tensor, v: Tensor, cache: KvCache, slots: Tensor) -> None:
+    _write(k, cache.keys, cache.key_scale, slots)
+    _write(v, cache.values, cache.value_scale, slots)
+
+
+def _write(x: Tensor, stored: Tensor, scale: Tensor | float, slots: Tensor) -> None:
+    if stored.dtype == torch.int8 and isinstance(scale, Tensor):
+        most = x.float().abs().amax(dim=-1)
+        factor = torch.where(most > 0, _INT8_MOST / most, 0.0)
+        scale.flatten(0, 1).index_copy_(0, slots, most / _INT8_MOST)
+        x = (x.float() * factor[..., None]).round_()
+    elif stored.dtype == torch.float8_e4m3fn:
+        # NaN becomes the largest number too: a model that makes it is found out by its logits.
+        x = (x.float() * (1 / scale)).nan_to_num(_FP8_MOST).clamp(-_FP8_MOST, _FP8_MOST)
+        stored, x = stored.view(torch.uint8), x.to(stored.dtype).view(torch.uint8)
+    stored.flatten(0, 1).index_copy_(0, slots, x.to(stored.dtype))
 
 
 def paged_attention(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    cache: KvCache,
     meta: AttentionMeta,
     *,
     scale: float,
@@ -50,21 +64,32 @@ def paged_attention(
     soft_cap: float,
     sinks: Tensor | None,
 ) -> Tensor:
-    keys, values = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
-    out = q.new_empty(*q.shape[:2], values.shape[-1])
+    out = q.new_empty(*q.shape[:2], cache.values.shape[-1])
     for block in _blocks(meta, window):
         scores = _scores(
-            q.index_select(0, block.tokens), _rows(keys, block.slots), block, scale, soft_cap
+            q.index_select(0, block.tokens),
+            _rows(cache.keys, cache.key_scale, block.slots),
+            block,
+            scale,
+            soft_cap,
         )
         scores.masked_fill_(~block.visible[:, None, None], float("-inf"))
         weights = _softmax(scores, sinks)
-        out[block.tokens] = _mix(weights, _rows(values, block.slots), block).to(out.dtype)
+        out[block.tokens] = _mix(
+            weights, _rows(cache.values, cache.value_scale, block.slots), block
+        ).to(out.dtype)
     return out
 
 
-def _rows(cache: Tensor, slots: Tensor) -> Tensor:
-    """cache [slots, heads, dim], slots [s, L] -> [s, L, heads, dim]."""
-    return cache.index_select(0, slots.flatten()).view(*slots.shape, *cache.shape[1:])
+def _rows(stored: Tensor, scale: Tensor | float, slots: Tensor) -> Tensor:
+    """stored [pages, page_size, heads, dim], slots [s, L] -> fp32 [s, L, heads, dim]."""
+    bits = stored.view(torch.uint8) if stored.dtype == torch.float8_e4m3fn else stored
+    rows = bits.flatten(0, 1).index_select(0, slots.flatten()).view(stored.dtype).float()
+    if isinstance(scale, Tensor):
+        rows *= scale.flatten(0, 1).index_select(0, slots.flatten())[..., None]
+    elif scale != 1:
+        rows *= scale
+    return rows.view(*slots.shape, *stored.shape[2:])
 
 
 def _scores(q: Tensor, k: Tensor, block: _Block, scale: float, soft_cap: float) -> Tensor:
@@ -73,7 +98,7 @@ def _scores(q: Tensor, k: Tensor, block: _Block, scale: float, soft_cap: float) 
     q = q.float().view(s, n, kv_heads, -1, dim).permute(0, 2, 3, 1, 4)
     group = q.shape[2]
     q = q.reshape(s, kv_heads, group * n, dim)
-    scores = torch.matmul(q, k.float().permute(0, 2, 3, 1)).mul_(scale)
+    scores = torch.matmul(q, k.permute(0, 2, 3, 1)).mul_(scale)
     if soft_cap:
         scores = torch.tanh(scores / soft_cap) * soft_cap
     return scores.view(s, kv_heads, group, n, -1)
@@ -91,7 +116,7 @@ def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
 def _mix(weights: Tensor, v: Tensor, block: _Block) -> Tensor:
     """weights [s, kv_heads, group, queries, L], v [s, L, kv_heads, dim] -> [tokens, heads, dim]."""
     s, kv_heads, group, n, _ = weights.shape
-    mixed = torch.matmul(weights.flatten(2, 3), v.float().transpose(1, 2))
+    mixed = torch.matmul(weights.flatten(2, 3), v.transpose(1, 2))
     mixed = mixed.view(s, kv_heads, group, n, -1).permute(0, 3, 1, 2, 4)
     return mixed.reshape(s * n, kv_heads * group, -1)
 

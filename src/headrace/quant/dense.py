@@ -43,7 +43,7 @@ METHODS = {
     "none": Dense(),
     "int8": Dense("int8", "int8", 0, head_format="int8"),
     # The head decides which token comes next: four bits would cost more there than they save.
-    "int4": Dense("int4", "int4", 32, head_format="int8"),
+    "int4": Dense("int4", "int4", 64, head_format="int8"),
     "fp8": Dense("fp8", "fp8", 0, head_format="fp8"),
 }
 """By --quantization."""

@@ -12,7 +12,7 @@ import torch
 
 from headrace.core.plan import Chunk
 from headrace.layers.batch import ForwardBatch
-from headrace.ops.meta import AttentionMeta
+from headrace.ops.meta import AttentionMeta, KvCache
 from headrace.runner.tables import RowTables
 
 
@@ -88,9 +88,7 @@ def write_drafts(chunks: Sequence[Chunk], tables: RowTables) -> None:
             tables.tokens[chunk.row, first : first + len(chunk.draft)] = chunk.draft
 
 
-def build_batch(
-    layout: Layout, tables: RowTables, caches: list[tuple[torch.Tensor, torch.Tensor]]
-) -> ForwardBatch:
+def build_batch(layout: Layout, tables: RowTables, caches: list[KvCache]) -> ForwardBatch:
     """Tokens, positions and attention metadata of a step, looked up in the tables."""
     chunks, tokens = len(layout.row), layout.tokens
     if layout.decodes:

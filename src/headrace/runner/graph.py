@@ -18,11 +18,11 @@ from headrace import ops
 from headrace.layers.batch import ForwardBatch
 from headrace.ops.cpu.library import LIBRARY, Step
 from headrace.ops.cpu.record import Arena, recording
-from headrace.ops.meta import AttentionMeta
+from headrace.ops.meta import AttentionMeta, KvCache
 
 logger = logging.getLogger(__name__)
 
-Caches = list[tuple[Tensor, Tensor]]
+Caches = list[KvCache]
 
 _FIRST_ARENA = 1 << 26
 _MOST_ARENA = 1 << 40  # addresses; memory is what steps touch

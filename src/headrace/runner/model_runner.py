@@ -61,7 +61,7 @@ class Model(graph.Model, Protocol):
 
 
 class ModelRunner:
-    """One model on one device."""
+    """One model on one device; its KV cache is of `kv_dtype`, or of the model's dtype."""
 
     def __init__(
         self,
@@ -70,6 +70,7 @@ class ModelRunner:
         vocab_size: int,
         eos_token_ids: Sequence[int],
         dtype: torch.dtype,
+        kv_dtype: torch.dtype | None = None,
         halves: Sequence[DeviceHalf] = (),
     ) -> None:
         self.model = model
@@ -79,7 +80,7 @@ class ModelRunner:
             limits.max_running_requests, limits.context_length, limits.page_size, vocab_size
         )
         pages = limits.max_total_tokens // limits.page_size
-        self.pool = KvPool(model.state_specs(), pages, limits.page_size, dtype)
+        self.pool = KvPool(model.state_specs(), pages, limits.page_size, kv_dtype or dtype)
         self.sampler = Sampler(self.tables, eos_token_ids)
         self.graph: graph.Graph = graph.EagerGraph(model)
         self._halves = {half.extra: half for half in halves}

@@ -1,5 +1,7 @@
 """The KV cache: paged tensors of every layer, allocated from what the model declares.
 
+Stored as `--kv-cache-dtype` says; scales of int8 lie in tensors of their own, beside the pages.
+
 Memory is reserved but not touched: pages cost nothing until they are used, and read as zeros.
 Knows nothing of who owns a page.
 """
@@ -11,12 +13,27 @@ import torch
 
 from headrace.core.errors import Unsupported
 from headrace.core.plan import StateSpec
+from headrace.ops.meta import KvCache
 
 _ALIGNMENT = 4096
 
 
+_DTYPES = {"bf16": torch.bfloat16, "fp8_e4m3": torch.float8_e4m3fn, "int8": torch.int8}
+
+
+def kv_dtype(name: str, model: torch.dtype) -> torch.dtype:
+    """The type that `--kv-cache-dtype` names, for a model of dtype `model`."""
+    return _DTYPES.get(name, model)
+
+
+def bytes_per_token(specs: Sequence[StateSpec], dtype: torch.dtype) -> int:
+    """What a pool of this dtype keeps of a token in all layers, scales included."""
+    scale = torch.float32.itemsize if dtype == torch.int8 else 0
+    return sum(spec.bytes_per_token(dtype.itemsize, scale) for spec in specs)
+
+
 class KvPool:
-    """`caches`: per layer keys and values, each [pages, page_size, kv_heads, head_dim].
+    """`caches`: one `KvCache` per layer.
 
     Raises:
         Unsupported: the model keeps a kind of state that has no pool yet.
@@ -28,9 +45,14 @@ class KvPool:
         for spec in specs:
             if spec.kind != "kv":
                 raise Unsupported(f"layers that keep {spec.kind!r} state are not supported yet")
-        shapes = [(pages, page_size, spec.kv_heads, spec.head_dim) for spec in specs]
-        tensors = _untouched_zeros([shape for shape in shapes for _ in "kv"], dtype)
-        self.caches = list(zip(tensors[0::2], tensors[1::2], strict=True))
+        wanted: list[tuple[tuple[int, ...], torch.dtype]] = []
+        for spec in specs:
+            heads = (pages, page_size, spec.kv_heads)
+            wanted += [((*heads, spec.head_dim), dtype)] * 2
+            wanted += [(heads, torch.float32)] * 2 * (dtype == torch.int8)
+        tensors = _untouched_zeros(wanted)
+        each = len(wanted) // max(1, len(specs))
+        self.caches = [KvCache(*tensors[at : at + each]) for at in range(0, len(tensors), each)]
 
     def copy(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy whole pages, (source, destination) in order, in all layers."""
@@ -43,18 +65,22 @@ class KvPool:
     def _copy_at_once(self, copies: Sequence[tuple[int, int]]) -> None:
         sources, targets = torch.tensor(copies, dtype=torch.int64).T
         for cache in self.caches:
-            for tensor in cache:
-                tensor[targets] = tensor[sources]
+            for tensor in cache.tensors():
+                # Indexing does not know 8-bit floats.
+                data = tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
+                data[targets] = data[sources]
 
 
-def _untouched_zeros(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[torch.Tensor]:
+def _untouched_zeros(
+    wanted: list[tuple[tuple[int, ...], torch.dtype]],
+) -> list[torch.Tensor]:
     """Zero tensors on one private mapping; the system adds memory page by page when written."""
-    sizes = [torch.Size(shape).numel() * dtype.itemsize for shape in shapes]
+    sizes = [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in wanted]
     steps = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
     mapping = mmap.mmap(-1, max(sum(steps), 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     buffer = torch.frombuffer(mapping, dtype=torch.uint8)
     tensors, offset = [], 0
-    for shape, size, step in zip(shapes, sizes, steps, strict=True):
+    for (shape, dtype), size, step in zip(wanted, sizes, steps, strict=True):
         tensors.append(buffer[offset : offset + size].view(dtype).view(shape))
         offset += step
     return tensors

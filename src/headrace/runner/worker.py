@@ -20,6 +20,7 @@ from headrace.layers.held import held_bytes
 from headrace.loader import load_model
 from headrace.runner.memory import GIB, MemoryPlan, plan_memory, step_cost
 from headrace.runner.model_runner import DeviceHalf, ModelRunner
+from headrace.runner.pool import bytes_per_token, kv_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -91,16 +92,18 @@ def build_runner(
         quantization=asked.quantization,
         weight_cache=asked.weight_cache,
     )
+    stored = kv_dtype(config.cache.kv_cache_dtype, dtype)
     plan = plan_memory(
         hardware,
         held_bytes(model),
-        sum(spec.bytes_per_token(dtype.itemsize) for spec in model.state_specs()),
+        bytes_per_token(model.state_specs(), stored),
         config,
         config.model.context_length or info.context_length,
         step_cost(info, config, dtype.itemsize),
     )
     for line in plan.lines():
         logger.info(line)
-    runner = ModelRunner(model, plan.limits, info.vocab_size, info.eos_token_ids, dtype, halves)
+    eos = info.eos_token_ids
+    runner = ModelRunner(model, plan.limits, info.vocab_size, eos, dtype, stored, halves)
     runner.record(config.schedule.chunked_prefill_size + plan.limits.max_running_requests)
     return runner, plan

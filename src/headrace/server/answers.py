@@ -82,7 +82,7 @@ def listen(
     speech = speech_of(
         context,
         unpack_ids(request.ids).tolist(),
-        tools=chat.usable_tools,
+        tools=chat.tools,
         choice=chat.choice,
         thinking=chat.thinking,
         continues=chat.continues,

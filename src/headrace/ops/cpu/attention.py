@@ -1,15 +1,17 @@
 """paged_attention: binding of csrc/kernels/attention.cpp."""
 
 from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from headrace.ops.cpu.library import DTYPES, Operator, Rows, Step, rows
 from headrace.ops.cpu.record import empty
-from headrace.ops.meta import AttentionMeta
+from headrace.ops.meta import AttentionMeta, KvCache
 
 _MOST_HEAD_DIM = 512  # HR_MOST_HEAD_DIM
+_MOST_GROUP = 512  # query heads per KV head
 
 
 class _AttentionArgs(Structure):
@@ -18,6 +20,8 @@ class _AttentionArgs(Structure):
         ("out", Rows),
         ("keys", c_void_p),
         ("values", c_void_p),
+        ("key_scales", c_void_p),
+        ("value_scales", c_void_p),
         ("sinks", c_void_p),
         ("heads", c_int64),
         ("kv_heads", c_int64),
@@ -25,6 +29,8 @@ class _AttentionArgs(Structure):
         ("window", c_int64),
         ("scale", c_float),
         ("soft_cap", c_float),
+        ("key_scale", c_float),
+        ("value_scale", c_float),
         ("cache_dtype", c_int32),
     )
 
@@ -34,8 +40,7 @@ _ATTENTION = Operator("paged_attention", _AttentionArgs)
 
 def paged_attention(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    cache: KvCache,
     meta: AttentionMeta,
     *,
     scale: float,
@@ -45,27 +50,41 @@ def paged_attention(
 ) -> Tensor:
     """Heads of up to 512 elements; `sinks` in fp32."""
     tokens, heads, dim = q.shape
-    if dim > _MOST_HEAD_DIM or v_cache.shape[-1] != dim:
-        raise ValueError(f"heads of {dim} and {v_cache.shape[-1]} elements have no kernel")
+    if dim > _MOST_HEAD_DIM or cache.values.shape[-1] != dim:
+        raise ValueError(f"heads of {dim} and {cache.values.shape[-1]} elements have no kernel")
+    if heads // cache.keys.shape[2] > _MOST_GROUP:
+        raise ValueError(f"{heads} heads on {cache.keys.shape[2]} KV heads have no kernel")
     if sinks is not None and sinks.dtype != torch.float32:
         raise ValueError(f"attention sinks must be float32, not {sinks.dtype}")
     out = empty((tokens, heads, dim), q.dtype)
     args = _AttentionArgs(
         q=rows(q.view(tokens, -1)),
         out=rows(out.view(tokens, -1)),
-        keys=k_cache.data_ptr(),
-        values=v_cache.data_ptr(),
+        keys=cache.keys.data_ptr(),
+        values=cache.values.data_ptr(),
         sinks=None if sinks is None else sinks.data_ptr(),
         heads=heads,
-        kv_heads=k_cache.shape[2],
+        kv_heads=cache.keys.shape[2],
         page_size=meta.page_size,
         window=window,
         scale=scale,
         soft_cap=soft_cap,
-        cache_dtype=DTYPES[k_cache.dtype],
+        cache_dtype=DTYPES[cache.keys.dtype],
     )
+    set_scales(args, cache)
     _ATTENTION(args, step_of(meta, tokens))
     return out
+
+
+def set_scales(args: Any, cache: KvCache) -> None:
+    """The scales of `cache` into an argument struct: addresses of tensors, or numbers."""
+    args.key_scale = args.value_scale = 1.0
+    for name in ("key_scale", "value_scale"):
+        scale = getattr(cache, name)
+        if isinstance(scale, Tensor):
+            setattr(args, f"{name}s", scale.data_ptr())
+        else:
+            setattr(args, name, scale)
 
 
 def step_of(meta: AttentionMeta, tokens: int) -> Step:

@@ -13,9 +13,12 @@ from typing import NamedTuple
 import torch
 
 from headrace.ops.cpu import library
+from headrace.ops.cpu.attention import paged_attention, step_of
 from headrace.ops.cpu.library import Operator, Step
 from headrace.ops.cpu.matmul import linear_packed
 from headrace.ops.cpu.packing import pack
+from headrace.ops.cpu.record import Arena, Program, recording
+from headrace.ops.meta import AttentionMeta, KvCache
 from headrace.ops.packed import FLOAT_FORMATS
 
 _CHAINS = 24  # HR_PROBE_CHAINS
@@ -25,6 +28,7 @@ _READ_TOTAL = 256 << 20  # more than any cache
 _READ_AT_ONCE = 8 << 20
 _COPIES_BYTES = 96 << 20  # weights that no cache holds
 _COPIES = 31
+_PAGE = 16
 _BURST = 4e8  # operations of one run of a large product, unless 1024 outputs are more
 
 
@@ -39,7 +43,8 @@ class _Args(Structure):
 
 
 class Product(NamedTuple):
-    """One measured product: `bytes_read` of weights, `operations` (a product and a sum are two)."""
+    """One measured operator: `bytes_read` of weights or of keys and values, and `operations` (a
+    product and a sum are two)."""
 
     seconds: float
     bytes_read: int
@@ -115,3 +120,58 @@ def time_linear(out_size: int, in_size: int, format: str, rows: int, budget: flo
         turn += 1
 
     return Product(best_seconds(work, budget), first.nbytes, 2.0 * rows * weight.numel())
+
+
+class Load(NamedTuple):
+    """Work for attention: `rows` sequences of `context` tokens, of which the last `queries` ask."""
+
+    rows: int
+    queries: int
+    context: int
+
+
+def time_attention(
+    heads: tuple[int, int, int], load: Load, dtype: torch.dtype, budget: float
+) -> Product:
+    """`heads`: query heads, KV heads, elements of a head. Decoded caches lie in memory.
+
+    Replayed as a runner does, without the cost of a Python call.
+    """
+    count, kv_heads, dim = heads
+    pages = -(-load.context // _PAGE)
+    shape = (load.rows * pages, _PAGE, kv_heads, dim)
+    first = _cache(shape, dtype)
+    size = sum(tensor.nbytes for tensor in first.tensors())
+    copies = min(_COPIES, _COPIES_BYTES // size) if load.queries == 1 else 0
+    meta = AttentionMeta(
+        page_table=torch.randperm(load.rows * pages).view(load.rows, pages).int(),
+        rows=torch.arange(load.rows, dtype=torch.int32),
+        query_start=(torch.arange(load.rows + 1) * load.queries).int(),
+        context=torch.full((load.rows,), load.context, dtype=torch.int32),
+        slots=torch.zeros(load.rows * load.queries, dtype=torch.int64),
+        page_size=_PAGE,
+    )
+    q = torch.randn(load.rows * load.queries, count, dim)
+    caches = [first, *(_cache(shape, dtype) for _ in range(copies))]
+    arena, programs, turn = Arena(2 * q.nbytes), list[Program](), 0
+    for cache in caches:
+        with recording(arena) as program:
+            paged_attention(q, cache, meta, scale=dim**-0.5, window=0, soft_cap=0.0, sinks=None)
+        programs.append(program)
+    step = step_of(meta, len(q))
+
+    def work() -> None:
+        nonlocal turn
+        programs[turn % len(programs)].replay(step)
+        turn += 1
+
+    seen = load.queries * load.context - load.queries * (load.queries - 1) // 2
+    operations = 4.0 * load.rows * seen * count * dim
+    return Product(best_seconds(work, budget), size, operations)
+
+
+def _cache(shape: tuple[int, ...], dtype: torch.dtype) -> KvCache:
+    if dtype == torch.int8:
+        numbers = [torch.full(shape, 5, dtype=dtype) for _ in range(2)]
+        return KvCache(*numbers, *(torch.full(shape[:3], 0.01) for _ in range(2)))
+    return KvCache(*(torch.full(shape, 0.05).to(dtype) for _ in range(2)))

@@ -1,10 +1,12 @@
 """rotary, write_kv, rotary_kv: bindings of csrc/kernels/rope.cpp, one kernel for all three."""
 
-from ctypes import Structure, c_int32, c_int64, c_void_p
+from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
 
 from torch import Tensor
 
+from headrace.ops.cpu.attention import set_scales
 from headrace.ops.cpu.library import DTYPES, Operator, Rows, Step, rows
+from headrace.ops.meta import KvCache
 
 
 class _RotaryKvArgs(Structure):
@@ -15,8 +17,12 @@ class _RotaryKvArgs(Structure):
         ("cos_sin", Rows),
         ("keys", c_void_p),
         ("values", c_void_p),
+        ("key_scales", c_void_p),
+        ("value_scales", c_void_p),
         ("heads", c_int64),
         ("kv_heads", c_int64),
+        ("key_scale", c_float),
+        ("value_scale", c_float),
         ("cache_dtype", c_int32),
         ("interleaved", c_int32),
     )
@@ -38,9 +44,9 @@ def rotary(q: Tensor, k: Tensor, cos_sin: Tensor, interleaved: bool) -> tuple[Te
     return q, k
 
 
-def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+def write_kv(k: Tensor, v: Tensor, cache: KvCache, slots: Tensor) -> None:
     args = _RotaryKvArgs(k=_flat(k), v=_flat(v), kv_heads=k.shape[1])
-    _cache_into(args, k_cache, v_cache)
+    _cache_into(args, cache)
     _ROTARY_KV(args, Step(tokens=len(k), slots=slots.data_ptr()))
 
 
@@ -49,7 +55,7 @@ def rotary_kv(
     k: Tensor,
     v: Tensor,
     cos_sin: Tensor,
-    caches: tuple[Tensor, Tensor],
+    cache: KvCache,
     slots: Tensor,
     interleaved: bool,
 ) -> Tensor:
@@ -62,14 +68,15 @@ def rotary_kv(
         kv_heads=k.shape[1],
         interleaved=interleaved,
     )
-    _cache_into(args, *caches)
+    _cache_into(args, cache)
     _ROTARY_KV(args, Step(tokens=len(q), slots=slots.data_ptr()))
     return q
 
 
-def _cache_into(args: _RotaryKvArgs, k_cache: Tensor, v_cache: Tensor) -> None:
-    args.keys, args.values = k_cache.data_ptr(), v_cache.data_ptr()
-    args.cache_dtype = DTYPES[k_cache.dtype]
+def _cache_into(args: _RotaryKvArgs, cache: KvCache) -> None:
+    args.keys, args.values = cache.keys.data_ptr(), cache.values.data_ptr()
+    args.cache_dtype = DTYPES[cache.keys.dtype]
+    set_scales(args, cache)
 
 
 def _flat(x: Tensor) -> Rows:
