@@ -58,7 +58,8 @@ def router_topk(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, 
 def pack_experts(gate_up: Tensor, down: Tensor) -> PackedExperts:
     gate, up = gate_up.chunk(2, dim=1)
     groups = [_pack_stack(weights) for weights in (gate, up, down)]
-    return PackedExperts(*groups, handle=[(Weight * len(g))(*map(mirror, g)) for g in groups])
+    handle = [(Weight * len(group))(*map(mirror, group)) for group in groups]
+    return PackedExperts(groups[0], groups[1], groups[2], handle)
 
 
 def _pack_stack(weights: Tensor) -> tuple[PackedWeight, ...]:
