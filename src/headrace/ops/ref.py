@@ -200,6 +200,6 @@ def moe_packed(
         inner = gated_packed(x[tokens], gate_up, activation, None)
         chosen[tokens, place] = linear_packed(inner, down, None)
     y = torch.zeros(chosen.shape[::2])
-    for rank in range(ids.shape[1]):
-        y += weights[:, rank, None] * chosen[:, rank]
+    for weight, output in zip(weights.unbind(1), chosen.unbind(1), strict=True):
+        y += weight[:, None] * output
     return y.to(x.dtype)
