@@ -76,7 +76,7 @@ def test_a_measured_product_with_low_bit_weights(format: str, size: int) -> None
 
 def test_measured_attention_counts_its_work() -> None:
     load = probe.Load(rows=3, queries=2, context=10)
-    took = probe.time_attention((4, 2, 8), load, torch.int8, budget=0.0)
+    took = probe.time_attention((4, 2, 8), load, "int8", budget=0.0)
     assert took.seconds > 0
     assert took.bytes_read == 2 * 3 * 16 * 2 * (8 + 4)  # whole pages of 16
     assert took.operations == 4 * 3 * (9 + 10) * 4 * 8

@@ -129,17 +129,13 @@ def measure_linear(args: argparse.Namespace, limits: dict[str, Any]) -> Iterator
 
 def measure_attention(args: argparse.Namespace, limits: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """One dict per model's heads, kind of work and format of keys and values."""
-    import torch
-
     from headrace.ops.cpu.probe import Load, time_attention
-    from headrace.runner.pool import kv_dtype
 
     read, peak = limits["read_bytes_per_s"], limits["operations_per_s"]["fp32"]
     for model, load, name in product(HEADS, LOADS, args.kv_formats):
         if args.shapes not in (None, model):
             continue
-        dtype = kv_dtype(name, torch.float32)
-        took = time_attention(HEADS[model], Load(*load), dtype, args.seconds)
+        took = time_attention(HEADS[model], Load(*load), name, args.seconds)
         yield {
             "model": model,
             "format": name,

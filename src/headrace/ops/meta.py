@@ -7,7 +7,11 @@ Invariant: within a chunk, token i sits at absolute position context - count + i
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
+
+KV_DTYPES = {"bf16": torch.bfloat16, "fp8_e4m3": torch.float8_e4m3fn, "int8": torch.int8}
+"""Types of a cache by the name that --kv-cache-dtype gives them."""
 
 
 @dataclass(frozen=True, eq=False)

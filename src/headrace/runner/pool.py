@@ -13,17 +13,14 @@ import torch
 
 from headrace.core.errors import Unsupported
 from headrace.core.plan import StateSpec
-from headrace.ops.meta import KvCache
+from headrace.ops.meta import KV_DTYPES, KvCache
 
 _ALIGNMENT = 4096
 
 
-_DTYPES = {"bf16": torch.bfloat16, "fp8_e4m3": torch.float8_e4m3fn, "int8": torch.int8}
-
-
 def kv_dtype(name: str, model: torch.dtype) -> torch.dtype:
     """The type that `--kv-cache-dtype` names, for a model of dtype `model`."""
-    return _DTYPES.get(name, model)
+    return KV_DTYPES.get(name, model)
 
 
 def bytes_per_token(specs: Sequence[StateSpec], dtype: torch.dtype) -> int:

@@ -18,7 +18,7 @@ from headrace.ops.cpu.library import Operator, Step
 from headrace.ops.cpu.matmul import linear_packed
 from headrace.ops.cpu.packing import pack
 from headrace.ops.cpu.record import Arena, Program, recording
-from headrace.ops.meta import AttentionMeta, KvCache
+from headrace.ops.meta import KV_DTYPES, AttentionMeta, KvCache
 from headrace.ops.packed import FLOAT_FORMATS
 
 _CHAINS = 24  # HR_PROBE_CHAINS
@@ -130,14 +130,13 @@ class Load(NamedTuple):
     context: int
 
 
-def time_attention(
-    heads: tuple[int, int, int], load: Load, dtype: torch.dtype, budget: float
-) -> Product:
+def time_attention(heads: tuple[int, int, int], load: Load, format: str, budget: float) -> Product:
     """`heads`: query heads, KV heads, elements of a head. Decoded caches lie in memory.
 
     Replayed as a runner does, without the cost of a Python call.
     """
     count, kv_heads, dim = heads
+    dtype = KV_DTYPES[format]
     pages = -(-load.context // _PAGE)
     shape = (load.rows * pages, _PAGE, kv_heads, dim)
     first = _cache(shape, dtype)
