@@ -74,7 +74,7 @@ def test_demo_model(
     format: str, group: int, sequences: list[list[int]], truth: Tensor, monkeypatch: Any
 ) -> None:
     pack = ops.pack
-    monkeypatch.setattr(ops, "pack", lambda weight: pack(weight, format, group))
+    monkeypatch.setattr(ops, "pack", lambda weight, *_: pack(weight, format, group))
     found = log_probabilities(sequences)
     divergence = float((truth.exp() * (truth - found)).sum(-1).mean())
     assert 0 < divergence < LIMITS[format, group]

@@ -150,6 +150,19 @@ class Engine:
         """Text of token ids."""
         return self._thread.run(self._manager.detokenize(ids, skip_special_tokens))
 
+    def chat_prompt(self, messages: list[dict[str, Any]]) -> str | None:
+        """A conversation as the model's chat template writes it; None if it has none.
+
+        Special tokens are in the text: tokenize it without adding any.
+
+        Raises:
+            BadRequest: the template cannot take these messages.
+        """
+        templates = self._manager.templates
+        if templates is None or not templates.has_template:
+            return None
+        return templates.render(messages)
+
     def get_server_info(self) -> dict[str, Any]:
         """Every resolved option without secrets, the sizes, the counters, the start-up times."""
         limits = self._manager.limits
