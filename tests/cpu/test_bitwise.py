@@ -16,10 +16,11 @@ import pytest
 
 from headrace import ops
 from headrace.assets import demo_model_path
-from headrace.core.config import Config, resolve
+from headrace.core.config import Config
 from headrace.core.hardware import Hardware
 from headrace.core.messages import GenerateRequest, LogprobSpec, SamplingParams, pack_ids
 from headrace.core.model_info import read_model_info
+from headrace.core.resolve import resolve
 from headrace.engine.build import build_scheduler
 from headrace.runner.graph import EagerGraph
 from tests.cpu.test_serving_parity import Answer, run

@@ -13,7 +13,8 @@ from headrace.ops import cpu
 
 _CHILD = """
 import dataclasses, json, pathlib, sys
-from headrace.core.config import CacheOptions, Config, ModelOptions, resolve
+from headrace.core.config import CacheOptions, Config, ModelOptions
+from headrace.core.resolve import resolve
 from headrace.core.hardware import detect
 from headrace.core.model_info import read_model_info
 from headrace.runner.worker import build_runner

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from headrace.core.config import Config, resolve
+from headrace.core.config import Config
 from headrace.core.errors import LoadError
 from headrace.core.hardware import Hardware
 from headrace.core.messages import LogprobSpec, SamplingParams
 from headrace.core.model_info import read_model_info
 from headrace.core.plan import StepPlan
+from headrace.core.resolve import resolve
 from headrace.runner.worker import TpModelWorker
 from tests.support.checkpoints import make_case
 from tests.support.driver import Driver, Sequence, generate

@@ -13,10 +13,11 @@ import torch
 import transformers
 
 from headrace.assets import demo_model_path
-from headrace.core.config import Config, resolve
+from headrace.core.config import Config
 from headrace.core.hardware import Hardware
 from headrace.core.messages import GenerateRequest, LogprobSpec, SamplingParams, pack_ids
 from headrace.core.model_info import read_model_info
+from headrace.core.resolve import resolve
 from headrace.engine.build import build_scheduler
 from tests.support.checkpoints import CASES, make_case
 

@@ -14,7 +14,7 @@ from headrace.bench.shapes import SHAPES, write_config
 from headrace.core.errors import BadRequest, HeadraceError
 from headrace.core.model_info import read_model_info
 
-COST = Cost(linear=1000, head=100, kv_bytes=8, heads_dim=4, weight_bytes=2)
+COST = Cost(linear=1000, head=100, kv_bytes=8, heads_dim=4, weight_bytes=2200)
 
 
 def limits(read: float, fp32: float, **more: float) -> dict:

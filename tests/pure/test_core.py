@@ -5,7 +5,7 @@ import json
 import msgspec
 import pytest
 
-from headrace.core.config import Config, resolve
+from headrace.core.config import Config
 from headrace.core.errors import BadRequest, LoadError
 from headrace.core.hardware import Hardware, detect
 from headrace.core.messages import (
@@ -19,6 +19,7 @@ from headrace.core.messages import (
     unpack_ids,
 )
 from headrace.core.model_info import read_model_info
+from headrace.core.resolve import resolve
 
 GIB = 1 << 30
 MACHINE = Hardware(cores=3, memory_limit=8 * GIB, memory_available=6 * GIB, bf16=True)

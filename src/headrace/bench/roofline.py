@@ -24,12 +24,13 @@ from headrace.bench.flags import positive_float, positive_int
 from headrace.bench.report import add_arguments as add_report_arguments
 from headrace.bench.report import align, emit, note
 from headrace.bench.shapes import SHAPES, write_config
-from headrace.core.config import Config, resolve
+from headrace.core.config import Config
 from headrace.core.errors import BadRequest, HeadraceError
 from headrace.core.hardware import detect
 from headrace.core.messages import SamplingParams, pack_ids
 from headrace.core.model_info import ModelInfo, read_model_info
 from headrace.core.plan import Chunk, NewRow, Pages, StepPlan
+from headrace.core.resolve import resolve
 
 if TYPE_CHECKING:
     from headrace.runner.model_runner import ModelRunner
@@ -61,11 +62,10 @@ class Cost:
     head: int  # weights that multiply sampled tokens
     kv_bytes: int  # per token of context
     heads_dim: int  # attention heads x head_dim, all layers
-    weight_bytes: int  # per weight
+    weight_bytes: int  # of all that multiplies
 
     def bytes_read(self, work: Work) -> int:
-        weights = (self.linear + self.head) * self.weight_bytes
-        return weights + work.rows * work.context * self.kv_bytes
+        return self.weight_bytes + work.rows * work.context * self.kv_bytes
 
     def operations(self, work: Work) -> int:
         products = self.linear * work.tokens + self.head * work.rows
@@ -78,6 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=tuple(SHAPES), help="a known shape, weights made up")
     parser.add_argument("--load-format", default="auto", help="dummy makes weights up")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--quantization", default="none", help="of the weights: int8, int4, fp8")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="bf16, fp8_e4m3, int8")
     parser.add_argument("--batches", type=positive_int, nargs="+", default=[1, 4, 8, 16, 32])
     parser.add_argument("--prompts", type=positive_int, nargs="+", default=[512, 2048])
     parser.add_argument("--context", type=positive_int, default=256, help="tokens when decoding")
@@ -154,6 +156,8 @@ def load(args: argparse.Namespace, info: ModelInfo, work: list[Work]) -> tuple["
         "model_path": args.model,
         "load_format": args.load_format,
         "dtype": args.dtype,
+        "quantization": args.quantization,
+        "kv_cache_dtype": args.kv_cache_dtype,
         "skip_tokenizer_init": True,
         "page_size": _PAGE,
         "max_running_requests": rows,
@@ -174,13 +178,15 @@ def load(args: argparse.Namespace, info: ModelInfo, work: list[Work]) -> tuple["
     }
     head = info.vocab_size * info.hidden_size
     outside = [size for name, size in matrices.items() if "embed" in name or "lm_head" in name]
+    unread = sum(outside) - head
     specs = runner.model.state_specs()
     cost = Cost(
         linear=sum(matrices.values()) - sum(outside),
         head=head,
         kv_bytes=plan.bytes_per_token,
         heads_dim=len(specs) * info.num_heads * info.head_dim,
-        weight_bytes=runner.dtype.itemsize,
+        # As packed; an embedding that is not the head, too, is looked up, not read.
+        weight_bytes=plan.weights * (sum(matrices.values()) - unread) // sum(matrices.values()),
     )
     return runner, cost
 

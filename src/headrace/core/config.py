@@ -1,9 +1,8 @@
-"""Every server option, declared once; `resolve` turns what was asked into what will run.
+"""Every server option, declared once; `core.resolve` turns what was asked into what will run.
 
 One frozen dataclass per component; a component takes its part, never the whole. The command line,
 docs/options.md and /server_info are generated from these fields. Flags are the field names in
-kebab-case, with SGLang's spelling. Knows nothing of torch; the device is asked for only here
-and in `ops`.
+kebab-case, with SGLang's spelling. Knows nothing of torch, models or machines.
 """
 
 import dataclasses
@@ -13,8 +12,6 @@ from typing import Any, TypeVar
 import msgspec
 
 from headrace.core.errors import BadRequest
-from headrace.core.hardware import Hardware
-from headrace.core.model_info import ModelInfo
 
 T = TypeVar("T")
 
@@ -390,61 +387,3 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     def max_request_tokens(self) -> int:
         """Longest prompt plus output that can ever be served."""
         return min(self.context_length, self.max_total_tokens)
-
-
-def resolve(config: Config, info: ModelInfo, hardware: Hardware) -> tuple[Config, list[str]]:
-    """Fill in every option that says "choose for me"; returns the result and the reasons."""
-    notes: list[str] = []
-
-    def choose(part: str, name: str, value: Any, reason: str) -> None:
-        nonlocal config
-        section = dataclasses.replace(getattr(config, part), **{name: value})
-        config = dataclasses.replace(config, **{part: section})
-        notes.append(f"set {name}={value} because {reason}")
-
-    if config.model.dtype == "auto" and info.dtype != "float32" and not hardware.bf16:
-        choose("model", "dtype", "float32", "this CPU computes in it; packed weights stay bfloat16")
-    elif config.model.dtype == "auto":
-        choose("model", "dtype", info.dtype, "the checkpoint says so")
-    elif config.model.dtype in _DTYPE_NAMES:
-        choose("model", "dtype", _DTYPE_NAMES[config.model.dtype], "that is its full name")
-    if config.model.context_length is None:
-        choose("model", "context_length", info.context_length, "the checkpoint says so")
-    elif config.model.context_length > info.context_length:
-        raise BadRequest(
-            f"--context-length {config.model.context_length} is more than the model's "
-            f"{info.context_length}",
-            field="context_length",
-        )
-    if not config.model.served_model_name:
-        choose("model", "served_model_name", config.model.model_path, "no other name was given")
-    if config.run.device == "auto":
-        choose("run", "device", "cpu", "no other device is supported yet")
-    if config.run.threads == 0 and _parameters(info) < _SMALL_MODEL:
-        choose("run", "threads", 1, "the model is too small to gain from more")
-    elif config.run.threads == 0:
-        choose("run", "threads", hardware.cores, "that many cores are usable")
-    if config.schedule.chunked_prefill_size == 0:
-        choose("schedule", "chunked_prefill_size", 2048, "it keeps steps short on a CPU")
-    elif config.schedule.chunked_prefill_size == -1:
-        choose(
-            "schedule",
-            "chunked_prefill_size",
-            config.schedule.max_prefill_tokens,
-            "chunking is off",
-        )
-    if config.schedule.schedule_policy == "priority":
-        choose("schedule", "enable_priority_scheduling", True, "the policy is priority")
-    return config, notes
-
-
-# Below this many parameters a step is shorter than the coordination of threads.
-_SMALL_MODEL = 32_000_000
-
-
-def _parameters(info: ModelInfo) -> int:
-    """About how many parameters a decoder of these sizes has."""
-    return info.hidden_size * (info.vocab_size + 12 * info.num_layers * info.hidden_size)
-
-
-_DTYPE_NAMES = {"half": "float16", "float": "float32"}

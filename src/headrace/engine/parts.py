@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from headrace.assets import demo_model_path
-from headrace.core.config import Config, resolve
+from headrace.core.config import Config
 from headrace.core.errors import BadRequest, LoadError
 from headrace.core.hardware import detect
 from headrace.core.model_info import ModelInfo, read_model_info
+from headrace.core.resolve import resolve
 from headrace.loader.files import resolve_model_path
 from headrace.text.tokenizer import Tokenizer, load_tokenizer
 

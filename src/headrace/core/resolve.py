@@ -1,0 +1,82 @@
+"""`resolve`: from the options that were asked for to those that will run.
+
+One pure function of options, model and machine; it says why it chose what it chose.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from headrace.core.config import Config
+from headrace.core.errors import BadRequest
+from headrace.core.hardware import Hardware
+from headrace.core.model_info import ModelInfo
+
+
+def resolve(config: Config, info: ModelInfo, hardware: Hardware) -> tuple[Config, list[str]]:
+    """Fill in every option that says "choose for me"; returns the result and the reasons."""
+    notes: list[str] = []
+
+    def choose(part: str, name: str, value: Any, reason: str) -> None:
+        nonlocal config
+        section = dataclasses.replace(getattr(config, part), **{name: value})
+        config = dataclasses.replace(config, **{part: section})
+        notes.append(f"set {name}={value} because {reason}")
+
+    for choice in _precision(config, info, hardware):
+        choose(*choice)
+    if config.model.context_length is None:
+        choose("model", "context_length", info.context_length, "the checkpoint says so")
+    elif config.model.context_length > info.context_length:
+        raise BadRequest(
+            f"--context-length {config.model.context_length} is more than the model's "
+            f"{info.context_length}",
+            field="context_length",
+        )
+    if not config.model.served_model_name:
+        choose("model", "served_model_name", config.model.model_path, "no other name was given")
+    if config.run.device == "auto":
+        choose("run", "device", "cpu", "no other device is supported yet")
+    if config.run.threads == 0 and _parameters(info) < _SMALL_MODEL:
+        choose("run", "threads", 1, "the model is too small to gain from more")
+    elif config.run.threads == 0:
+        choose("run", "threads", hardware.cores, "that many cores are usable")
+    if config.schedule.chunked_prefill_size == 0:
+        choose("schedule", "chunked_prefill_size", 2048, "it keeps steps short on a CPU")
+    elif config.schedule.chunked_prefill_size == -1:
+        choose(
+            "schedule",
+            "chunked_prefill_size",
+            config.schedule.max_prefill_tokens,
+            "chunking is off",
+        )
+    if config.schedule.schedule_policy == "priority":
+        choose("schedule", "enable_priority_scheduling", True, "the policy is priority")
+    return config, notes
+
+
+def _precision(
+    config: Config, info: ModelInfo, hardware: Hardware
+) -> Iterator[tuple[str, str, str, str]]:
+    """Choices of what the model computes in and keeps."""
+    asked = config.model.dtype
+    if asked == "auto" and info.dtype != "float32" and not hardware.bf16:
+        yield "model", "dtype", "float32", "this CPU computes in it; packed weights stay bfloat16"
+        if config.cache.kv_cache_dtype == "auto" and info.dtype == "bfloat16":
+            yield "cache", "kv_cache_dtype", "bf16", "the checkpoint is no more precise"
+    elif asked == "auto":
+        yield "model", "dtype", info.dtype, "the checkpoint says so"
+    elif asked in _DTYPE_NAMES:
+        yield "model", "dtype", _DTYPE_NAMES[asked], "that is its full name"
+
+
+# Below this many parameters a step is shorter than the coordination of threads.
+_SMALL_MODEL = 32_000_000
+
+
+def _parameters(info: ModelInfo) -> int:
+    """About how many parameters a decoder of these sizes has."""
+    return info.hidden_size * (info.vocab_size + 12 * info.num_layers * info.hidden_size)
+
+
+_DTYPE_NAMES = {"half": "float16", "float": "float32"}
