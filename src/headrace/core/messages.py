@@ -93,6 +93,20 @@ class LogprobSpec(msgspec.Struct, frozen=True, array_like=True, omit_defaults=Tr
     ids: tuple[int, ...] = ()
 
 
+class SessionParams(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
+    """Where in a session a request goes on: after the request `rid`, or anew without one.
+
+    `offset` keeps that many tokens of what came before (negative: all but so many; 0: all).
+    `replace` drops what followed `rid`; `drop_previous_output` leaves out the output of `rid`.
+    """
+
+    id: str
+    rid: str = ""
+    offset: int = 0
+    replace: bool = False
+    drop_previous_output: bool = False
+
+
 class GenerateRequest(Message, frozen=True, array_like=True):
     """One sequence to generate: the only form of a request between HTTP adapter and scheduler.
 
@@ -114,6 +128,7 @@ class GenerateRequest(Message, frozen=True, array_like=True):
     sample_index: int = 0
     received: float = 0.0
     reasoning_end: str = ""
+    session: SessionParams | None = None
 
 
 class AbortRequest(Message, frozen=True, array_like=True):
@@ -125,11 +140,29 @@ class AbortRequest(Message, frozen=True, array_like=True):
     message: str = "Aborted by the client."
 
 
+Verb = Literal[
+    "ping",
+    "flush_cache",
+    "loads",
+    "state",
+    "pause",
+    "continue",
+    "open_session",
+    "close_session",
+    "start_profile",
+    "stop_profile",
+    "slow_down",
+    "log_level",
+    "freeze_gc",
+]
+
+
 class Control(Message, frozen=True, array_like=True):
     """A verb for the scheduler that is answered by one `ControlReply` with the same id."""
 
     id: int
-    verb: Literal["ping", "flush_cache", "loads", "state"]
+    verb: Verb
+    args: dict[str, Any] = {}
 
 
 class ControlReply(Message, frozen=True, array_like=True):
@@ -235,6 +268,7 @@ class SchedulerStats(msgspec.Struct, frozen=True, array_like=True, omit_defaults
     new_token_ratio: float = 0.0
     uptime: float = 0.0
     max_running_requests: int = 0
+    paused: int = 0
 
 
 class Deltas(Message, frozen=True, array_like=True):

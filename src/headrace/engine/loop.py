@@ -5,6 +5,7 @@ from typing import NamedTuple, NoReturn, Protocol
 from headrace.core.messages import ControlReply, Inbound, Outbound
 from headrace.ipc.address import Addresses
 from headrace.ipc.channels import Receiver, Sender
+from headrace.scheduler.trace import Trace
 
 # When requests wait but none can run: how long until the next look.
 _BLOCKED_MS = 2
@@ -15,6 +16,8 @@ class Steps(Protocol):
 
     @property
     def idle(self) -> bool: ...
+    @property
+    def trace(self) -> Trace: ...
     def submit(self, message: Inbound) -> None: ...
     def step(self) -> bool: ...
     def take(self) -> list[Outbound]: ...
@@ -50,6 +53,9 @@ def turn(scheduler: Steps, ports: Ports, progressed: bool) -> bool:
     for message in ports.inbox.take(wait):
         scheduler.submit(message)
     progressed = scheduler.step()
-    for out in scheduler.take():
-        (ports.replies if isinstance(out, ControlReply) else ports.deltas).send(out)
+    if news := scheduler.take():
+        began = scheduler.trace.mark()
+        for out in news:
+            (ports.replies if isinstance(out, ControlReply) else ports.deltas).send(out)
+        scheduler.trace.add("send", began)
     return progressed

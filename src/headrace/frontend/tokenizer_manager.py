@@ -14,7 +14,7 @@ import random
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from typing import Literal
+from typing import Any
 
 import msgspec
 
@@ -31,12 +31,14 @@ from headrace.core.messages import (
     Inbound,
     Outbound,
     SchedulerStats,
+    Verb,
 )
 from headrace.core.model_info import ModelInfo
 from headrace.frontend.async_tokenizer import AsyncTokenizer
 from headrace.frontend.mailbox import Flight, Mailbox
 from headrace.frontend.measure import StepMeasure
-from headrace.frontend.requests import fan_out
+from headrace.frontend.request_log import RequestLog
+from headrace.frontend.requests import continued, fan_out
 from headrace.frontend.validate import validate
 from headrace.ipc.address import Addresses
 from headrace.ipc.channels import Receiver, Sender
@@ -46,7 +48,6 @@ from headrace.text.tokenizer import Tokenizer
 
 # Raises BadRequest for a request that a feature cannot serve.
 RequestCheck = Callable[[GenerateRequest], None]
-Verb = Literal["ping", "flush_cache", "loads", "state"]
 
 
 class TokenizerManager:
@@ -73,6 +74,7 @@ class TokenizerManager:
         self.ready = asyncio.Event()
         self.stats = SchedulerStats()
         self.metrics = RequestMetrics()
+        self.log = RequestLog.create(config.observe)
         # For people: sizes in GiB and tokens, seconds by step of the start.
         self.memory: dict[str, float] = {}
         self.startup: dict[str, float] = {}
@@ -145,6 +147,8 @@ class TokenizerManager:
         When one request is refused, none is sent.
         """
         prepared = await self._prepare(requests)
+        if self.log.on:
+            self.log.received(requests, prepared)
         with self._send_off(prepared) as mailbox:
             left = len(prepared)
             while left:
@@ -160,14 +164,14 @@ class TokenizerManager:
         """End a request, those whose rid starts with `rid`, or all; unknown ones are ignored."""
         self._send(AbortRequest(rid, prefix, all))
 
-    async def control(self, verb: Verb, timeout: float = 30.0) -> ControlReply:
-        """Ask the scheduler.
+    async def control(self, verb: Verb, timeout: float = 30.0, **args: Any) -> ControlReply:
+        """Ask the scheduler; `args` are those of `headrace.scheduler.control`.
 
         Raises:
             HeadraceError: no answer within `timeout` seconds, or the scheduler is gone.
         """
         self._check_alive()
-        message = Control(next(self._control_ids), verb)
+        message = Control(next(self._control_ids), verb, args)
         reply = self._controls[message.id] = self._loop.create_future()
         try:
             self._send(message)
@@ -202,7 +206,8 @@ class TokenizerManager:
         prepared = []
         for request in await self._texts.with_ids(requests):
             assert request.sampling.n == 1, "fan_out first"
-            checked = validate(request, self.info.vocab_size, self.limits, truncate)
+            bos = self.tokenizer.bos_token_id if self.tokenizer else None
+            checked = validate(continued(request, bos), self.info.vocab_size, self.limits, truncate)
             for check in self._checks:
                 await self._texts.apply(check, checked)
             if checked.sampling.seed is None:
@@ -268,5 +273,7 @@ class TokenizerManager:
             if delta.finish is not None:
                 del flights[delta.rid]
             measure.add(flight, delta)
+            if self.log.on:
+                self.log.add(delta)
             flight.deliver(delta)
         measure.close()
