@@ -43,7 +43,7 @@ async def open_session(
         BadRequest: the id is taken. Overloaded: too many sessions are open.
     """
     reply = await manager.control(
-        "open_session", capacity=capacity, session_id=session_id, timeout=timeout
+        "open_session", capacity=capacity, session_id=session_id, idle_seconds=timeout
     )
     return str(expect(reply).data["session_id"])
 

@@ -76,7 +76,7 @@ def _continue(scheduler: "Scheduler", args: Arguments) -> Answer:
 
 def _open_session(scheduler: "Scheduler", args: Arguments) -> Answer:
     id = scheduler.sessions.open(
-        args.get("session_id"), args.get("capacity", 0), args.get("timeout")
+        args.get("session_id"), args.get("capacity", 0), args.get("idle_seconds")
     )
     return "", {"session_id": id}
 

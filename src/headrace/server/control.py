@@ -1,4 +1,4 @@
-"""Routes for the operators of a server: pause, sessions, profiles, logging, a slow server for tests.
+"""Routes for operators: pause, sessions, profiles, logging, a slow server for tests of clients.
 
 Bodies are optional where every field has a default. Everything is asked of the scheduler through
 `headrace.frontend.control`; only the log of requests belongs to this process.
