@@ -187,6 +187,12 @@ class ServeOptions:
     host: str = option("127.0.0.1", "Address to listen on.")
     port: int = option(30000, "Port to listen on; 0 takes a free one.", minimum=0, maximum=65535)
     api_key: str = option("", "Bearer token that clients must send.", secret=True)
+    tokenizer_worker_num: int = option(
+        1, "Processes that serve HTTP and tokenize, all on one port.", minimum=1, maximum=64
+    )
+    detokenizer_worker_num: int = option(
+        1, "Processes that turn token ids into text.", minimum=1, maximum=64
+    )
     stream_interval: int = option(1, "Tokens per streamed chunk.", minimum=1)
     incremental_streaming_output: bool = option(
         False, "/generate streams deltas instead of the text so far."
@@ -382,6 +388,7 @@ def resolve(config: Config, info: ModelInfo, hardware: Hardware) -> tuple[Config
             f"{info.context_length}",
             field="context_length",
         )
+    check_workers(config.serve)
     if not config.model.served_model_name:
         choose("model", "served_model_name", config.model.model_path, "no other name was given")
     if config.run.device == "auto":
@@ -402,6 +409,14 @@ def resolve(config: Config, info: ModelInfo, hardware: Hardware) -> tuple[Config
     if config.schedule.schedule_policy == "priority":
         choose("schedule", "enable_priority_scheduling", True, "the policy is priority")
     return config, notes
+
+
+def check_workers(serve: ServeOptions) -> None:
+    """Raise BadRequest for what one process keeps and several would not share."""
+    for name in ("enable_response_store", "batch_store"):
+        if getattr(serve, name) and serve.tokenizer_worker_num > 1:
+            flag = "--" + name.replace("_", "-")
+            raise BadRequest(f"{flag} needs --tokenizer-worker-num 1", field=name)
 
 
 # Below this many parameters a step is shorter than the coordination of threads.

@@ -114,6 +114,7 @@ class GenerateRequest(Message, frozen=True, array_like=True):
     Requests of one `group` are samples 0..n-1 of the same prompt; the first one computes it.
     `namespace` separates prefix caches (extra_key, cache_salt). With `reasoning_end` ("</think>")
     a grammar constrains what follows that text, which must come; before it everything is allowed.
+    `origin` is the frontend that gets the answer, here and in the other messages.
     """
 
     rid: str
@@ -129,6 +130,7 @@ class GenerateRequest(Message, frozen=True, array_like=True):
     received: float = 0.0
     reasoning_end: str = ""
     session: SessionParams | None = None
+    origin: int = 0
 
 
 class AbortRequest(Message, frozen=True, array_like=True):
@@ -138,6 +140,8 @@ class AbortRequest(Message, frozen=True, array_like=True):
     prefix: bool = False
     all: bool = False
     message: str = "Aborted by the client."
+    # Only requests of this frontend; -1: whoever sent them.
+    origin: int = -1
 
 
 Verb = Literal[
@@ -163,6 +167,7 @@ class Control(Message, frozen=True, array_like=True):
     id: int
     verb: Verb
     args: dict[str, Any] = {}
+    origin: int = 0
 
 
 class ControlReply(Message, frozen=True, array_like=True):
@@ -170,6 +175,7 @@ class ControlReply(Message, frozen=True, array_like=True):
     ok: bool = True
     message: str = ""
     data: dict[str, Any] = {}
+    origin: int = 0
 
 
 class FinishReason(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
@@ -246,6 +252,7 @@ class Delta(Message, frozen=True, array_like=True):
     start: StreamStart | None = None
     queue_time: float = 0.0
     first_token_time: float = 0.0
+    origin: int = 0
 
 
 class SchedulerStats(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
@@ -278,5 +285,23 @@ class Deltas(Message, frozen=True, array_like=True):
     stats: SchedulerStats | None = None
 
 
+class PeerAsk(Message, frozen=True, array_like=True):
+    """A frontend asks another one for its metrics, or tells it how to log (`logging`)."""
+
+    origin: int
+    id: int = 0
+    logging: dict[str, Any] | None = None
+
+
+class PeerMetrics(Message, frozen=True, array_like=True):
+    """The answer: values and histograms by name."""
+
+    origin: int
+    id: int
+    values: dict[str, Any] = {}
+
+
 Inbound = GenerateRequest | AbortRequest | Control
 Outbound = Deltas | ControlReply
+# What a frontend may hear.
+News = Deltas | ControlReply | PeerAsk | PeerMetrics

@@ -2,9 +2,11 @@
 
 from typing import NamedTuple, NoReturn, Protocol
 
+from headrace.core.config import ServeOptions
 from headrace.core.messages import ControlReply, Inbound, Outbound
 from headrace.ipc.address import Addresses
-from headrace.ipc.channels import Receiver, Sender
+from headrace.frontend.router import Outlet, to_detokenizers, to_frontends
+from headrace.ipc.channels import Receiver
 from headrace.scheduler.trace import Trace
 
 # When requests wait but none can run: how long until the next look.
@@ -27,16 +29,16 @@ class Ports(NamedTuple):
     """The scheduler's ends of the channels."""
 
     inbox: Receiver[Inbound]
-    deltas: Sender
-    replies: Sender
+    deltas: Outlet
+    replies: Outlet
 
 
-def open_ports(addresses: Addresses) -> Ports:
-    """Bind the scheduler's address and connect to the two others."""
+def open_ports(addresses: Addresses, serve: ServeOptions) -> Ports:
+    """Bind the scheduler's address and connect to the others."""
     return Ports(
         inbox=Receiver[Inbound](addresses.scheduler, Inbound),
-        deltas=Sender(addresses.detokenizer),
-        replies=Sender(addresses.tokenizer),
+        deltas=to_detokenizers(addresses, serve.detokenizer_worker_num),
+        replies=to_frontends(addresses, serve.tokenizer_worker_num),
     )
 
 

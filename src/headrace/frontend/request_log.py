@@ -54,6 +54,23 @@ class RequestLog:
         if not value:
             self._open.clear()
 
+    def configure(
+        self,
+        log_requests: bool | None = None,
+        log_requests_level: int | None = None,
+        log_requests_format: str | None = None,
+        log_level: str | None = None,
+    ) -> None:
+        """Change what is given; `log_level` is that of the whole process."""
+        if log_level is not None:
+            logging.getLogger().setLevel(log_level.upper())
+        if log_requests_level is not None:
+            self.level = log_requests_level
+        if log_requests_format is not None:
+            self.form = log_requests_format
+        if log_requests is not None:
+            self.on = log_requests
+
     def received(
         self, asked: Sequence[GenerateRequest], prepared: Sequence[GenerateRequest]
     ) -> None:

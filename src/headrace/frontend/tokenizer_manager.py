@@ -29,7 +29,9 @@ from headrace.core.messages import (
     FinishReason,
     GenerateRequest,
     Inbound,
-    Outbound,
+    News,
+    PeerAsk,
+    PeerMetrics,
     SchedulerStats,
     Verb,
 )
@@ -37,10 +39,11 @@ from headrace.core.model_info import ModelInfo
 from headrace.frontend.async_tokenizer import AsyncTokenizer
 from headrace.frontend.mailbox import Flight, Mailbox
 from headrace.frontend.measure import StepMeasure
+from headrace.frontend.peers import Peers
 from headrace.frontend.request_log import RequestLog
 from headrace.frontend.requests import continued, fan_out
 from headrace.frontend.validate import validate
-from headrace.ipc.address import Addresses
+from headrace.ipc.address import Addresses, numbered
 from headrace.ipc.channels import Receiver, Sender
 from headrace.metrics.record import RequestMetrics
 from headrace.text.chat import TemplateManager
@@ -65,6 +68,7 @@ class TokenizerManager:
         templates: TemplateManager | None,
         addresses: Addresses,
         checks: Sequence[RequestCheck] = (),
+        origin: int = 0,
     ) -> None:
         self.config = config
         self.info = info
@@ -79,6 +83,11 @@ class TokenizerManager:
         self.memory: dict[str, float] = {}
         self.startup: dict[str, float] = {}
         self._addresses = addresses
+        # Our number among the frontends of a server; the main process is 0.
+        self._origin = origin
+        workers = config.serve.tokenizer_worker_num
+        others = set(range(1, workers + 1)) - {origin} if origin else set()
+        self.peers = Peers(origin, {n: numbered(addresses.tokenizer, n) for n in others})
         self._flights: dict[str, Flight] = {}
         self._controls: dict[int, asyncio.Future[ControlReply]] = {}
         self._control_ids = itertools.count(1)
@@ -88,16 +97,17 @@ class TokenizerManager:
         self._failure: HeadraceError | None = None
         self._loop: asyncio.AbstractEventLoop
         self._sender: Sender | None = None
-        self._receiver: Receiver[Outbound] | None = None
+        self._receiver: Receiver[News] | None = None
 
     # -- life ---------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Open the channels; the other processes may come later."""
         self._loop = asyncio.get_running_loop()
-        self._receiver = Receiver[Outbound](self._addresses.tokenizer, Outbound)
+        self._receiver = Receiver[News](numbered(self._addresses.tokenizer, self._origin), News)
         self._receiver.listen(self._loop, self._receive)
         self._sender = Sender(self._addresses.scheduler)
+        self.peers.start()
 
     def open(self, limits: Limits) -> None:
         """The scheduler has loaded its model: take requests."""
@@ -123,6 +133,7 @@ class TokenizerManager:
             if channel is not None:
                 channel.close()
         self._receiver = self._sender = None
+        self.peers.close()
 
     # -- requests -----------------------------------------------------------------------------
 
@@ -171,7 +182,7 @@ class TokenizerManager:
             HeadraceError: no answer within `timeout` seconds, or the scheduler is gone.
         """
         self._check_alive()
-        message = Control(next(self._control_ids), verb, args)
+        message = Control(next(self._control_ids), verb, args, self._origin)
         reply = self._controls[message.id] = self._loop.create_future()
         try:
             self._send(message)
@@ -228,14 +239,14 @@ class TokenizerManager:
         try:
             for request, flight in zip(requests, flights, strict=True):
                 self._flights[request.rid] = flight
-                self._send(msgspec.structs.replace(request, received=now))
+                self._send(msgspec.structs.replace(request, received=now, origin=self._origin))
             self.metrics.requests += len(requests)
             yield mailbox
         finally:
             for request, flight in zip(requests, flights, strict=True):
                 if self._flights.get(request.rid) is flight:
                     flight.abandoned = True
-                    self._send(AbortRequest(request.rid))
+                    self._send(AbortRequest(request.rid, origin=self._origin))
 
     def _check_alive(self) -> None:
         if self._failure is not None:
@@ -254,14 +265,24 @@ class TokenizerManager:
 
     # -- the way back -------------------------------------------------------------------------
 
-    def _receive(self, messages: Sequence[Outbound]) -> None:
+    def _receive(self, messages: Sequence[News]) -> None:
         for message in messages:
             if isinstance(message, Deltas):
                 if message.stats is not None:
                     self.stats = message.stats
                 self._deliver(message.items)
+            elif isinstance(message, PeerMetrics):
+                self.peers.hear(message)
+            elif isinstance(message, PeerAsk):
+                self._answer_peer(message)
             elif (reply := self._controls.get(message.id)) is not None and not reply.done():
                 reply.set_result(message)
+
+    def _answer_peer(self, ask: PeerAsk) -> None:
+        if ask.logging is None:
+            self.peers.answer(ask, self.metrics)
+        else:
+            self.log.configure(**ask.logging)
 
     def _deliver(self, deltas: Sequence[Delta]) -> None:
         flights = self._flights

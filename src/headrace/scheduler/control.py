@@ -32,9 +32,9 @@ def answer(scheduler: "Scheduler", message: Control) -> ControlReply:
         text, data = VERBS[message.verb](scheduler, message.args)
     except HeadraceError as error:
         return ControlReply(
-            message.id, ok=False, message=error.message, data={"status": error.status}
+            message.id, False, error.message, {"status": error.status}, message.origin
         )
-    return ControlReply(message.id, message=text, data=data)
+    return ControlReply(message.id, message=text, data=data, origin=message.origin)
 
 
 def _ping(scheduler: "Scheduler", args: Arguments) -> Answer:

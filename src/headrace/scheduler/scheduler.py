@@ -188,11 +188,20 @@ class Scheduler:
             return abort(
                 "Using priority is disabled for this server.", 503, "ServiceUnavailableError"
             )
+        if request.spec.origin and self._in_use(request.rid):
+            return abort(
+                f"rid {request.rid!r} is in use by another request", 400, "BadRequestError"
+            )
         for feature in self.features:
             error = feature.check(request)
             if error is not None:
                 return abort(error, 400, "BadRequestError")
         return self._full(request)
+
+    def _in_use(self, rid: str) -> bool:
+        """One frontend knows its own requests; of several only the scheduler knows all."""
+        everything = (self.planner.queue.waiting, self.planner.running)
+        return any(other.rid == rid for some in everything for other in some)
 
     def _full(self, request: Request) -> FinishReason | None:
         """With a full queue, refuse this request or, if it is more urgent, evict another."""
@@ -217,6 +226,8 @@ class Scheduler:
         for request in everything:
             rid = request.rid
             hit = rid.startswith(message.rid) if message.prefix else rid == message.rid
+            if message.origin not in (-1, request.spec.origin):
+                continue
             if message.all or (hit and message.rid):
                 self.committer.finish(request, FinishReason("abort", message=message.message))
 

@@ -208,15 +208,14 @@ def _add_loads(router: APIRouter, context: Context) -> None:
         )
 
     manager = context.manager
-    exporter = Exporter(
-        lambda: Sources(manager.stats, manager.metrics), {"model_name": context.model_name}
-    )
 
     @router.get("/metrics")
     async def metrics() -> Response:
         """Counters and histograms in Prometheus' text format."""
         if not context.config.observe.enable_metrics:
             raise NotFound("Metrics are off; start the server with --enable-metrics.")
+        sources = Sources(manager.stats, await manager.peers.metrics(manager.metrics))
+        exporter = Exporter(lambda: sources, {"model_name": context.model_name})
         return Response(exporter.render(), media_type=CONTENT_TYPE)
 
     @router.get("/get_load")

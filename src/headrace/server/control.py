@@ -5,7 +5,6 @@ Bodies are optional where every field has a default. Everything is asked of the 
 """
 
 import gc
-import logging
 from typing import Annotated, Literal, TypeVar
 
 from fastapi import APIRouter, Request
@@ -14,7 +13,6 @@ from starlette.responses import PlainTextResponse, Response
 
 from headrace.core.errors import BadRequest, Unsupported
 from headrace.frontend import control
-from headrace.frontend.request_log import RequestLog
 from headrace.server.admin import json_response
 from headrace.server.context import Context
 from headrace.server.generation import read_body
@@ -92,6 +90,7 @@ class LoggingBody(BaseModel):
     crash_dump_folder: str | None = None
 
 
+SETTINGS = ("log_requests", "log_requests_level", "log_requests_format", "log_level")
 BODIES = (
     PauseBody,
     ContinueBody,
@@ -192,20 +191,10 @@ def _add_logging(router: APIRouter, context: Context) -> None:
                 raise Unsupported(f"{name}: requests are not written to files", field=name)
         if body.log_level is not None:
             control.expect(await context.manager.control("log_level", level=body.log_level))
-        configure(context.manager.log, body)
+        settings = body.model_dump(include=set(SETTINGS))
+        context.manager.log.configure(**settings)
+        context.manager.peers.tell_logging(settings)
         return Response(status_code=200, headers=headers)
-
-
-def configure(log: RequestLog, body: LoggingBody) -> None:
-    """Apply a body to this process."""
-    if body.log_level is not None:
-        logging.getLogger().setLevel(body.log_level.upper())
-    if body.log_requests_level is not None:
-        log.level = body.log_requests_level
-    if body.log_requests_format is not None:
-        log.form = body.log_requests_format
-    if body.log_requests is not None:
-        log.on = body.log_requests
 
 
 def _add_tests(router: APIRouter, context: Context) -> None:
