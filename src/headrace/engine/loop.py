@@ -4,8 +4,8 @@ from typing import NamedTuple, NoReturn, Protocol
 
 from headrace.core.config import ServeOptions
 from headrace.core.messages import ControlReply, Inbound, Outbound
-from headrace.ipc.address import Addresses
 from headrace.frontend.router import Outlet, to_detokenizers, to_frontends
+from headrace.ipc.address import Addresses
 from headrace.ipc.channels import Receiver
 from headrace.scheduler.trace import Trace
 
