@@ -307,7 +307,7 @@ def test_sizes_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_time_is_limited(source, monkeypatch):
     monkeypatch.setattr(template_module, "MAX_RENDER_SECONDS", 0.05)
-    with pytest.raises(BadRequest, match="more than 0.05 s"):
+    with pytest.raises(BadRequest, match="took more than"):
         manager(source).render(USER)
 
 

@@ -65,6 +65,7 @@ async def serve_by_workers(launched: Launched, listener: socket.socket) -> None:
     opening = asyncio.create_task(open_for_service(launched, ending, listener))
     try:
         await ending.first.wait()
+        listener.close()  # clients that come now are refused, as the workers close theirs
         if ending.failure is None and manager.ready.is_set():
             drained = asyncio.to_thread(
                 launched.supervisor.drain, "http-", Drain(), DRAIN_SECONDS + 1.0

@@ -45,8 +45,9 @@ class Launched:
         self.watch = watch
         self.watch.begin("processes")
         self._listener = listener
-        inherited = [listener] if config.serve.tokenizer_worker_num > 1 else []
-        self.supervisor = Supervisor(roles(config.serve), config.run.runner, inherited)
+        children = roles(config.serve)
+        inherited = {role: [listener] for role in children if role.startswith("http-")}
+        self.supervisor = Supervisor(children, config.run.runner, inherited)
         self._folder: AddressFolder | None = None
         try:
             self._load(config)

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import IO
@@ -32,6 +32,8 @@ _LINES_KEPT = 40
 _READ = 1 << 16
 # From hanging up to SIGKILL; children have nothing to save.
 _GRACE_SECONDS = 2.0
+
+Descriptors = Mapping[str, Sequence[int]]
 
 
 class Child:
@@ -101,8 +103,10 @@ class Supervisor:
     child that died later.
     """
 
-    def __init__(self, roles: Sequence[str], runner: str, inherited: Sequence[int] = ()) -> None:
-        """`inherited`: descriptors that the children get, with the numbers they have here."""
+    def __init__(
+        self, roles: Sequence[str], runner: str, inherited: Descriptors | None = None
+    ) -> None:
+        """`inherited`: descriptors that a child gets, by role, with the numbers they have here."""
         self._lock = threading.Lock()
         self._closing = False
         self._children: list[Child] = []
@@ -113,7 +117,7 @@ class Supervisor:
         self._owner = os.getpid()
         self._thread = threading.Thread(
             target=self._run,
-            args=(roles, runner, inherited),
+            args=(roles, runner, inherited or {}),
             name="headrace-supervisor",
             daemon=True,
         )
@@ -180,10 +184,10 @@ class Supervisor:
 
     # -- the supervising thread ---------------------------------------------------------------
 
-    def _run(self, roles: Sequence[str], runner: str, inherited: Sequence[int]) -> None:
+    def _run(self, roles: Sequence[str], runner: str, inherited: Descriptors) -> None:
         try:
             for role in roles:
-                self._children.append(Child(role, runner, inherited))
+                self._children.append(Child(role, runner, inherited.get(role, ())))
         except OSError as error:
             for child in self._children:
                 child.process.kill()

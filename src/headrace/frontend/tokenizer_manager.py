@@ -246,7 +246,7 @@ class TokenizerManager:
             for request, flight in zip(requests, flights, strict=True):
                 if self._flights.get(request.rid) is flight:
                     flight.abandoned = True
-                    self._send(AbortRequest(request.rid, origin=self._origin))
+                    self._send(AbortRequest(request.rid, origin=self._origin or -1))
 
     def _check_alive(self) -> None:
         if self._failure is not None:

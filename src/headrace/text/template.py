@@ -3,7 +3,8 @@
 The environment has the tags, filters and globals that transformers gives chat templates, so that
 the prompt is the same string. Templates come from model folders: the sandbox keeps them from
 running code, limits bound what they print and how long they take (looked at whenever a template
-prints, calls or reads an attribute). Does not know where templates come from or what a request looks like.
+prints, calls or reads an attribute). Does not know where templates come from or what a request
+looks like.
 """
 
 import json
