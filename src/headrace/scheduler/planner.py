@@ -55,8 +55,7 @@ class Planner:
         self.running: list[Request] = []
         self.ratio = NewTokenRatio(options.schedule_conservativeness)
         self.retracted_total = 0
-        # Nobody runs until it is false again; requests that come wait.
-        self.paused = False
+        self.paused = False  # then nobody runs, and requests that come wait
         # Requests by row; a finished one keeps its row until no plan in flight contains it.
         self.rows: dict[int, Request] = {}
         self.requests_total = 0
@@ -69,8 +68,6 @@ class Planner:
 
     def plan(self) -> StepPlan | None:
         """The next step, or None when nothing can run."""
-        if self.paused:
-            return None
         draft = Draft(self.options.chunked_prefill_size)
         for request in list(self.running):
             self._grow(request, draft)

@@ -240,7 +240,7 @@ class Scheduler:
 
     def _launch(self) -> bool:
         began = self.trace.mark()
-        plan = self.planner.plan()
+        plan = None if self.planner.paused else self.planner.plan()
         if plan is None:
             return False
         self.trace.add("plan", began)
