@@ -14,6 +14,8 @@ from headrace.cache.radix import RadixCache
 from headrace.core.config import Limits, ScheduleOptions
 from headrace.core.messages import (
     AbortRequest,
+    Control,
+    ControlReply,
     Deltas,
     GenerateRequest,
     LogprobSpec,
@@ -21,6 +23,7 @@ from headrace.core.messages import (
     pack_ids,
 )
 from headrace.scheduler.commit import OutputRules
+from headrace.scheduler.control import PAUSE_MODES
 from headrace.scheduler.policy import POLICIES
 from headrace.scheduler.scheduler import Scheduler
 from headrace.scheduler.space import Space
@@ -72,9 +75,13 @@ class Client:
         self.finish = {}
         self.last = {}
         self.input_logprobs = {}
+        self.replies = {}
 
     def pump(self) -> None:
         for message in self.scheduler.take():
+            if isinstance(message, ControlReply):
+                self.replies[message.id] = message
+                continue
             assert isinstance(message, Deltas)
             for delta in message.items:
                 assert delta.rid not in self.finish, "an answer after the last answer"
@@ -94,6 +101,23 @@ class Client:
             self.scheduler.step()
             self.scheduler.space.pool.check()
         raise AssertionError("the scheduler does not come to rest")
+
+
+def pause(scheduler: Scheduler, client: Client, mode: str) -> None:
+    """Pause and go on; meanwhile nothing moves, and without running requests a flush succeeds."""
+    scheduler.submit(Control(1, "pause", {"mode": mode}))
+    client.pump()
+    computed = scheduler.runner.chunks
+    running = len(scheduler.planner.running)
+    assert mode == "in_place" or not running
+    assert mode != "abort" or not scheduler.planner.queue.waiting
+    for _ in range(3):
+        assert not scheduler.step()
+    scheduler.submit(Control(2, "flush_cache"))
+    client.pump()
+    assert client.replies[2].ok == (not running)
+    assert scheduler.runner.chunks == computed
+    scheduler.submit(Control(3, "continue"))
 
 
 @st.composite
@@ -164,6 +188,8 @@ def test_random_schedules(data):
             client.pump()
         if data.draw(st.integers(0, 5), "abort") == 0:
             scheduler.submit(AbortRequest(rid=data.draw(st.sampled_from(requests)).rid))
+        if data.draw(st.integers(0, 5), "pause") == 0:
+            pause(scheduler, client, data.draw(st.sampled_from(PAUSE_MODES), "mode"))
     client.run()
     scheduler.check()
     assert client.finish.keys() == {spec.rid for spec in requests}

@@ -295,6 +295,29 @@ def test_sizes_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
         manager("{% for i in range(99999) %}{{ messages[0].content }}{% endfor %}").render(USER)
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{% for m in messages %}{% set a = m.role %}{% endfor %}"
+        "{% endfor %}",
+        "{% macro f() %}{% for i in range(9999) %}{{ i }}{% endfor %}{% endmacro %}"
+        "{% for i in range(99999) %}{% set x = f() %}{% endfor %}",
+    ],
+)
+def test_time_is_limited(source, monkeypatch):
+    monkeypatch.setattr(template_module, "MAX_RENDER_SECONDS", 0.05)
+    with pytest.raises(BadRequest, match="took more than"):
+        manager(source).render(USER)
+
+
+@pytest.mark.parametrize("source", ["{{ 'a' * 10 ** 9 }}", "{{ 2 ** 10000000 }}"])
+def test_operators_are_limited(source):
+    with pytest.raises(BadRequest, match="sandbox"):
+        manager(source).render(USER)
+    assert manager("{{ '=' * 3 }}{{ 2 ** 3 }}{{ 2 * 1.5 }}").render(USER) == "===83.0"
+
+
 def test_text_loads_neither_torch_nor_transformers() -> None:
     code = (
         "import sys, headrace.text.chat, headrace.text.stop, headrace.text.tokenizer;"

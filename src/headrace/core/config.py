@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from headrace.core.errors import BadRequest
+from headrace.core.parser_names import REASONING_PARSERS, TOOL_CALL_PARSERS
 
 T = TypeVar("T")
 
@@ -149,6 +150,10 @@ class ScheduleOptions:
     retraction_policy: str = option(
         "length", "Who gives way when pages run out.", choices=("length", "priority")
     )
+    max_sessions: int = option(1000, "Most sessions that are open at once.", minimum=0)
+    session_timeout: int = option(
+        3600, "Seconds after which a session that nobody uses is closed.", minimum=1
+    )
     disable_overlap_schedule: bool = option(
         False, "Plan a step only when the previous one is done (depth 1 instead of 2)."
     )
@@ -172,59 +177,6 @@ class RunOptions:
     )
 
 
-# The names of headrace.text.parsers.
-TOOL_CALL_PARSERS = (
-    "auto",
-    "none",
-    "deepseekv3",
-    "deepseekv31",
-    "functiongemma",
-    "gemma",
-    "gemma4",
-    "glm",
-    "glm45",
-    "glm47",
-    "gpt-oss",
-    "gpt_oss",
-    "hermes",
-    "interns1",
-    "kimi_k2",
-    "llama3",
-    "llama4",
-    "minimax",
-    "minimax-m2",
-    "mistral",
-    "pythonic",
-    "qwen",
-    "qwen25",
-    "qwen3_coder",
-    "step3",
-)
-REASONING_PARSERS = (
-    "auto",
-    "none",
-    "deepseek-r1",
-    "deepseek-v3",
-    "deepseek-v31",
-    "gemma4",
-    "glm45",
-    "gpt-oss",
-    "gpt_oss",
-    "granite",
-    "granite_thinking_parser",
-    "interns1",
-    "kimi",
-    "kimi_k2",
-    "magistral",
-    "minimax",
-    "minimax-m2",
-    "mistral",
-    "qwen3",
-    "qwen3-thinking",
-    "step3",
-)
-
-
 @dataclasses.dataclass(frozen=True)
 class ServeOptions:
     """The HTTP side."""
@@ -232,6 +184,12 @@ class ServeOptions:
     host: str = option("127.0.0.1", "Address to listen on.")
     port: int = option(30000, "Port to listen on; 0 takes a free one.", minimum=0, maximum=65535)
     api_key: str = option("", "Bearer token that clients must send.", secret=True)
+    tokenizer_worker_num: int = option(
+        1, "Processes that serve HTTP and tokenize, all on one port.", minimum=1, maximum=64
+    )
+    detokenizer_worker_num: int = option(
+        1, "Processes that turn token ids into text.", minimum=1, maximum=64
+    )
     stream_interval: int = option(1, "Tokens per streamed chunk.", minimum=1)
     incremental_streaming_output: bool = option(
         False, "/generate streams deltas instead of the text so far."
@@ -287,6 +245,20 @@ class ObserveOptions:
         "warning", "Log level of the HTTP server.", choices=("debug", "info", "warning", "error")
     )
     enable_metrics: bool = option(True, "Serve Prometheus metrics at /metrics.")
+    log_requests: bool = option(False, "Log every request when it comes and when it ends.")
+    log_requests_level: int = option(
+        2,
+        "0: ids and counts; 1: sampling parameters too; 2: the first 2048 characters of input and "
+        "output too; 3: all of them.",
+        minimum=0,
+        maximum=3,
+    )
+    log_requests_format: str = option(
+        "text", "How a logged request is written.", choices=("text", "json")
+    )
+    profile_dir: str = option(
+        "", "Folder for the traces of /start_profile; empty turns profiles off."
+    )
     decode_log_interval: int = option(40, "Steps between decode log lines.", minimum=1)
 
 

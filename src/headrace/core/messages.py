@@ -93,6 +93,20 @@ class LogprobSpec(msgspec.Struct, frozen=True, array_like=True, omit_defaults=Tr
     ids: tuple[int, ...] = ()
 
 
+class SessionParams(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
+    """Where in a session a request goes on: after the request `rid`, or anew without one.
+
+    `offset` keeps that many tokens of what came before (negative: all but so many; 0: all).
+    `replace` drops what followed `rid`; `drop_previous_output` leaves out the output of `rid`.
+    """
+
+    id: str
+    rid: str = ""
+    offset: int = 0
+    replace: bool = False
+    drop_previous_output: bool = False
+
+
 class GenerateRequest(Message, frozen=True, array_like=True):
     """One sequence to generate: the only form of a request between HTTP adapter and scheduler.
 
@@ -100,6 +114,7 @@ class GenerateRequest(Message, frozen=True, array_like=True):
     Requests of one `group` are samples 0..n-1 of the same prompt; the first one computes it.
     `namespace` separates prefix caches (extra_key, cache_salt). With `reasoning_end` ("</think>")
     a grammar constrains what follows that text, which must come; before it everything is allowed.
+    `origin` is the frontend that gets the answer, here and in the other messages.
     """
 
     rid: str
@@ -114,6 +129,8 @@ class GenerateRequest(Message, frozen=True, array_like=True):
     sample_index: int = 0
     received: float = 0.0
     reasoning_end: str = ""
+    session: SessionParams | None = None
+    origin: int = 0
 
 
 class AbortRequest(Message, frozen=True, array_like=True):
@@ -123,13 +140,34 @@ class AbortRequest(Message, frozen=True, array_like=True):
     prefix: bool = False
     all: bool = False
     message: str = "Aborted by the client."
+    # Only requests of this frontend; -1: whoever sent them.
+    origin: int = -1
+
+
+Verb = Literal[
+    "ping",
+    "flush_cache",
+    "loads",
+    "state",
+    "pause",
+    "continue",
+    "open_session",
+    "close_session",
+    "start_profile",
+    "stop_profile",
+    "slow_down",
+    "log_level",
+    "freeze_gc",
+]
 
 
 class Control(Message, frozen=True, array_like=True):
     """A verb for the scheduler that is answered by one `ControlReply` with the same id."""
 
     id: int
-    verb: Literal["ping", "flush_cache", "loads", "state"]
+    verb: Verb
+    args: dict[str, Any] = {}
+    origin: int = 0
 
 
 class ControlReply(Message, frozen=True, array_like=True):
@@ -137,6 +175,7 @@ class ControlReply(Message, frozen=True, array_like=True):
     ok: bool = True
     message: str = ""
     data: dict[str, Any] = {}
+    origin: int = 0
 
 
 class FinishReason(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
@@ -213,6 +252,7 @@ class Delta(Message, frozen=True, array_like=True):
     start: StreamStart | None = None
     queue_time: float = 0.0
     first_token_time: float = 0.0
+    origin: int = 0
 
 
 class SchedulerStats(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
@@ -235,6 +275,7 @@ class SchedulerStats(msgspec.Struct, frozen=True, array_like=True, omit_defaults
     new_token_ratio: float = 0.0
     uptime: float = 0.0
     max_running_requests: int = 0
+    paused: int = 0
 
 
 class Deltas(Message, frozen=True, array_like=True):
@@ -244,5 +285,23 @@ class Deltas(Message, frozen=True, array_like=True):
     stats: SchedulerStats | None = None
 
 
+class PeerAsk(Message, frozen=True, array_like=True):
+    """A frontend asks another one for its metrics, or tells it how to log (`logging`)."""
+
+    origin: int
+    id: int = 0
+    logging: dict[str, Any] | None = None
+
+
+class PeerMetrics(Message, frozen=True, array_like=True):
+    """The answer: values and histograms by name."""
+
+    origin: int
+    id: int
+    values: dict[str, Any] = {}
+
+
 Inbound = GenerateRequest | AbortRequest | Control
 Outbound = Deltas | ControlReply
+# What a frontend may hear.
+News = Deltas | ControlReply | PeerAsk | PeerMetrics

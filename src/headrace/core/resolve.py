@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from headrace.core.config import Config
+from headrace.core.config import Config, ServeOptions
 from headrace.core.errors import BadRequest
 from headrace.core.hardware import Hardware
 from headrace.core.model_info import ModelInfo
@@ -33,6 +33,7 @@ def resolve(config: Config, info: ModelInfo, hardware: Hardware) -> tuple[Config
             f"{info.context_length}",
             field="context_length",
         )
+    check_workers(config.serve)
     if not config.model.served_model_name:
         choose("model", "served_model_name", config.model.model_path, "no other name was given")
     if config.run.device == "auto":
@@ -53,6 +54,14 @@ def resolve(config: Config, info: ModelInfo, hardware: Hardware) -> tuple[Config
     if config.schedule.schedule_policy == "priority":
         choose("schedule", "enable_priority_scheduling", True, "the policy is priority")
     return config, notes
+
+
+def check_workers(serve: ServeOptions) -> None:
+    """Raise BadRequest for what one process keeps and several would not share."""
+    for name in ("enable_response_store", "batch_store"):
+        if getattr(serve, name) and serve.tokenizer_worker_num > 1:
+            flag = "--" + name.replace("_", "-")
+            raise BadRequest(f"{flag} needs --tokenizer-worker-num 1", field=name)
 
 
 def _precision(

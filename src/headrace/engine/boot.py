@@ -1,11 +1,13 @@
 """What a parent and its children tell each other while they start: JSON lines on two pipes.
 
     parent --Boot--> child's stdin      once; the pipe stays open for as long as the parent lives
+    parent --Order--> child's stdin     HTTP workers only: when to begin and when to end
     child --Report--> parent            what it is doing, then Ready or Failed
 
 Plain data, checked when it is read; nothing in it can run.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -21,10 +23,27 @@ class Boot(msgspec.Struct, frozen=True):
     options: dict[str, Any]
     info: ModelInfo
     addresses: Addresses
+    # The descriptor that HTTP workers accept from; -1 in a server without them.
+    listener: int = -1
 
     @property
     def config(self) -> Config:
         return Config.from_flat(self.options)
+
+
+class Serve(msgspec.Struct, frozen=True, tag=True):
+    """To an HTTP worker: the model is loaded, take requests."""
+
+    limits: Limits
+    memory: dict[str, float]
+    startup: dict[str, float]
+
+
+class Drain(msgspec.Struct, frozen=True, tag=True):
+    """To an HTTP worker: finish what runs, take nothing more, and end."""
+
+
+Order = Serve | Drain
 
 
 class Loading(msgspec.Struct, frozen=True, tag=True):
@@ -52,4 +71,5 @@ Report = Loading | Ready | Failed
 
 encode = msgspec.json.Encoder().encode
 decode_boot = msgspec.json.Decoder(Boot).decode
+decode_order: Callable[[bytes], Order] = msgspec.json.Decoder(Order).decode
 decode_report = msgspec.json.Decoder(Report).decode

@@ -15,6 +15,7 @@ from headrace import __version__
 from headrace.core.config import Config
 from headrace.engine.launch import launch
 from headrace.engine.loop_thread import LoopThread
+from headrace.frontend import control
 from headrace.frontend.native import WEIGHT_VERSION, GenerateCall, NativeResult, parse_generate
 from headrace.frontend.sampling import native_defaults
 from headrace.frontend.validate import error_of
@@ -69,7 +70,8 @@ class Engine:
         With `stream=True` an iterator of dicts, each with the text so far (and the `index` of its
         prompt in a batch); closing it aborts. `fields` are the other fields of /generate:
         return_logprob, logprob_start_len, top_logprobs_num, token_ids_logprob, stream, rid,
-        priority, extra_key, cache_salt, return_text_in_logprobs, return_prompt_token_ids.
+        priority, extra_key, cache_salt, session_params,
+        return_text_in_logprobs, return_prompt_token_ids.
 
         Raises:
             HeadraceError: the request is wrong, or the engine could not answer it.
@@ -141,6 +143,44 @@ class Engine:
     async def _abort(self, rid: str, abort_all: bool) -> None:
         if rid or abort_all:
             self._manager.abort(rid, prefix=True, all=abort_all)
+
+    def pause_generation(self, mode: str = "abort") -> None:
+        """Let nobody run; what comes waits. When it returns no step is in flight.
+
+        `abort` ends all requests, `retract` frees their pages and lets them wait, `in_place`
+        freezes them.
+        """
+        self._thread.run(control.pause(self._manager, mode))
+
+    def continue_generation(self) -> None:
+        """The end of a pause."""
+        self._thread.run(control.go_on(self._manager))
+
+    def open_session(
+        self,
+        capacity_of_str_len: int = 0,
+        session_id: str | None = None,
+        timeout: float | None = None,
+    ) -> str:
+        """A new session; returns its id, for the `session_params` of `generate`."""
+        return self._thread.run(
+            control.open_session(self._manager, capacity_of_str_len, session_id, timeout)
+        )
+
+    def close_session(self, session_id: str) -> None:
+        """Forget a session."""
+        self._thread.run(control.close_session(self._manager, session_id))
+
+    def start_profile(
+        self, name: str = "", start_step: int | None = None, num_steps: int | None = None
+    ) -> str:
+        """Record the scheduler's steps; returns the file in `profile_dir` it will be."""
+        started = control.start_profile(self._manager, name, start_step, num_steps)
+        return str(self._thread.run(started).data["path"])
+
+    def stop_profile(self) -> str:
+        """End the recording; returns the file."""
+        return str(self._thread.run(control.stop_profile(self._manager)).data["path"])
 
     def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""

@@ -7,6 +7,7 @@ that dies ends the server with an error. /health answers 503 while the children 
 import asyncio
 import gc
 import logging
+import signal
 import socket
 from contextlib import aclosing
 from types import FrameType
@@ -16,6 +17,7 @@ import uvicorn
 from headrace.core.config import Config
 from headrace.core.errors import HeadraceError
 from headrace.core.messages import GenerateRequest, SamplingParams, pack_ids
+from headrace.engine.boot import Drain, Serve
 from headrace.engine.launch import Launched
 from headrace.engine.stopwatch import process_age, table
 from headrace.frontend.requests import new_rid
@@ -52,8 +54,56 @@ async def serve(launched: Launched, listener: socket.socket) -> None:
         raise server.failure
 
 
+async def serve_by_workers(launched: Launched, listener: socket.socket) -> None:
+    """Let the HTTP workers answer on `listener`; this process tells them when to begin and end."""
+    manager, loop = launched.manager, asyncio.get_running_loop()
+    await manager.start()
+    ending = Ending()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, ending.ask)
+    launched.watch.begin("wait for children")
+    opening = asyncio.create_task(open_for_service(launched, ending, listener))
+    try:
+        await ending.first.wait()
+        listener.close()  # clients that come now are refused, as the workers close theirs
+        if ending.failure is None and manager.ready.is_set():
+            drained = asyncio.to_thread(
+                launched.supervisor.drain, "http-", Drain(), DRAIN_SECONDS + 1.0
+            )
+            hurry = asyncio.create_task(ending.second.wait())
+            await asyncio.wait(
+                (hurry, asyncio.create_task(drained)), return_when=asyncio.FIRST_COMPLETED
+            )
+            hurry.cancel()
+    finally:
+        opening.cancel()
+        launched.close()
+        await asyncio.gather(opening, return_exceptions=True)
+        await manager.close()
+    if ending.failure is not None:
+        raise ending.failure
+
+
+class Ending:
+    """When a server with workers ends, and why."""
+
+    def __init__(self) -> None:
+        self.first = asyncio.Event()
+        self.second = asyncio.Event()
+        self.failure: HeadraceError | None = None
+
+    def ask(self) -> None:
+        """A signal came; the second one does not wait."""
+        (self.second if self.first.is_set() else self.first).set()
+
+    def fail(self, error: HeadraceError) -> None:
+        """End now, and with this error."""
+        self.failure = self.failure or error
+        self.first.set()
+
+
 async def open_for_service(
-    launched: Launched, server: "HttpServer", listener: socket.socket
+    launched: Launched, server: "HttpServer | Ending", listener: socket.socket
 ) -> None:
     """Wait for the children, try one generation, and tell the world."""
     manager, watch = launched.manager, launched.watch
@@ -73,6 +123,9 @@ async def open_for_service(
     processes = {"main": watch.seconds, **{role: r.seconds for role, r in reports.items()}}
     for line in table(processes, manager.startup["total"]):
         logger.info(line)
+    assert manager.limits is not None
+    serve = Serve(manager.limits, manager.memory, manager.startup)
+    launched.supervisor.tell("http-", serve)
     manager.ready.set()
     logger.info("The server is ready at %s", url_of(listener))
 

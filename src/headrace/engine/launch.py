@@ -13,8 +13,8 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping
 
-from headrace.core.config import Config
-from headrace.core.errors import WorkerLost
+from headrace.core.config import Config, ServeOptions
+from headrace.core.errors import BadRequest, WorkerLost
 from headrace.core.model_info import ModelInfo
 from headrace.engine.boot import Boot, Ready
 from headrace.engine.stopwatch import Stopwatch
@@ -23,16 +23,31 @@ from headrace.ipc.address import AddressFolder
 
 logger = logging.getLogger(__name__)
 
-ROLES = ("scheduler", "detokenizer")
+
+def roles(serve: ServeOptions) -> list[str]:
+    """The children of a server, by the names they get."""
+    found = ["scheduler", "detokenizer"]
+    found += [f"detokenizer-{number}" for number in range(1, serve.detokenizer_worker_num)]
+    if serve.tokenizer_worker_num > 1:
+        found += [f"http-{number}" for number in range(1, serve.tokenizer_worker_num + 1)]
+    return found
 
 
 class Launched:
     """A server without protocols. `config` is resolved; `watch` times this process's start."""
 
-    def __init__(self, config: Config, watch: Stopwatch) -> None:
+    def __init__(self, config: Config, watch: Stopwatch, listener: int = -1) -> None:
+        if listener < 0 and config.serve.tokenizer_worker_num > 1:
+            raise BadRequest(
+                "--tokenizer-worker-num is for servers; there is no HTTP here",
+                field="tokenizer_worker_num",
+            )
         self.watch = watch
         self.watch.begin("processes")
-        self.supervisor = Supervisor(ROLES, config.run.runner)
+        self._listener = listener
+        children = roles(config.serve)
+        inherited = {role: [listener] for role in children if role.startswith("http-")}
+        self.supervisor = Supervisor(children, config.run.runner, inherited)
         self._folder: AddressFolder | None = None
         try:
             self._load(config)
@@ -52,7 +67,7 @@ class Launched:
         tokenizer = parts.load_tokenizer_of(self.config)
         self.info: ModelInfo = parts.with_tokenizer_ends(info, tokenizer)
         addresses = self._folder.addresses
-        self.supervisor.boot(Boot(self.config.flat(), self.info, addresses))
+        self.supervisor.boot(Boot(self.config.flat(), self.info, addresses, self._listener))
         self.watch.begin("manager")
         from headrace.frontend.tokenizer_manager import TokenizerManager
 
@@ -102,10 +117,12 @@ class Launched:
             self._folder.remove()
 
 
-def launch(config: Config, watch: Stopwatch | None = None) -> Launched:
+def launch(config: Config, watch: Stopwatch | None = None, listener: int = -1) -> Launched:
     """Start the children and load what this process needs.
+
+    `listener` is the descriptor of the socket that HTTP workers accept from, if there are several.
 
     Raises:
         LoadError: the model cannot be loaded. BadRequest: a wrong option.
     """
-    return Launched(config, watch or Stopwatch())
+    return Launched(config, watch or Stopwatch(), listener)

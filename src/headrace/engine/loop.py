@@ -2,9 +2,12 @@
 
 from typing import NamedTuple, NoReturn, Protocol
 
+from headrace.core.config import ServeOptions
 from headrace.core.messages import ControlReply, Inbound, Outbound
+from headrace.frontend.router import Outlet, to_detokenizers, to_frontends
 from headrace.ipc.address import Addresses
-from headrace.ipc.channels import Receiver, Sender
+from headrace.ipc.channels import Receiver
+from headrace.scheduler.trace import Trace
 
 # When requests wait but none can run: how long until the next look.
 _BLOCKED_MS = 2
@@ -15,6 +18,8 @@ class Steps(Protocol):
 
     @property
     def idle(self) -> bool: ...
+    @property
+    def trace(self) -> Trace: ...
     def submit(self, message: Inbound) -> None: ...
     def step(self) -> bool: ...
     def take(self) -> list[Outbound]: ...
@@ -24,16 +29,16 @@ class Ports(NamedTuple):
     """The scheduler's ends of the channels."""
 
     inbox: Receiver[Inbound]
-    deltas: Sender
-    replies: Sender
+    deltas: Outlet
+    replies: Outlet
 
 
-def open_ports(addresses: Addresses) -> Ports:
-    """Bind the scheduler's address and connect to the two others."""
+def open_ports(addresses: Addresses, serve: ServeOptions) -> Ports:
+    """Bind the scheduler's address and connect to the others."""
     return Ports(
         inbox=Receiver[Inbound](addresses.scheduler, Inbound),
-        deltas=Sender(addresses.detokenizer),
-        replies=Sender(addresses.tokenizer),
+        deltas=to_detokenizers(addresses, serve.detokenizer_worker_num),
+        replies=to_frontends(addresses, serve.tokenizer_worker_num),
     )
 
 
@@ -50,6 +55,9 @@ def turn(scheduler: Steps, ports: Ports, progressed: bool) -> bool:
     for message in ports.inbox.take(wait):
         scheduler.submit(message)
     progressed = scheduler.step()
-    for out in scheduler.take():
-        (ports.replies if isinstance(out, ControlReply) else ports.deltas).send(out)
+    if news := scheduler.take():
+        began = scheduler.trace.mark()
+        for out in news:
+            (ports.replies if isinstance(out, ControlReply) else ports.deltas).send(out)
+        scheduler.trace.add("send", began)
     return progressed

@@ -28,7 +28,7 @@ from headrace.engine.boot import Boot, Failed, Loading, Ready
 from headrace.engine.stopwatch import Stopwatch
 from headrace.engine.tied import die_with_parent
 from headrace.ipc import address
-from headrace.ipc.channels import Receiver, Sender
+from headrace.ipc.channels import Receiver
 
 # What takes long to import, by role and runner; needed in any case.
 _EARLY = {
@@ -36,25 +36,30 @@ _EARLY = {
     ("scheduler", "fake"): ("headrace.engine.build",),
     ("detokenizer", "model"): ("headrace.frontend.detokenizer",),
     ("detokenizer", "fake"): ("headrace.frontend.detokenizer",),
+    ("http", "model"): ("headrace.engine.http_worker",),
+    ("http", "fake"): ("headrace.engine.http_worker",),
 }
 
 
 def main() -> None:
     """Serve until killed; returns only when that fails."""
     role, report_fd, parent, runner = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    kind, _, number = role.partition("-")
     watch = Stopwatch()
     lifeline = Lifeline(role, parent)
     reports = Reports(report_fd)
     try:
-        for module in _EARLY[role, runner]:
+        for module in _EARLY[kind, runner]:
             importlib.import_module(module)
         watch.begin("wait for configuration")
         boot = lifeline.boot()
         _log_to_stderr(role, boot.config.observe.log_level)
-        if role == "scheduler":
+        if kind == "scheduler":
             _schedule(boot, reports, watch)
+        elif kind == "detokenizer":
+            _detokenize(boot, int(number or 0), reports, watch)
         else:
-            _detokenize(boot, reports, watch)
+            _serve(boot, int(number), reports, lifeline)
     except HeadraceError as error:
         reports.send(Failed(error.message))
     except Exception as error:  # noqa: BLE001  the main of a process: the parent must hear of it
@@ -69,7 +74,7 @@ def _schedule(boot: Boot, reports: "Reports", watch: Stopwatch) -> NoReturn:
         watch.begin(step)
         reports.send(Loading(step))
 
-    ports = open_ports(boot.addresses)
+    ports = open_ports(boot.addresses, boot.config.serve)
     built = build_scheduler(boot.config, boot.info, progress)
     watch.begin("")
     reports.send(Ready(watch.seconds, built.limits, built.memory))
@@ -77,18 +82,33 @@ def _schedule(boot: Boot, reports: "Reports", watch: Stopwatch) -> NoReturn:
     run(built.scheduler, ports)
 
 
-def _detokenize(boot: Boot, reports: "Reports", watch: Stopwatch) -> NoReturn:
+def _detokenize(boot: Boot, number: int, reports: "Reports", watch: Stopwatch) -> NoReturn:
     from headrace.engine.parts import load_tokenizer_of
     from headrace.frontend.detokenizer import DetokenizerManager
+    from headrace.frontend.router import to_frontends
+    from headrace.ipc.address import numbered
 
     watch.begin("tokenizer")
-    inbox = Receiver[Deltas](boot.addresses.detokenizer, Deltas)
-    outbox = Sender(boot.addresses.tokenizer)
+    inbox = Receiver[Deltas](numbered(boot.addresses.detokenizer, number), Deltas)
+    outbox = to_frontends(boot.addresses, boot.config.serve.tokenizer_worker_num)
     manager = DetokenizerManager(load_tokenizer_of(boot.config))
     watch.begin("")
     reports.send(Ready(watch.seconds))
     _settle()
     manager.run(inbox, outbox)
+
+
+def _serve(boot: Boot, number: int, reports: "Reports", lifeline: "Lifeline") -> None:
+    """HTTP until the parent says that it is enough."""
+    import asyncio
+
+    import uvloop
+
+    from headrace.engine.http_worker import serve
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve(boot, number, lambda: reports.send(Ready({})), lifeline.orders.get))
+    lifeline.end()
 
 
 def _settle() -> None:
@@ -123,6 +143,8 @@ class Lifeline:
 
     def __init__(self, role: str, parent: int) -> None:
         self._boots: queue.SimpleQueue[Boot] = queue.SimpleQueue()
+        # What the parent says after its first message.
+        self.orders: queue.SimpleQueue[wire.Order] = queue.SimpleQueue()
         self._folder = ""
         self._leaving = threading.Lock()
         setproctitle.setproctitle(f"headrace::{role}")
@@ -131,7 +153,7 @@ class Lifeline:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         death_signal = signal.SIGKILL
-        if role == "detokenizer":
+        if role.startswith("detokenizer"):
             signal.signal(signal.SIGUSR1, self._leave)
             death_signal = signal.SIGUSR1
         die_with_parent(parent, death_signal)
@@ -144,13 +166,21 @@ class Lifeline:
         return boot
 
     def _watch(self) -> None:
-        line = b""
+        rest, booted = b"", False
         while data := os.read(0, 1 << 16):
-            line += data
-            if line.endswith(b"\n"):
-                self._boots.put(wire.decode_boot(line))
-                line = b""
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                if booted:
+                    self.orders.put(wire.decode_order(line))
+                else:
+                    self._boots.put(wire.decode_boot(line))
+                    booted = True
         self._leave()
+
+    def end(self) -> NoReturn:
+        """The work of this process is done; the folder of sockets is still in use."""
+        sys.stderr.flush()
+        os._exit(0)
 
     def _leave(self, signum: int = 0, frame: FrameType | None = None) -> None:
         """The parent is gone or wants this process to end."""

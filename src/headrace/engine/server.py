@@ -25,17 +25,20 @@ def launch_server(config: Config) -> int:
     watch = Stopwatch()
     log_to_stderr(config.observe)
     with listening(config.serve) as listener:
-        launched = launch(config, watch)
+        launched = launch(config, watch, listener.fileno())
         try:
             watch.begin("http")
             import asyncio
 
             import uvloop
 
-            from headrace.engine.http import serve
+            from headrace.engine.http import serve, serve_by_workers
+
+            several = config.serve.tokenizer_worker_num > 1
+            work = serve_by_workers if several else serve
 
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                runner.run(serve(launched, listener))
+                runner.run(work(launched, listener))
         finally:
             launched.close()
     return 0

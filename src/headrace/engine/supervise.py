@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import IO
@@ -24,7 +24,7 @@ from typing import IO
 import headrace
 from headrace.core.errors import HeadraceError, LoadError, WorkerLost
 from headrace.engine import boot as wire
-from headrace.engine.boot import Boot, Failed, Loading, Ready
+from headrace.engine.boot import Boot, Failed, Loading, Order, Ready
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +33,13 @@ _READ = 1 << 16
 # From hanging up to SIGKILL; children have nothing to save.
 _GRACE_SECONDS = 2.0
 
+Descriptors = Mapping[str, Sequence[int]]
+
 
 class Child:
     """One process and its pipes. Used by the supervising thread, but for `send`."""
 
-    def __init__(self, role: str, runner: str) -> None:
+    def __init__(self, role: str, runner: str, inherited: Sequence[int] = ()) -> None:
         self.role = role
         self.ready: Ready | None = None
         self.failure: Failed | None = None
@@ -51,7 +53,7 @@ class Child:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                pass_fds=[write_end],
+                pass_fds=[write_end, *inherited],
                 env=environment(),
                 bufsize=0,
             )
@@ -61,12 +63,12 @@ class Child:
         assert self.process.stdout is not None
         self.output: IO[bytes] = self.process.stdout
 
-    def send(self, boot: Boot) -> None:
-        """Give the child its configuration."""
+    def send(self, message: Boot | Order) -> None:
+        """Give the child its configuration or an order."""
         assert self.process.stdin is not None
         # A child that has died already is told of by its pipes.
         with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(wire.encode(boot) + b"\n")
+            self.process.stdin.write(wire.encode(message) + b"\n")
 
     def hang_up(self) -> None:
         """Close the pipe that ties it to us: it ends at once."""
@@ -101,7 +103,10 @@ class Supervisor:
     child that died later.
     """
 
-    def __init__(self, roles: Sequence[str], runner: str) -> None:
+    def __init__(
+        self, roles: Sequence[str], runner: str, inherited: Descriptors | None = None
+    ) -> None:
+        """`inherited`: descriptors that a child gets, by role, with the numbers they have here."""
         self._lock = threading.Lock()
         self._closing = False
         self._children: list[Child] = []
@@ -111,7 +116,10 @@ class Supervisor:
         self._tell: Callable[[WorkerLost], None] | None = None
         self._owner = os.getpid()
         self._thread = threading.Thread(
-            target=self._run, args=(roles, runner), name="headrace-supervisor", daemon=True
+            target=self._run,
+            args=(roles, runner, inherited or {}),
+            name="headrace-supervisor",
+            daemon=True,
         )
         self._thread.start()
         self._started.result()
@@ -125,6 +133,22 @@ class Supervisor:
         """Give every child its configuration."""
         for child in self._children:
             child.send(boot)
+
+    def tell(self, prefix: str, order: Order) -> None:
+        """Give an order to the children whose role begins so."""
+        for child in self._children:
+            if child.role.startswith(prefix):
+                child.send(order)
+
+    def drain(self, prefix: str, order: Order, seconds: float) -> None:
+        """Give an order to end, and wait for it; from here on a child may end. Blocks."""
+        self._closing = True
+        self.tell(prefix, order)
+        deadline = time.monotonic() + seconds
+        for child in self._children:
+            if child.role.startswith(prefix):
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.process.wait(max(0.0, deadline - time.monotonic()))
 
     def wait_ready(self, timeout: float | None = None) -> dict[str, Ready]:
         """The reports of all children, by role.
@@ -160,10 +184,10 @@ class Supervisor:
 
     # -- the supervising thread ---------------------------------------------------------------
 
-    def _run(self, roles: Sequence[str], runner: str) -> None:
+    def _run(self, roles: Sequence[str], runner: str, inherited: Descriptors) -> None:
         try:
             for role in roles:
-                self._children.append(Child(role, runner))
+                self._children.append(Child(role, runner, inherited.get(role, ())))
         except OSError as error:
             for child in self._children:
                 child.process.kill()

@@ -13,7 +13,8 @@ import msgspec
 
 from headrace.core.errors import BadRequest
 from headrace.core.messages import Delta, Deltas, FinishReason, StreamStart, unpack_ids
-from headrace.ipc.channels import Receiver, Sender
+from headrace.frontend.router import Outlet
+from headrace.ipc.channels import Receiver
 from headrace.text.detokenize import IncrementalDecoder
 from headrace.text.stop import StopFilter
 from headrace.text.tokenizer import Tokenizer
@@ -24,9 +25,10 @@ class DetokenizerManager:
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
-        self._streams: dict[str, TextStream] = {}
+        # By frontend and rid: two frontends may have requests of one name for a moment.
+        self._streams: dict[tuple[int, str], TextStream] = {}
 
-    def run(self, inbox: Receiver[Deltas], outbox: Sender) -> NoReturn:
+    def run(self, inbox: Receiver[Deltas], outbox: Outlet) -> NoReturn:
         """Serve for ever."""
         while True:
             for deltas in inbox.take(None):
@@ -39,15 +41,16 @@ class DetokenizerManager:
         return Deltas([self._advance(delta) for delta in deltas.items], deltas.stats)
 
     def _advance(self, delta: Delta) -> Delta:
-        stream = self._streams.get(delta.rid)
+        key = (delta.origin, delta.rid)
+        stream = self._streams.get(key)
         if stream is None:
             if delta.start is None or self._tokenizer is None:
                 return delta  # it ended before its first token
-            stream = self._streams[delta.rid] = TextStream(self._tokenizer, delta.start)
+            stream = self._streams[key] = TextStream(self._tokenizer, delta.start)
         if delta.finish is None:
             text, finish = stream.push(delta.ids), None
         else:
-            del self._streams[delta.rid]
+            del self._streams[key]
             text, finish = stream.end(delta.ids, delta.finish)
         return msgspec.structs.replace(delta, text=text, finish=finish, start=None)
 

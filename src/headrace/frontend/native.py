@@ -19,6 +19,7 @@ from headrace.core.messages import (
     GenerateRequest,
     LogprobSpec,
     SamplingParams,
+    SessionParams,
     TokenLogprobs,
     pack_ids,
     unpack_ids,
@@ -36,8 +37,7 @@ _REFUSED = {
     "image_data": "images",
     "video_data": "videos",
     "audio_data": "audio",
-    "session_id": "sessions",
-    "session_params": "sessions",
+    "session_id": "sessions without session_params",
     "lora_path": "LoRA adapters",
     "lora_id": "LoRA adapters",
     "custom_logit_processor": "code from requests",
@@ -69,6 +69,16 @@ class GenerateCall(msgspec.Struct, frozen=True):
     prompt_token_ids: bool
 
 
+class _Session(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """session_params of a body."""
+
+    id: str
+    rid: str | None = None
+    offset: int | None = None
+    replace: bool | None = None
+    drop_previous_output: bool | None = None
+
+
 class _Body(msgspec.Struct, frozen=True):
     """Types of the fields. A list beside a list of prompts holds one value for each prompt."""
 
@@ -87,6 +97,7 @@ class _Body(msgspec.Struct, frozen=True):
     priority: int | list[int | None] | None = None
     extra_key: str | list[str | None] | None = None
     cache_salt: str | list[str | None] | None = None
+    session_params: _Session | list[_Session | None] | None = None
 
 
 def parse_generate(body: Mapping[str, Any], defaults: SamplingParams) -> GenerateCall:
@@ -105,6 +116,7 @@ def parse_generate(body: Mapping[str, Any], defaults: SamplingParams) -> Generat
         raise _type_error(error) from None
     prompts, batch = _prompts(fields)
     requests = list(_requests(fields, prompts, batch, defaults))
+    _check_sessions(fields, requests)
     samples = sum(min(request.sampling.n, MAX_SAMPLES) for request in requests)
     if samples > MAX_BATCH:
         raise BadRequest(
@@ -173,6 +185,7 @@ def _requests(
     priorities = each("priority", fields.priority)
     extra_keys = each("extra_key", fields.extra_key)
     salts = each("cache_salt", fields.cache_salt)
+    sessions = each("session_params", fields.session_params)
     for i, prompt in enumerate(prompts):
         start = -1 if starts[i] is None else starts[i]
         yield GenerateRequest(
@@ -184,7 +197,35 @@ def _requests(
             logprobs=LogprobSpec(start, tops[i] or 0, ids[i]) if logprobs[i] else None,
             priority=priorities[i],
             namespace=namespace(salts[i], extra_keys[i]),
+            session=_session(sessions[i]),
         )
+
+
+def _session(asked: _Session | None) -> SessionParams | None:
+    if asked is None:
+        return None
+    return SessionParams(
+        asked.id,
+        asked.rid or "",
+        asked.offset or 0,
+        bool(asked.replace),
+        bool(asked.drop_previous_output),
+    )
+
+
+def _check_sessions(fields: _Body, requests: Sequence[GenerateRequest]) -> None:
+    """Raise BadRequest for what a request of a session cannot have."""
+    for request in requests:
+        if request.session is None:
+            continue
+        if request.sampling.n > 1:
+            raise BadRequest("n must be 1 in a session", field="n")
+        if fields.return_prompt_token_ids:
+            raise BadRequest(
+                "return_prompt_token_ids: the server, not the client, knows the whole prompt of a "
+                "request in a session",
+                field="return_prompt_token_ids",
+            )
 
 
 def _each(name: str, value: Any, count: int | None) -> list[Any]:

@@ -5,7 +5,7 @@ import uuid
 import msgspec
 
 from headrace.core.errors import BadRequest
-from headrace.core.messages import GenerateRequest
+from headrace.core.messages import GenerateRequest, pack_ids, unpack_ids
 
 MAX_SAMPLES = 128
 
@@ -44,3 +44,13 @@ def fan_out(request: GenerateRequest) -> list[GenerateRequest]:
         )
         for i in range(n)
     ]
+
+
+def continued(request: GenerateRequest, bos: int | None) -> GenerateRequest:
+    """The request without a token of beginning if it goes on after another one of its session."""
+    if request.session is None or not request.session.rid or bos is None:
+        return request
+    ids = unpack_ids(request.ids)
+    if len(ids) < 2 or ids[0] != bos:
+        return request
+    return msgspec.structs.replace(request, ids=pack_ids(ids[1:]))

@@ -14,7 +14,7 @@ import random
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from typing import Literal
+from typing import Any
 
 import msgspec
 
@@ -29,16 +29,21 @@ from headrace.core.messages import (
     FinishReason,
     GenerateRequest,
     Inbound,
-    Outbound,
+    News,
+    PeerAsk,
+    PeerMetrics,
     SchedulerStats,
+    Verb,
 )
 from headrace.core.model_info import ModelInfo
 from headrace.frontend.async_tokenizer import AsyncTokenizer
 from headrace.frontend.mailbox import Flight, Mailbox
 from headrace.frontend.measure import StepMeasure
-from headrace.frontend.requests import fan_out
+from headrace.frontend.peers import Peers
+from headrace.frontend.request_log import RequestLog
+from headrace.frontend.requests import continued, fan_out
 from headrace.frontend.validate import validate
-from headrace.ipc.address import Addresses
+from headrace.ipc.address import Addresses, numbered
 from headrace.ipc.channels import Receiver, Sender
 from headrace.metrics.record import RequestMetrics
 from headrace.text.chat import TemplateManager
@@ -46,7 +51,6 @@ from headrace.text.tokenizer import Tokenizer
 
 # Raises BadRequest for a request that a feature cannot serve.
 RequestCheck = Callable[[GenerateRequest], None]
-Verb = Literal["ping", "flush_cache", "loads", "state"]
 
 
 class TokenizerManager:
@@ -64,6 +68,7 @@ class TokenizerManager:
         templates: TemplateManager | None,
         addresses: Addresses,
         checks: Sequence[RequestCheck] = (),
+        origin: int = 0,
     ) -> None:
         self.config = config
         self.info = info
@@ -73,10 +78,16 @@ class TokenizerManager:
         self.ready = asyncio.Event()
         self.stats = SchedulerStats()
         self.metrics = RequestMetrics()
+        self.log = RequestLog.create(config.observe)
         # For people: sizes in GiB and tokens, seconds by step of the start.
         self.memory: dict[str, float] = {}
         self.startup: dict[str, float] = {}
         self._addresses = addresses
+        # Our number among the frontends of a server; the main process is 0.
+        self._origin = origin
+        workers = config.serve.tokenizer_worker_num
+        others = set(range(1, workers + 1)) - {origin} if origin else set()
+        self.peers = Peers(origin, {n: numbered(addresses.tokenizer, n) for n in others})
         self._flights: dict[str, Flight] = {}
         self._controls: dict[int, asyncio.Future[ControlReply]] = {}
         self._control_ids = itertools.count(1)
@@ -86,16 +97,17 @@ class TokenizerManager:
         self._failure: HeadraceError | None = None
         self._loop: asyncio.AbstractEventLoop
         self._sender: Sender | None = None
-        self._receiver: Receiver[Outbound] | None = None
+        self._receiver: Receiver[News] | None = None
 
     # -- life ---------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Open the channels; the other processes may come later."""
         self._loop = asyncio.get_running_loop()
-        self._receiver = Receiver[Outbound](self._addresses.tokenizer, Outbound)
+        self._receiver = Receiver[News](numbered(self._addresses.tokenizer, self._origin), News)
         self._receiver.listen(self._loop, self._receive)
         self._sender = Sender(self._addresses.scheduler)
+        self.peers.start()
 
     def open(self, limits: Limits) -> None:
         """The scheduler has loaded its model: take requests."""
@@ -121,6 +133,7 @@ class TokenizerManager:
             if channel is not None:
                 channel.close()
         self._receiver = self._sender = None
+        self.peers.close()
 
     # -- requests -----------------------------------------------------------------------------
 
@@ -145,6 +158,8 @@ class TokenizerManager:
         When one request is refused, none is sent.
         """
         prepared = await self._prepare(requests)
+        if self.log.on:
+            self.log.received(requests, prepared)
         with self._send_off(prepared) as mailbox:
             left = len(prepared)
             while left:
@@ -160,14 +175,14 @@ class TokenizerManager:
         """End a request, those whose rid starts with `rid`, or all; unknown ones are ignored."""
         self._send(AbortRequest(rid, prefix, all))
 
-    async def control(self, verb: Verb, timeout: float = 30.0) -> ControlReply:
-        """Ask the scheduler.
+    async def control(self, verb: Verb, timeout: float = 30.0, **args: Any) -> ControlReply:
+        """Ask the scheduler; `args` are those of `headrace.scheduler.control`.
 
         Raises:
             HeadraceError: no answer within `timeout` seconds, or the scheduler is gone.
         """
         self._check_alive()
-        message = Control(next(self._control_ids), verb)
+        message = Control(next(self._control_ids), verb, args, self._origin)
         reply = self._controls[message.id] = self._loop.create_future()
         try:
             self._send(message)
@@ -202,7 +217,8 @@ class TokenizerManager:
         prepared = []
         for request in await self._texts.with_ids(requests):
             assert request.sampling.n == 1, "fan_out first"
-            checked = validate(request, self.info.vocab_size, self.limits, truncate)
+            bos = self.tokenizer.bos_token_id if self.tokenizer else None
+            checked = validate(continued(request, bos), self.info.vocab_size, self.limits, truncate)
             for check in self._checks:
                 await self._texts.apply(check, checked)
             if checked.sampling.seed is None:
@@ -223,14 +239,14 @@ class TokenizerManager:
         try:
             for request, flight in zip(requests, flights, strict=True):
                 self._flights[request.rid] = flight
-                self._send(msgspec.structs.replace(request, received=now))
+                self._send(msgspec.structs.replace(request, received=now, origin=self._origin))
             self.metrics.requests += len(requests)
             yield mailbox
         finally:
             for request, flight in zip(requests, flights, strict=True):
                 if self._flights.get(request.rid) is flight:
                     flight.abandoned = True
-                    self._send(AbortRequest(request.rid))
+                    self._send(AbortRequest(request.rid, origin=self._origin or -1))
 
     def _check_alive(self) -> None:
         if self._failure is not None:
@@ -249,14 +265,24 @@ class TokenizerManager:
 
     # -- the way back -------------------------------------------------------------------------
 
-    def _receive(self, messages: Sequence[Outbound]) -> None:
+    def _receive(self, messages: Sequence[News]) -> None:
         for message in messages:
             if isinstance(message, Deltas):
                 if message.stats is not None:
                     self.stats = message.stats
                 self._deliver(message.items)
+            elif isinstance(message, PeerMetrics):
+                self.peers.hear(message)
+            elif isinstance(message, PeerAsk):
+                self._answer_peer(message)
             elif (reply := self._controls.get(message.id)) is not None and not reply.done():
                 reply.set_result(message)
+
+    def _answer_peer(self, ask: PeerAsk) -> None:
+        if ask.logging is None:
+            self.peers.answer(ask, self.metrics)
+        else:
+            self.log.configure(**ask.logging)
 
     def _deliver(self, deltas: Sequence[Delta]) -> None:
         flights = self._flights
@@ -268,5 +294,7 @@ class TokenizerManager:
             if delta.finish is not None:
                 del flights[delta.rid]
             measure.add(flight, delta)
+            if self.log.on:
+                self.log.add(delta)
             flight.deliver(delta)
         measure.close()

@@ -31,6 +31,11 @@ class Addresses(msgspec.Struct, frozen=True):
     detokenizer: str
 
 
+def numbered(address: str, number: int) -> str:
+    """The address of one of several processes of a kind; the first one has the plain address."""
+    return f"{address}-{number}" if number else address
+
+
 class AddressFolder:
     """The folder of one server, made and removed by the process that serves."""
 
@@ -99,7 +104,7 @@ def _base() -> Path:
     """A folder for sockets whose path is short enough for a unix socket."""
     for candidate in (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir()):
         if candidate and os.access(candidate, os.W_OK | os.X_OK):
-            longest = Path(candidate) / f"{_PREFIX}4194304-12345678" / "detokenizer"
+            longest = Path(candidate) / f"{_PREFIX}4194304-12345678" / "detokenizer-64"
             if len(os.fsencode(longest)) <= _LONGEST_SOCKET_PATH:
                 return Path(candidate)
     return Path("/tmp")

@@ -191,6 +191,7 @@ class Committer:
         self.deltas.append(
             Delta(
                 rid=spec.rid,
+                origin=spec.origin,
                 ids=unsent.ids,
                 finish=request.finish,
                 prompt_tokens=request.prompt_len,

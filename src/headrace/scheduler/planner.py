@@ -55,6 +55,7 @@ class Planner:
         self.running: list[Request] = []
         self.ratio = NewTokenRatio(options.schedule_conservativeness)
         self.retracted_total = 0
+        self.paused = False  # then nobody runs, and requests that come wait
         # Requests by row; a finished one keeps its row until no plan in flight contains it.
         self.rows: dict[int, Request] = {}
         self.requests_total = 0

@@ -66,6 +66,7 @@ class Reporter:
             new_token_ratio=planner.ratio.value,
             uptime=self._clock() - self._started,
             max_running_requests=planner.limits.max_running_requests,
+            paused=len(planner.running) if planner.paused else 0,
         )
 
     def _prefilled(self, plan: StepPlan, tokens: int) -> None:

@@ -11,12 +11,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
-import msgspec
-
 from headrace.core.config import Limits, ScheduleOptions
+from headrace.core.errors import HeadraceError
 from headrace.core.messages import (
     AbortRequest,
-    Control,
     ControlReply,
     Deltas,
     FinishReason,
@@ -26,11 +24,14 @@ from headrace.core.messages import (
 )
 from headrace.core.plan import StepPlan, StepResult
 from headrace.scheduler.commit import DEFAULT_OUTPUT, Committer, OutputRules, abort
+from headrace.scheduler.control import answer
 from headrace.scheduler.feature import Feature, Runner
 from headrace.scheduler.planner import Planner
 from headrace.scheduler.report import Reporter
 from headrace.scheduler.request import Request
+from headrace.scheduler.sessions import Sessions
 from headrace.scheduler.space import Space
+from headrace.scheduler.trace import Trace
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +61,13 @@ class Scheduler:
         self.features = features
         self.space = space
         self.planner = Planner(options, limits, space, features, self.depth, clock)
-        self.committer = Committer(self.planner, space, features, output, clock)
+        self.sessions = Sessions(options.max_sessions, options.session_timeout, clock)
+        watchers = (*features, self.sessions)
+        self.committer = Committer(self.planner, space, watchers, output, clock)
         self.reporter = Reporter(self.planner, self.committer, output.decode_log_interval, clock)
+        self.trace = Trace(clock)
+        # Seconds to sleep after each step, to make a slow server for tests of clients.
+        self.slow_down = 0.0
         self._stops = output.stops
         self._inflight: deque[tuple[StepPlan, Future[StepResult]]] = deque()
         self._replies: list[ControlReply] = []
@@ -80,7 +86,7 @@ class Scheduler:
         elif isinstance(message, AbortRequest):
             self._abort(message)
         else:
-            self._replies.append(self._control(message))
+            self._replies.append(answer(self, message))
 
     def step(self) -> bool:
         """Plan and launch, or commit, or both. False: nothing could be done."""
@@ -92,6 +98,26 @@ class Scheduler:
             return True
         self._commit_oldest()
         return True
+
+    def drain(self) -> None:
+        """Wait for the plans in flight and commit them."""
+        while self._inflight:
+            self._commit_oldest()
+
+    def pause(self, mode: str) -> int:
+        """Let nobody run; returns how many requests that holds up.
+
+        `abort` ends them all, `retract` takes their pages and lets them wait, `in_place` freezes
+        them as they are. Requests that come wait. Nothing is in flight when it returns.
+        """
+        self.drain()
+        self.planner.paused = True
+        if mode == "abort":
+            self._abort(AbortRequest(all=True, message="Aborted by a pause of the server."))
+        elif mode == "retract":
+            for request in list(self.planner.running):
+                self.planner.retract(request)
+        return len(self.planner.running) + len(self.planner.queue)
 
     def take(self) -> list[Outbound]:
         """Everything to send since the last call."""
@@ -120,14 +146,26 @@ class Scheduler:
     # -- messages -----------------------------------------------------------------------------
 
     def _accept(self, spec: GenerateRequest) -> None:
+        reason = None
+        if spec.session is not None:
+            spec, reason = self._go_on(spec)
         request = Request(spec, self._arrivals, self.clock(), None)
         self._arrivals += 1
-        reason = self._refusal(request)
+        reason = reason or self._refusal(request)
         self.planner.queue.add(request)
         if reason is not None:
             self.committer.finish(request, reason)
             return
         request.stop = self._stops(spec)
+
+    def _go_on(self, spec: GenerateRequest) -> tuple[GenerateRequest, FinishReason | None]:
+        """The request with what came before it in its session; what it replaces ends."""
+        try:
+            for rid in self.sessions.displaced(spec):
+                self._abort(AbortRequest(rid, message="Replaced by another of its session."))
+            return self.sessions.extend(spec), None
+        except HeadraceError as error:
+            return spec, abort(error.message, error.status, error.kind)
 
     def _refusal(self, request: Request) -> FinishReason | None:
         """Why the request cannot be taken, if so."""
@@ -150,11 +188,20 @@ class Scheduler:
             return abort(
                 "Using priority is disabled for this server.", 503, "ServiceUnavailableError"
             )
+        if request.spec.origin and self._in_use(request.rid):
+            return abort(
+                f"rid {request.rid!r} is in use by another request", 400, "BadRequestError"
+            )
         for feature in self.features:
             error = feature.check(request)
             if error is not None:
                 return abort(error, 400, "BadRequestError")
         return self._full(request)
+
+    def _in_use(self, rid: str) -> bool:
+        """One frontend knows its own requests; of several only the scheduler knows all."""
+        everything = (self.planner.queue.waiting, self.planner.running)
+        return any(other.rid == rid for some in everything for other in some)
 
     def _full(self, request: Request) -> FinishReason | None:
         """With a full queue, refuse this request or, if it is more urgent, evict another."""
@@ -179,30 +226,10 @@ class Scheduler:
         for request in everything:
             rid = request.rid
             hit = rid.startswith(message.rid) if message.prefix else rid == message.rid
+            if message.origin not in (-1, request.spec.origin):
+                continue
             if message.all or (hit and message.rid):
                 self.committer.finish(request, FinishReason("abort", message=message.message))
-
-    def _control(self, message: Control) -> ControlReply:
-        if message.verb == "flush_cache":
-            return self._flush(message.id)
-        if message.verb in ("loads", "state"):
-            return ControlReply(message.id, data=msgspec.structs.asdict(self.reporter.stats()))
-        return ControlReply(message.id)
-
-    def _flush(self, id: int) -> ControlReply:
-        # What is still in flight may be the wasted step of requests that have ended.
-        while self._inflight and not (self.planner.running or self.planner.queue.waiting):
-            self._commit_oldest()
-        if not self.idle:
-            return ControlReply(
-                id,
-                ok=False,
-                message=f"Cache not flushed: {len(self.planner.running)} requests run and "
-                f"{len(self.planner.queue)} wait.",
-            )
-        self.space.clear()
-        self.planner.ratio.reset()
-        return ControlReply(id, message="Cache flushed.")
 
     # -- one step -----------------------------------------------------------------------------
 
@@ -212,16 +239,28 @@ class Scheduler:
                 self.committer.finish(request, reason)
 
     def _launch(self) -> bool:
-        plan = self.planner.plan()
+        began = self.trace.mark()
+        plan = None if self.planner.paused else self.planner.plan()
         if plan is None:
             return False
+        self.trace.add("plan", began)
         self.reporter.planned(plan)
-        self._inflight.append((plan, self.runner.launch(plan)))
+        began = self.trace.mark()
+        future = self.runner.launch(plan)
+        self.trace.add("launch", began)
+        self.trace.launched(plan, future, self.planner)
+        self._inflight.append((plan, future))
+        if self.slow_down:
+            time.sleep(self.slow_down)
         return True
 
     def _commit_oldest(self) -> None:
         plan, future = self._inflight.popleft()
-        self.committer.commit(plan, future.result())
+        result = future.result()
+        began = self.trace.mark()
+        self.committer.commit(plan, result)
+        self.trace.add("commit", began)
+        self.trace.committed(plan)
         if self.planner.running:
             self.planner.ratio.decay()
         else:

@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from headrace.core.errors import Unauthorized
 from headrace.server.errors import error_response
 
-OPEN_PATHS = frozenset(("/", "/health", "/health_generate", "/ready", "/metrics"))
+OPEN_PATHS = frozenset(("/", "/health", "/health_generate", "/ready", "/ping", "/metrics"))
 
 
 class RequireApiKey:

@@ -51,6 +51,7 @@ def _add_health(router: APIRouter, context: Context) -> None:
         """200 once requests are served; asks nobody."""
         return Response(status_code=200 if context.manager.ready.is_set() else 503)
 
+    @router.get("/ping", include_in_schema=False)
     @router.get("/health")
     async def health() -> Response:
         """200 when the scheduler answers; adds nothing to its batch."""
@@ -79,7 +80,9 @@ async def _ping(context: Context) -> None:
 
 
 async def _one_token(context: Context) -> None:
-    """Any answer will do: a full queue is busy, not ill."""
+    """Any answer will do: a full queue is busy, not ill; a paused server is as it should be."""
+    if (await context.manager.control("ping", timeout=PROBE_SECONDS)).data.get("paused"):
+        return
     request = GenerateRequest(
         rid=f"HEALTH_CHECK_{uuid.uuid4().hex}",
         ids=pack_ids([0]),
@@ -205,15 +208,14 @@ def _add_loads(router: APIRouter, context: Context) -> None:
         )
 
     manager = context.manager
-    exporter = Exporter(
-        lambda: Sources(manager.stats, manager.metrics), {"model_name": context.model_name}
-    )
 
     @router.get("/metrics")
     async def metrics() -> Response:
         """Counters and histograms in Prometheus' text format."""
         if not context.config.observe.enable_metrics:
             raise NotFound("Metrics are off; start the server with --enable-metrics.")
+        sources = Sources(manager.stats, await manager.peers.metrics(manager.metrics))
+        exporter = Exporter(lambda: sources, {"model_name": context.model_name})
         return Response(exporter.render(), media_type=CONTENT_TYPE)
 
     @router.get("/get_load")

@@ -21,6 +21,7 @@ from headrace.server import (
     admin,
     anthropic_messages,
     batch_routes,
+    control,
     errors,
     generation,
     ollama,
@@ -47,6 +48,7 @@ BODIES = (
     GenerateBody,
     NameBody,
     BatchRequest,
+    *control.BODIES,
 )
 
 
@@ -67,7 +69,16 @@ def build_app(manager: TokenizerManager, config: Config, info: ModelInfo) -> Fas
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     errors.install(app)
-    for part in (generation, openai_responses, anthropic_messages, ollama, tokens, parsing, admin):
+    for part in (
+        generation,
+        openai_responses,
+        anthropic_messages,
+        ollama,
+        tokens,
+        parsing,
+        admin,
+        control,
+    ):
         app.include_router(part.routes(context))
     app.state.work = _add_batches(app, context)
     if config.serve.api_key:

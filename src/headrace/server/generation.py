@@ -44,6 +44,7 @@ def routes(context: Context) -> APIRouter:
             http, context, lambda raw: openai_completions.parse(raw, context, stamp)
         )
 
+    @router.post("/invocations", include_in_schema=False)
     @router.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest))
     async def chat(http: Request) -> Response:
         """OpenAI's chat completions."""

@@ -32,6 +32,7 @@ HONORED = frozenset(
         "priority",
         "extra_key",
         "cache_salt",
+        "session_params",
     )
 )
 

@@ -40,7 +40,7 @@ REFUSED: dict[str, str] = {
     "function_call": "the old function calling is not supported; use tools",
     "lora_path": "LoRA adapters are not supported yet",
     "session_id": "sessions are not supported yet",
-    "session_params": "sessions are not supported yet",
+    "session_params": "sessions are for /generate",
     "input_embeds": "prompts as embeddings are not supported",
     "prompt_embeds": "prompts as embeddings are not supported",
     "custom_logit_processor": "code from requests is never run",

@@ -2,11 +2,15 @@
 
 The environment has the tags, filters and globals that transformers gives chat templates, so that
 the prompt is the same string. Templates come from model folders: the sandbox keeps them from
-running code, size limits bound what they print. It does not bound their time: a template is
-trusted that far. Does not know where templates come from or what a request looks like.
+running code, limits bound what they print and how long they take (looked at whenever a template
+prints, calls or reads an attribute). Does not know where templates come from or what a request
+looks like.
 """
 
 import json
+import math
+import threading
+import time
 from collections.abc import Iterator
 from datetime import datetime
 from typing import Any, Literal, NoReturn
@@ -15,12 +19,15 @@ from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError, meta, nod
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from headrace.core.errors import BadRequest, LoadError
 
 MAX_TEMPLATE_CHARS = 1 << 20
 MAX_PROMPT_CHARS = 1 << 24
+MAX_RENDER_SECONDS = 10.0
+_MAX_EXPONENT = 64
 
 # What expressions of a template raise when messages do not have the shape it expects.
 _RENDER_ERRORS = (
@@ -70,9 +77,11 @@ class ChatTemplate:
         """The prompt. Whatever goes wrong is a `BadRequest` that says what the template did not
         like."""
         pieces, size = [], 0
+        _clock.deadline = time.monotonic() + MAX_RENDER_SECONDS
         try:
             for piece in self._compiled.generate(variables):
                 size += len(piece)
+                _check_time()
                 if size > MAX_PROMPT_CHARS:
                     raise BadRequest(
                         f"the chat template made more than {MAX_PROMPT_CHARS} characters",
@@ -105,8 +114,47 @@ class _GenerationTag(Extension):
         return nodes.Scope(body, lineno=line)
 
 
+class _Clock(threading.local):
+    """When the rendering of this thread has to be over."""
+
+    deadline = math.inf
+
+
+_clock = _Clock()
+
+
+def _check_time() -> None:
+    if time.monotonic() > _clock.deadline:
+        raise BadRequest(
+            f"the chat template took more than {MAX_RENDER_SECONDS:g} s", field="messages"
+        )
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox, with a limit of time, and of what one operator may make."""
+
+    intercepted_binops = frozenset(("*", "**"))
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        sizes = [len(x) for x in (left, right) if isinstance(x, str | list | tuple)]
+        counts = [x for x in (left, right) if isinstance(x, int)]
+        if sizes and counts and sizes[0] * counts[0] > MAX_PROMPT_CHARS:
+            raise SecurityError(f"a product of {sizes[0] * counts[0]} items")
+        if operator == "**" and counts and abs(counts[-1]) > _MAX_EXPONENT:
+            raise SecurityError(f"a power of {counts[-1]}")
+        return super().call_binop(context, operator, left, right)
+
+    def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        _check_time()
+        return super().call(context, obj, *args, **kwargs)
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        _check_time()
+        return super().getattr(obj, attribute)
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+    environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
     )
     environment.filters["tojson"] = _to_json

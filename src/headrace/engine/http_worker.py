@@ -1,0 +1,71 @@
+"""One of several HTTP processes of a server: all accept from one socket.
+
+Each has a tokenizer manager of its own; news reaches it by its number. It takes requests when the
+parent says so, and ends when the parent says so, after what runs. Signals are the parent's matter.
+"""
+
+import asyncio
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+from headrace.engine import parts
+from headrace.engine.boot import Boot, Order, Serve
+from headrace.engine.http import HttpServer, uvicorn_config
+from headrace.frontend.tokenizer_manager import TokenizerManager
+from headrace.server.app import build_app
+
+
+class WorkerServer(HttpServer):
+    """uvicorn that ends only when it is told to."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal to the whole group of processes; the parent decides what it means."""
+
+    def drain(self) -> None:
+        """Finish what runs, refuse the rest."""
+        self.should_exit = True
+        self._manager.ready.clear()
+
+
+async def serve(
+    boot: Boot, number: int, ready: Callable[[], None], next_order: Callable[[], Order]
+) -> None:
+    """Answer HTTP until told to end. `next_order` blocks; `ready` reports to the parent."""
+    config = boot.config
+    tokenizer = parts.load_tokenizer_of(config)
+    manager = TokenizerManager(
+        config,
+        boot.info,
+        tokenizer,
+        parts.load_templates_of(config),
+        boot.addresses,
+        checks=parts.request_checks(config, tokenizer),
+        origin=number,
+    )
+    await manager.start()
+    app = build_app(manager, config, boot.info)
+    server = WorkerServer(uvicorn_config(app, config), manager)
+    listener = socket.socket(fileno=boot.listener)
+    listener.setblocking(False)
+    ready()
+    obeying = asyncio.create_task(obey(server, manager, next_order))
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        obeying.cancel()
+        await manager.close()
+
+
+async def obey(
+    server: WorkerServer, manager: TokenizerManager, next_order: Callable[[], Order]
+) -> None:
+    """Follow the orders of the parent, to the last one."""
+    while True:
+        order = await asyncio.to_thread(next_order)
+        if not isinstance(order, Serve):
+            server.drain()
+            return
+        manager.memory, manager.startup = order.memory, order.startup
+        manager.open(order.limits)
+        manager.ready.set()
