@@ -93,6 +93,18 @@ class LogprobSpec(msgspec.Struct, frozen=True, array_like=True, omit_defaults=Tr
     ids: tuple[int, ...] = ()
 
 
+class PoolSpec(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
+    """A request for one vector of its prompt instead of text.
+
+    `second`: where the second text of a pair begins, 0 if there is none. The tokenizer manager
+    fills in what the model allows: `reuse` cached prefixes, be computed in `pieces`.
+    """
+
+    second: int = 0
+    reuse: bool = True
+    pieces: bool = True
+
+
 class GenerateRequest(Message, frozen=True, array_like=True):
     """One sequence to generate: the only form of a request between HTTP adapter and scheduler.
 
@@ -100,6 +112,7 @@ class GenerateRequest(Message, frozen=True, array_like=True):
     Requests of one `group` are samples 0..n-1 of the same prompt; the first one computes it.
     `namespace` separates prefix caches (extra_key, cache_salt). With `reasoning_end` ("</think>")
     a grammar constrains what follows that text, which must come; before it everything is allowed.
+    With `pool` the answer is `Delta.pooled`, and `max_new_tokens` must be 0.
     """
 
     rid: str
@@ -114,6 +127,7 @@ class GenerateRequest(Message, frozen=True, array_like=True):
     sample_index: int = 0
     received: float = 0.0
     reasoning_end: str = ""
+    pool: PoolSpec | None = None
 
 
 class AbortRequest(Message, frozen=True, array_like=True):
@@ -197,7 +211,8 @@ class StreamStart(msgspec.Struct, frozen=True, array_like=True, omit_defaults=Tr
 class Delta(Message, frozen=True, array_like=True):
     """News of one request: new token ids (scheduler) and their text (detokenizer).
 
-    Counters are totals so far. `input_logprobs` comes once, with the first delta.
+    Counters are totals so far. `input_logprobs` comes once, with the first delta. `pooled`: fp32
+    little-endian bytes, the answer to a request with `pool`.
     """
 
     rid: str
@@ -213,6 +228,7 @@ class Delta(Message, frozen=True, array_like=True):
     start: StreamStart | None = None
     queue_time: float = 0.0
     first_token_time: float = 0.0
+    pooled: bytes = b""
 
 
 class SchedulerStats(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
