@@ -60,6 +60,7 @@ class ModelOptions:
         "Type of weights and activations; auto takes the checkpoint's.",
         choices=("auto", "half", "float16", "bfloat16", "float", "float32"),
     )
+    is_embedding: bool = option(False, "Make embeddings, not text; see docs/embeddings.md.")
     context_length: int | None = option(
         None, "Longest sequence in tokens; empty takes the model's.", minimum=1
     )
@@ -427,12 +428,10 @@ def resolve(config: Config, info: ModelInfo, hardware: Hardware) -> tuple[Config
     if config.schedule.chunked_prefill_size == 0:
         choose("schedule", "chunked_prefill_size", 2048, "it keeps steps short on a CPU")
     elif config.schedule.chunked_prefill_size == -1:
-        choose(
-            "schedule",
-            "chunked_prefill_size",
-            config.schedule.max_prefill_tokens,
-            "chunking is off",
-        )
+        choose("schedule", "chunked_prefill_size", config.schedule.max_prefill_tokens, "no chunks")
+    whole = config.model.context_length or info.context_length
+    if info.pooling and info.pooling.encoder and config.schedule.chunked_prefill_size < whole:
+        choose("schedule", "chunked_prefill_size", whole, "an encoder reads a text in one piece")
     if config.schedule.schedule_policy == "priority":
         choose("schedule", "enable_priority_scheduling", True, "the policy is priority")
     return config, notes
