@@ -13,11 +13,14 @@ from typing import Any
 
 from headrace import __version__
 from headrace.core.config import Config
+from headrace.core.errors import BadRequest
 from headrace.engine.launch import launch
 from headrace.engine.loop_thread import LoopThread
+from headrace.frontend.encode import Encoded, check_dimensions, parse_encode
 from headrace.frontend.native import WEIGHT_VERSION, GenerateCall, NativeResult, parse_generate
 from headrace.frontend.sampling import native_defaults
 from headrace.frontend.validate import error_of
+from headrace.text.tokenizer import Tokenizer
 
 Result = dict[str, Any]
 
@@ -127,6 +130,52 @@ class Engine:
             async for result in results:
                 found[result.pop("index", 0)] = result
         return [found[i] for i in range(len(call.requests))] if call.as_list else found[0]
+
+    # -- vectors and scores -------------------------------------------------------------------
+
+    def encode(
+        self,
+        prompt: str | list[str] | list[list[str]] | None = None,
+        input_ids: list[int] | list[list[int]] | None = None,
+        **fields: Any,
+    ) -> Any:
+        """{"embedding", "meta_info"}, or a list of them. `fields`: rid, priority, dimensions.
+
+        The embedding of a classifier is its scores. Pairs of texts are for cross-encoders.
+
+        Raises:
+            HeadraceError: the request is wrong, or the model generates text.
+        """
+        return self._thread.run(self._encode(prompt, input_ids, fields))
+
+    async def async_encode(
+        self,
+        prompt: str | list[str] | list[list[str]] | None = None,
+        input_ids: list[int] | list[list[int]] | None = None,
+        **fields: Any,
+    ) -> Any:
+        """`encode` for any running loop."""
+        return await self._thread.arun(self._encode(prompt, input_ids, fields))
+
+    def rerank(self, prompt: list[list[str]]) -> Any:
+        """The scores of [query, document] pairs by a cross-encoder, in the form of `encode`."""
+        return self.encode(prompt)
+
+    async def _encode(self, prompt: Any, input_ids: Any, fields: dict[str, Any]) -> Any:
+        call = parse_encode({"text": prompt, "input_ids": input_ids} | fields, self._tokenizer)
+        check_dimensions(call.dimensions, self._manager.info)
+        encoded = Encoded(call)
+        async with aclosing(self._manager.generate_many(call.requests)) as news:
+            async for index, delta in news:
+                if delta.finish is not None and (error := error_of(delta.finish)) is not None:
+                    raise error
+                encoded.add(index, delta)
+        return encoded.result()
+
+    def _tokenizer(self, field: str) -> Tokenizer:
+        if self._manager.tokenizer is None:
+            raise BadRequest(f"{field}: this engine has no tokenizer; use input_ids", field=field)
+        return self._manager.tokenizer
 
     # -- the rest -----------------------------------------------------------------------------
 

@@ -83,9 +83,7 @@ async def warm_up(manager: TokenizerManager) -> None:
     Raises:
         HeadraceError: it failed.
     """
-    request = GenerateRequest(
-        rid=new_rid(), ids=pack_ids([0, 1 % manager.info.vocab_size]), sampling=_WARM_UP
-    )
+    request = probe(manager.info, new_rid(), [0, 1 % manager.info.vocab_size], _WARM_UP)
     async with aclosing(manager.generate(request)) as news:
         async for delta in news:
             if delta.finish is not None and (error := error_of(delta.finish)) is not None:

@@ -34,6 +34,7 @@ from headrace.core.messages import (
 )
 from headrace.core.model_info import ModelInfo
 from headrace.frontend.async_tokenizer import AsyncTokenizer
+from headrace.frontend.encode import for_model
 from headrace.frontend.mailbox import Flight, Mailbox
 from headrace.frontend.measure import StepMeasure
 from headrace.frontend.requests import fan_out
@@ -202,7 +203,7 @@ class TokenizerManager:
         prepared = []
         for request in await self._texts.with_ids(requests):
             assert request.sampling.n == 1, "fan_out first"
-            checked = validate(request, self.info.vocab_size, self.limits, truncate)
+            checked = validate(for_model(request, self.info), self.info.vocab_size, self.limits, truncate)
             for check in self._checks:
                 await self._texts.apply(check, checked)
             if checked.sampling.seed is None:

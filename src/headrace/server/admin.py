@@ -17,6 +17,7 @@ from starlette.responses import PlainTextResponse, Response
 from headrace import __version__
 from headrace.core.errors import BadRequest, HeadraceError, NotFound
 from headrace.core.messages import GenerateRequest, SamplingParams, SchedulerStats, pack_ids
+from headrace.frontend.encode import probe
 from headrace.frontend.native import WEIGHT_VERSION
 from headrace.metrics.catalog import PREFIX, Sources
 from headrace.metrics.prometheus import CONTENT_TYPE, Exporter
@@ -80,11 +81,8 @@ async def _ping(context: Context) -> None:
 
 async def _one_token(context: Context) -> None:
     """Any answer will do: a full queue is busy, not ill."""
-    request = GenerateRequest(
-        rid=f"HEALTH_CHECK_{uuid.uuid4().hex}",
-        ids=pack_ids([0]),
-        sampling=SamplingParams(max_new_tokens=1, temperature=0.0),
-    )
+    sampling = SamplingParams(max_new_tokens=1, temperature=0.0)
+    request = probe(context.info, f"HEALTH_CHECK_{uuid.uuid4().hex}", [0], sampling)
     async with aclosing(context.manager.generate(request)) as deltas:
         await anext(deltas)
 
@@ -132,7 +130,7 @@ def _model_info(context: Context) -> dict[str, Any]:
         "model_path": options.model_path,
         "served_model_name": context.model_name,
         "tokenizer_path": options.tokenizer_path or options.model_path,
-        "is_generation": True,
+        "is_generation": context.info.pooling is None,
         "preferred_sampling_params": msgspec.json.decode(
             context.config.serve.preferred_sampling_params
         ),

@@ -87,11 +87,6 @@ def _add_generation(router: APIRouter, context: Context) -> None:
         found = await take(http, context, lambda raw: parse_generate(raw, context), any_type=True)
         return await _reply(http, context, found, started)
 
-    @router.post("/api/embed", include_in_schema=False)
-    @router.post("/api/embeddings", include_in_schema=False)
-    async def embed() -> Response:
-        raise Unsupported("This server does not make embeddings yet.")
-
 
 class Asked(NamedTuple):
     """A body, understood. Without `ids` there is nothing to generate."""
