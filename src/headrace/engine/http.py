@@ -15,9 +15,10 @@ import uvicorn
 
 from headrace.core.config import Config
 from headrace.core.errors import HeadraceError
-from headrace.core.messages import GenerateRequest, SamplingParams, pack_ids
+from headrace.core.messages import SamplingParams
 from headrace.engine.launch import Launched
 from headrace.engine.stopwatch import process_age, table
+from headrace.frontend.encode import probe
 from headrace.frontend.requests import new_rid
 from headrace.frontend.tokenizer_manager import TokenizerManager
 from headrace.frontend.validate import error_of

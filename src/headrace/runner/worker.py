@@ -21,8 +21,8 @@ from headrace.layers.held import held_bytes
 from headrace.loader import load_model
 from headrace.runner.memory import GIB, MemoryPlan, plan_memory, step_cost
 from headrace.runner.model_runner import DeviceHalf, ModelRunner
-from headrace.runner.pooler import PooledModel, Pooler
 from headrace.runner.pool import bytes_per_token, kv_dtype
+from headrace.runner.pooler import PooledModel, Pooler
 
 logger = logging.getLogger(__name__)
 
@@ -107,9 +107,7 @@ def build_runner(
         logger.info(line)
     eos = info.eos_token_ids
     pooler = Pooler(info.pooling, cast(PooledModel, model)) if info.pooling else None
-    runner = ModelRunner(
-        model, plan.limits, info.vocab_size, eos, dtype, stored, halves, pooler
-    )
+    runner = ModelRunner(model, plan.limits, info.vocab_size, eos, dtype, stored, halves, pooler)
     if info.pooling and info.pooling.encoder:
         return runner, plan  # adds tensors outside of operators, which no recording sees
     runner.record(config.schedule.chunked_prefill_size + plan.limits.max_running_requests)

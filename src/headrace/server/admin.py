@@ -16,7 +16,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from headrace import __version__
 from headrace.core.errors import BadRequest, HeadraceError, NotFound
-from headrace.core.messages import GenerateRequest, SamplingParams, SchedulerStats, pack_ids
+from headrace.core.messages import SamplingParams, SchedulerStats
 from headrace.frontend.encode import probe
 from headrace.frontend.native import WEIGHT_VERSION
 from headrace.metrics.catalog import PREFIX, Sources

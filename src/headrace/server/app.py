@@ -21,11 +21,13 @@ from headrace.server import (
     admin,
     anthropic_messages,
     batch_routes,
+    embeddings,
     errors,
     generation,
     ollama,
     openai_responses,
     parsing,
+    ranking,
     tokens,
 )
 from headrace.server.access import RequireApiKey
@@ -47,6 +49,8 @@ BODIES = (
     GenerateBody,
     NameBody,
     BatchRequest,
+    *embeddings.BODIES,
+    *ranking.BODIES,
 )
 
 
@@ -69,6 +73,8 @@ def build_app(manager: TokenizerManager, config: Config, info: ModelInfo) -> Fas
     errors.install(app)
     for part in (generation, openai_responses, anthropic_messages, ollama, tokens, parsing, admin):
         app.include_router(part.routes(context))
+    for vectors in (embeddings, ranking):
+        app.include_router(vectors.routes(context))
     app.state.work = _add_batches(app, context)
     if config.serve.api_key:
         app.add_middleware(RequireApiKey, key=config.serve.api_key)

@@ -17,7 +17,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from headrace import __version__
-from headrace.core.errors import BadRequest, Unsupported
+from headrace.core.errors import BadRequest
 from headrace.core.messages import Delta, GenerateRequest, LogprobSpec, pack_ids
 from headrace.frontend.requests import new_rid
 from headrace.server.admin import json_response
