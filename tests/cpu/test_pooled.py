@@ -41,12 +41,12 @@ def hidden(oracle: transformers.PreTrainedModel, ids: list[int]) -> torch.Tensor
     """[tokens, hidden] of the last layer, after the final norm."""
     with torch.inference_mode():
         base = oracle.base_model
-        return base(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids))).last_hidden_state[0]
+        return base(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids))).last_hidden_state[
+            0
+        ]
 
 
-def scores(
-    oracle: transformers.PreTrainedModel, ids: list[int], second: int = 0
-) -> torch.Tensor:
+def scores(oracle: transformers.PreTrainedModel, ids: list[int], second: int = 0) -> torch.Tensor:
     """Logits [labels] of a classifier."""
     more = {}
     if second:
@@ -80,7 +80,9 @@ def test_equals_transformers_and_itself(case: str, tmp_path: Path) -> None:
             assert np.allclose(got, want.numpy(), atol=2e-5, rtol=1e-4)
         else:
             states = hidden(oracle, ids)
-            close(got, states[0] if CASES[case][0] in ("BertModel", "XLMRobertaModel") else states[-1])
+            close(
+                got, states[0] if CASES[case][0] in ("BertModel", "XLMRobertaModel") else states[-1]
+            )
             assert abs(np.linalg.norm(got) - 1) < 1e-6
     for options in SCHEDULES.values():
         for one, other in zip(alone, pool(*build(tmp_path, **options), prompts()), strict=True):

@@ -47,6 +47,13 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
             return "generate"
         return "classify" if self.pooling.labels else "embed"
 
+    def chunk_size(self, asked: int, context_length: int | None) -> tuple[int, str]:
+        """Most prompt tokens in a step, and why; -1 stands for no chunks, 0 asks to choose."""
+        if self.pooling is not None and self.pooling.encoder:
+            whole = context_length or self.context_length
+            return max(asked, whole), "an encoder reads a text in one piece"
+        return asked or 2048, "it keeps steps short on a CPU"
+
 
 def read_model_info(
     path: Path, overrides: dict[str, Any] | None = None, *, is_embedding: bool = False

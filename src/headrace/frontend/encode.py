@@ -91,7 +91,7 @@ def packed(ids: Sequence[int]) -> bytes:
     try:
         return pack_ids(list(ids))
     except OverflowError:
-        raise BadRequest("input_ids holds a number that is no token id", field="input_ids") from None
+        raise BadRequest("input_ids: a number is no token id", field="input_ids") from None
 
 
 def pair_requests(

@@ -203,7 +203,8 @@ class TokenizerManager:
         prepared = []
         for request in await self._texts.with_ids(requests):
             assert request.sampling.n == 1, "fan_out first"
-            checked = validate(for_model(request, self.info), self.info.vocab_size, self.limits, truncate)
+            fitting = for_model(request, self.info)
+            checked = validate(fitting, self.info.vocab_size, self.limits, truncate)
             for check in self._checks:
                 await self._texts.apply(check, checked)
             if checked.sampling.seed is None:

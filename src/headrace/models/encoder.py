@@ -4,7 +4,7 @@ One network; a family says what its checkpoints call things and where positions 
 pooling. Invariant: the rows of a token depend on its own text alone.
 """
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -90,7 +90,7 @@ class Encoder(ABC):
     def __init__(self, info: ModelInfo, build: Build) -> None:
         hf, hidden = info.hf, info.hidden_size
         if hf.get("position_embedding_type", "absolute") != "absolute":
-            raise LoadError("only absolute positions are supported", field="position_embedding_type")
+            raise LoadError("positions must be absolute", field="position_embedding_type")
         assert info.pooling is not None
         self.made = self.family(info)
         self.words = VocabEmbedding(info.vocab_size, hidden, build)
@@ -104,9 +104,9 @@ class Encoder(ABC):
         self.head = Head([SmallLinear(*pair, bias=True) for pair in pairs], torch.tanh)
 
     @staticmethod
+    @abstractmethod
     def family(info: ModelInfo) -> Family:
         """What this checkpoint's names and positions are."""
-        raise NotImplementedError
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         x = self.norm(self.words(batch.ids) + self.cos_sin(batch).to(self.positions.dtype))

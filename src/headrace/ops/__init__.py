@@ -170,8 +170,8 @@ def paged_attention(
     keys of these tokens are already in the cache, and are read from there. A query at
     position p sees positions <= p, and only those > p - window if window > 0. Scores become
     soft_cap * tanh(score / soft_cap) if soft_cap > 0. `sinks` [heads] are extra logits in the
-    softmax that carry no value. Softmax in fp32. Without `causal` every query sees its whole chunk and
-    what is before it; `window` is then 0.
+    softmax that carry no value. Softmax in fp32. Without `causal` a query sees all `context` tokens
+    of its chunk; `window` is then 0.
     """
     return _paged_attention(
         q,
