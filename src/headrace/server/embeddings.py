@@ -26,8 +26,9 @@ from headrace.frontend.encode import (
 )
 from headrace.frontend.scoring import sigmoid, softmax
 from headrace.server.context import Context, Job, Stamp
-from headrace.server.generation import answer, new_stamp
+from headrace.server.generation import answer, new_stamp, send, take
 from headrace.server.native import read_object
+from headrace.server.ollama import check_name
 from headrace.server.schemas import (
     Int64,
     Prompts,
@@ -127,12 +128,16 @@ def _add_ollama(router: APIRouter, context: Context) -> None:
     @router.post("/api/embed", openapi_extra=body_of(EmbedBody))
     async def embed(http: Request) -> Response:
         """Ollama's embeddings."""
-        return await answer(http, context, lambda raw: parse_ollama(raw, context, old=False))
+        job = await take(
+            http, context, lambda raw: parse_ollama(raw, context, False), any_type=True
+        )
+        return await send(http, context, job)
 
     @router.post("/api/embeddings", openapi_extra=body_of(EmbedBody))
     async def old_embed(http: Request) -> Response:
         """Ollama's older route for one text."""
-        return await answer(http, context, lambda raw: parse_ollama(raw, context, old=True))
+        job = await take(http, context, lambda raw: parse_ollama(raw, context, True), any_type=True)
+        return await send(http, context, job)
 
 
 def parse_embeddings(raw: bytes, context: Context) -> Job:
@@ -169,10 +174,10 @@ def parse_native(raw: bytes, context: Context) -> Job:
     return Job(call.requests, Encoded(call), ignored=ignored)
 
 
-def parse_ollama(raw: bytes, context: Context, *, old: bool) -> Job:
+def parse_ollama(raw: bytes, context: Context, old: bool) -> Job:
     """The job of a body of /api/embed, or of its `old` form. Raises BadRequest, NotFound."""
     body = read(EmbedBody, raw)
-    context.check_model(body.model.removesuffix(":latest"))
+    check_name(body.model, context)
     check_task(context.info, "embed")
     check_dimensions(body.dimensions, context.info)
     field, given = ("prompt", body.prompt) if old else ("input", body.input)
