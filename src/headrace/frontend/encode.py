@@ -95,12 +95,15 @@ def packed(ids: Sequence[int]) -> bytes:
 
 
 def pair_requests(
-    pairs: Sequence[tuple[str, str]], tokenizer: Tokenizer, rids: Sequence[str] = ()
+    pairs: Sequence[tuple[str, str]],
+    tokenizer: Tokenizer,
+    rids: Sequence[str] = (),
+    priority: int | None = None,
 ) -> list[GenerateRequest]:
     """Requests for the scores of pairs of texts (cross-encoders)."""
     found = tokenizer.encode_pairs(pairs)
     return [
-        vector_request(ids, rids[index] if rids else "", second=second)
+        vector_request(ids, rids[index] if rids else "", priority, second)
         for index, (ids, second) in enumerate(found)
     ]
 
@@ -130,7 +133,8 @@ def parse_encode(body: Mapping[str, Any], tokenizer: TokenizerFor) -> EncodeCall
     if pairs and len(pairs) < len(prompts):
         raise BadRequest("text mixes texts and pairs of texts", field="text")
     if pairs:
-        return EncodeCall(pair_requests(pairs, tokenizer("text"), rids), as_list, fields.dimensions)
+        found = pair_requests(pairs, tokenizer("text"), rids, fields.priority)
+        return EncodeCall(found, as_list, fields.dimensions)
     singles = [prompt for prompt in prompts if not isinstance(prompt, tuple)]
     requests = [
         vector_request(prompt, rid, fields.priority)

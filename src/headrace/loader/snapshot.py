@@ -73,6 +73,7 @@ def snapshot_path(folder: Path, info: ModelInfo, build: Build, load_format: str)
         "headrace": [__version__, _FORMAT, ops.packing()],
         "checkpoint": [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files],
         "config": info.hf,
+        "task": info.task,
         "dtype": str(build.dtype),
         "quantization": build.quant.name,
         "format": load_format,
