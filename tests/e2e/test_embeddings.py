@@ -234,6 +234,7 @@ def test_engine_with_cross_encoders(tmp_path: Path, labels: int) -> None:
     with Engine(model_path=str(tmp_path), **OPTIONS) as engine:
         together = engine.rerank(pairs)
         alone = [engine.encode([pair])[0] for pair in pairs]
+        scores = engine.score(QUERY, TEXTS)
     for pair, one, other in zip(pairs, together, alone, strict=True):
         encoded = words.encode(*pair)
         with torch.inference_mode():
@@ -242,6 +243,7 @@ def test_engine_with_cross_encoders(tmp_path: Path, labels: int) -> None:
             ).logits[0]
         assert np.allclose(one["embedding"], want.numpy(), atol=2e-5)
         assert one["embedding"] == other["embedding"]
+    assert scores == [item["embedding"] for item in together]
 
 
 def test_classifier_over_http(tmp_path: Path) -> None:

@@ -100,6 +100,10 @@ class Runtime:
         given = {name: value for name, value in body.items() if value is not None}
         return self._thread.run(self._ask("POST", "/encode", given))
 
+    def rerank(self, prompt: list[list[str]]) -> Any:
+        """The scores of [query, document] pairs by a cross-encoder, in the form of `encode`."""
+        return self.encode(prompt)
+
     def get_server_info(self) -> dict[str, Any]:
         """/server_info."""
         return self._thread.run(self._ask("GET", "/server_info"))

@@ -6,13 +6,21 @@ compare vectors, and generative rerankers (Qwen3-Reranker) say yes or no. Pure: 
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from headrace.core.errors import BadRequest
 from headrace.core.messages import Delta, GenerateRequest, LogprobSpec, SamplingParams
 from headrace.core.model_info import ModelInfo
-from headrace.frontend.encode import packed, pair_requests, vector_of, vector_request
+from headrace.frontend.encode import (
+    TokenizerFor,
+    packed,
+    pair_requests,
+    vector_of,
+    vector_request,
+)
 from headrace.frontend.requests import new_rid
 from headrace.text.tokenizer import Tokenizer
 
@@ -95,6 +103,83 @@ def _questions(
     ]
     before, after, *bodies = words.encode_batch([_BEFORE, _AFTER, *texts], False)
     return [label_request(before + body + after, labels) for body in bodies]
+
+
+@dataclass(frozen=True)
+class Question:
+    """Items to be scored beside a query: texts, or token ids, of both.
+
+    `labels`: the token ids whose probability after query and item is the score; a classifier has
+    labels of its own. With `apply_softmax` the scores of an item add up to 1.
+    """
+
+    query: str | list[int]
+    items: Sequence[str] | Sequence[list[int]]
+    labels: tuple[int, ...] = ()
+    apply_softmax: bool = False
+    item_first: bool = False
+
+
+class LabelScores:
+    """A question, and what is known of its answer so far.
+
+    Raises:
+        BadRequest: the model cannot answer it.
+    """
+
+    def __init__(self, question: Question, info: ModelInfo, tokenizer: TokenizerFor) -> None:
+        if not question.items:
+            raise BadRequest("items: must not be empty", field="items")
+        self.prompt_tokens = 0
+        self._softmax = question.apply_softmax
+        self._classifies = info.task == "classify"
+        make = _scored_pairs if self._classifies else _scored_labels
+        self.requests = make(question, tokenizer)
+        self._scores: list[list[float]] = [[]] * len(self.requests)
+
+    def add(self, index: int, delta: Delta) -> None:
+        """Take in the delta of a request, which has only one."""
+        self.prompt_tokens += delta.prompt_tokens
+        values = vector_of(delta).tolist() if self._classifies else label_logprobs(delta)
+        if self._softmax:
+            values = softmax(values)
+        elif not self._classifies:
+            values = [math.exp(value) for value in values]
+        self._scores[index] = values
+
+    def scores(self) -> list[list[float]]:
+        """For each item the score of each label."""
+        return self._scores
+
+
+def _scored_pairs(question: Question, tokenizer: TokenizerFor) -> list[GenerateRequest]:
+    """A classifier scores each pair."""
+    if question.labels:
+        raise BadRequest(
+            "label_token_ids: a classifier has labels of its own", field="label_token_ids"
+        )
+    query, pairs = question.query, []
+    for item in question.items:
+        if not isinstance(query, str) or not isinstance(item, str):
+            raise BadRequest("query: a classifier scores pairs of texts, not of ids", field="query")
+        pairs.append((item, query) if question.item_first else (query, item))
+    return pair_requests(pairs, tokenizer("query"))
+
+
+def _scored_labels(question: Question, tokenizer: TokenizerFor) -> list[GenerateRequest]:
+    """A language model says how likely each label is to come next."""
+    if not question.labels:
+        raise BadRequest(
+            "label_token_ids: name the tokens whose probability is the score",
+            field="label_token_ids",
+        )
+    query: Any = question.query
+    if any(isinstance(item, str) != isinstance(query, str) for item in question.items):
+        raise BadRequest("items: must be texts if query is one, else ids", field="items")
+    whole = [item + query if question.item_first else query + item for item in question.items]
+    if isinstance(query, str):
+        whole = tokenizer("query").encode_batch(whole)
+    return [label_request(ids, question.labels) for ids in whole]
 
 
 def label_request(ids: Sequence[int], labels: tuple[int, ...]) -> GenerateRequest:

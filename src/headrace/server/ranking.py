@@ -4,19 +4,16 @@
 Pure but for the routes.
 """
 
-import math
-from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
-from headrace.core.errors import BadRequest
-from headrace.core.messages import Delta, GenerateRequest
-from headrace.frontend.encode import check_task, pair_requests, vector_of
+from headrace.core.messages import Delta
+from headrace.frontend.encode import check_task
 from headrace.frontend.native import MAX_BATCH
-from headrace.frontend.scoring import Relevance, label_logprobs, label_request, softmax
+from headrace.frontend.scoring import LabelScores, Question, Relevance
 from headrace.server.context import Context, Job, Stamp
 from headrace.server.generation import answer, new_stamp
 from headrace.server.schemas import (
@@ -160,74 +157,33 @@ def parse_score(raw: bytes, context: Context) -> Job:
     body = read(ScoreBody, raw)
     context.check_model(body.model)
     check_task(context.info, "generate", "classify")
-    items: Any = [body.items] if isinstance(body.items, str) else body.items
-    if not items:
-        raise BadRequest("items: must not be empty", field="items")
-    if context.info.pooling is not None:
-        requests = _pairs(body, items, context)
-    else:
-        requests = _labels(body, items, context)
-    reply = Scores(body, len(requests), context)
-    return Job(requests, reply, ignored=ignored_fields(body))
+    question = Question(
+        body.query,
+        [body.items] if isinstance(body.items, str) else body.items,
+        tuple(body.label_token_ids or ()),
+        apply_softmax=bool(body.apply_softmax),
+        item_first=bool(body.item_first),
+    )
+    scores = LabelScores(question, context.info, context.tokenizer)
+    reply = ScoreReply(scores, body.model or context.model_name)
+    return Job(scores.requests, reply, ignored=ignored_fields(body))
 
 
-def _pairs(body: ScoreBody, items: Sequence[Any], context: Context) -> list[GenerateRequest]:
-    """A classifier scores each pair."""
-    query = body.query
-    if not isinstance(query, str) or not all(isinstance(item, str) for item in items):
-        raise BadRequest("query: a classifier scores pairs of texts, not of ids", field="query")
-    if body.label_token_ids:
-        raise BadRequest(
-            "label_token_ids: a classifier has labels of its own", field="label_token_ids"
-        )
-    pairs = [(item, query) if body.item_first else (query, item) for item in items]
-    return pair_requests(pairs, context.tokenizer("query"))
-
-
-def _labels(body: ScoreBody, items: Sequence[Any], context: Context) -> list[GenerateRequest]:
-    """A language model says how likely each label is to come next."""
-    if not body.label_token_ids:
-        raise BadRequest(
-            "label_token_ids: name the tokens whose probability is the score",
-            field="label_token_ids",
-        )
-    labels = tuple(body.label_token_ids)
-    if isinstance(body.query, str) != isinstance(items[0], str):
-        raise BadRequest("items: must be texts if query is one, else ids", field="items")
-    whole = [item + body.query if body.item_first else body.query + item for item in items]
-    if isinstance(body.query, str):
-        whole = context.tokenizer("query").encode_batch(whole)
-    return [label_request(ids, labels) for ids in whole]
-
-
-class Scores:
+class ScoreReply:
     """SGLang's scoring object: for each item the scores of its labels."""
 
-    def __init__(self, body: ScoreBody, count: int, context: Context) -> None:
-        self._model = body.model or context.model_name
-        self._classifies = context.info.pooling is not None
-        self._softmax = bool(body.apply_softmax)
-        self._scores: list[list[float]] = [[]] * count
-        self._tokens = 0
+    def __init__(self, scores: LabelScores, model: str) -> None:
+        self._scores = scores
+        self._model = model
 
     def add(self, index: int, delta: Delta) -> None:
-        self._tokens += delta.prompt_tokens
-        self._scores[index] = self._of(delta)
-
-    def _of(self, delta: Delta) -> list[float]:
-        values = vector_of(delta).tolist() if self._classifies else label_logprobs(delta)
-        if self._softmax:
-            return softmax(values)
-        return values if self._classifies else [math.exp(value) for value in values]
+        self._scores.add(index, delta)
 
     def result(self) -> dict[str, Any]:
-        usage = {
-            "prompt_tokens": self._tokens,
-            "total_tokens": self._tokens,
-            "completion_tokens": 0,
-        }
+        tokens = self._scores.prompt_tokens
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0}
         return {
-            "scores": self._scores,
+            "scores": self._scores.scores(),
             "model": self._model,
             "usage": usage,
             "object": "scoring",
