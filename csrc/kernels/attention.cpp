@@ -1,4 +1,4 @@
-// paged_attention: attention, as a rule causal, of any mix of prefill chunks and decode rows in one call.
+// paged_attention: (mostly causal) attention of any mix of prefill chunks and decode rows in one call.
 //
 // A tile is a few neighboring queries of one sequence x the heads of a group, for one or more KV
 // heads. It walks spans of kSpan positions, aligned at multiples of kSpan from position 0. Within a

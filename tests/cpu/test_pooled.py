@@ -124,3 +124,26 @@ def test_unknown_modules_are_refused(tmp_path: Path) -> None:
     (tmp_path / "modules.json").write_text(text)
     with pytest.raises(LoadError, match="'Dense'"):
         read_model_info(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("case", "mode", "reuses"),
+    [
+        ("qwen3", "", True),
+        ("qwen3-reward", "", True),
+        ("qwen3", "mean_tokens", False),
+        ("bert", "", False),
+    ],
+)
+def test_who_reuses_prefixes(case: str, mode: str, reuses: bool, tmp_path: Path) -> None:
+    make_model(tmp_path, case)
+    if mode:
+        write_modules(tmp_path, mode)
+    scheduler, info = build(tmp_path, page_size=4)
+    first = pool(scheduler, info, prompts())
+    before = scheduler.planner.cached_tokens_total
+    second = pool(scheduler, info, prompts())
+    assert (scheduler.planner.cached_tokens_total > before) == reuses
+    assert all(np.array_equal(one, other) for one, other in zip(first, second, strict=True))
+    if not reuses:
+        assert scheduler.space.cache.held == 0

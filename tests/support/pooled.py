@@ -85,7 +85,8 @@ def write_modules(folder: Path, mode: str, *, normalize: bool = True) -> None:
         for i, kind in enumerate(kinds)
     ]
     (folder / "modules.json").write_text(json.dumps(modules))
-    (folder / "1_Pooling").mkdir(exist_ok=True)
+    for module in modules:
+        (folder / str(module["path"])).mkdir(exist_ok=True)
     config = {"word_embedding_dimension": 32, f"pooling_mode_{mode}": True}
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(config))
 

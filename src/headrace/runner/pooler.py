@@ -38,8 +38,8 @@ class Pooler:
         self._rows.pop(chunk.row, None)
         if self.pooling.how == "mean":
             state = state / prompt_len
-        # Alone, so that the batch cannot matter.
-        scored = self.model.scores(torch.from_numpy(state.astype(np.float32))[None])
+        # Alone, so that the batch cannot matter, and in torch's memory, whose alignment is fixed.
+        scored = self.model.scores(torch.from_numpy(state.astype(np.float32))[None].clone())
         vector = scored[0].numpy()
         if not np.isfinite(vector).all():
             return ChunkResult(error="the model's output is not finite (NaN)")
