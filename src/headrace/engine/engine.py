@@ -178,9 +178,10 @@ class Engine:
         """
         info = self._manager.info
         check_task(info, "generate", "classify")
+        given: Any = [items] if isinstance(items, str) else items
         question = Question(
             query,
-            [items] if isinstance(items, str) else items,
+            given,
             tuple(label_token_ids or ()),
             apply_softmax=apply_softmax,
             item_first=item_first,

@@ -75,11 +75,11 @@ def vector_request(
     prompt: str | Sequence[int], rid: str = "", priority: int | None = None, second: int = 0
 ) -> GenerateRequest:
     """The request for the vector of a text or of token ids."""
-    is_text = isinstance(prompt, str)
+    text = prompt if isinstance(prompt, str) else None
     return GenerateRequest(
         rid=rid or new_rid(),
-        ids=b"" if is_text else packed(prompt),  # type: ignore[arg-type]
-        text=prompt if isinstance(prompt, str) else None,
+        ids=b"" if isinstance(prompt, str) else packed(prompt),
+        text=text,
         sampling=_NOTHING,
         priority=priority,
         pool=PoolSpec(second=second),

@@ -246,7 +246,8 @@ class Embeddings:
     def _written(self, vector: np.ndarray) -> list[float] | str:
         if self._base64:
             return base64.b64encode(vector.astype("<f4").tobytes()).decode()
-        return vector.tolist()
+        numbers: list[float] = vector.tolist()
+        return numbers
 
 
 class Labels:

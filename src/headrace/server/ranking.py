@@ -157,9 +157,10 @@ def parse_score(raw: bytes, context: Context) -> Job:
     body = read(ScoreBody, raw)
     context.check_model(body.model)
     check_task(context.info, "generate", "classify")
+    items: Any = [body.items] if isinstance(body.items, str) else body.items
     question = Question(
         body.query,
-        [body.items] if isinstance(body.items, str) else body.items,
+        items,
         tuple(body.label_token_ids or ()),
         apply_softmax=bool(body.apply_softmax),
         item_first=bool(body.item_first),
