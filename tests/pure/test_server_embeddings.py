@@ -121,7 +121,7 @@ def test_rankings_in_both_shapes() -> None:
         {"input_ids": [1, [2]], "input": [1, "a"], "query": "a", "items": [1, "a"]},
         {"input_ids": [[]], "input": [1 << 40]},
         {"input_ids": [1 << 40], "input": [-1]},
-        {"text": "a", "rid": ["x", "y"], "dimensions": 0, "input": "a", "query": "a"},
+        {"text": "a", "rid": ["x", "y"], "dimensions": 0, "query": "a"},
         {"text": "a", "dimensions": "2", "documents": [{"body": "a"}], "query": "a"},
         {"query": "a", "items": ["b"], "label_token_ids": [1 << 30], "input": {"image": "x"}},
     ],
