@@ -5,7 +5,6 @@ import asyncio
 import pytest
 
 from headrace.core.config import Config
-from headrace.core.resolve import check_workers
 from headrace.core.errors import BadRequest
 from headrace.core.messages import (
     AbortRequest,
@@ -14,6 +13,7 @@ from headrace.core.messages import (
     Deltas,
     SchedulerStats,
 )
+from headrace.core.resolve import check_workers
 from headrace.engine.launch import launch, roles
 from headrace.frontend.detokenizer import DetokenizerManager
 from headrace.frontend.peers import to_values, total

@@ -58,6 +58,7 @@ class ModelOptions:
         "Type of weights and activations; auto takes the checkpoint's.",
         choices=("auto", "half", "float16", "bfloat16", "float", "float32"),
     )
+    is_embedding: bool = option(False, "Make embeddings, not text; see docs/embeddings.md.")
     context_length: int | None = option(
         None, "Longest sequence in tokens; empty takes the model's.", minimum=1
     )

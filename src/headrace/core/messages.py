@@ -107,6 +107,18 @@ class SessionParams(msgspec.Struct, frozen=True, array_like=True, omit_defaults=
     drop_previous_output: bool = False
 
 
+class PoolSpec(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
+    """A request for one vector of its prompt instead of text.
+
+    `second`: where the second text of a pair begins, 0 if there is none. The tokenizer manager
+    fills in what the model allows: `reuse` cached prefixes, be computed in `pieces`.
+    """
+
+    second: int = 0
+    reuse: bool = True
+    pieces: bool = True
+
+
 class GenerateRequest(Message, frozen=True, array_like=True):
     """One sequence to generate: the only form of a request between HTTP adapter and scheduler.
 
@@ -115,6 +127,7 @@ class GenerateRequest(Message, frozen=True, array_like=True):
     `namespace` separates prefix caches (extra_key, cache_salt). With `reasoning_end` ("</think>")
     a grammar constrains what follows that text, which must come; before it everything is allowed.
     `origin` is the frontend that gets the answer, here and in the other messages.
+    With `pool` the answer is `Delta.pooled`, and `max_new_tokens` must be 0.
     """
 
     rid: str
@@ -131,6 +144,7 @@ class GenerateRequest(Message, frozen=True, array_like=True):
     reasoning_end: str = ""
     session: SessionParams | None = None
     origin: int = 0
+    pool: PoolSpec | None = None
 
 
 class AbortRequest(Message, frozen=True, array_like=True):
@@ -236,7 +250,8 @@ class StreamStart(msgspec.Struct, frozen=True, array_like=True, omit_defaults=Tr
 class Delta(Message, frozen=True, array_like=True):
     """News of one request: new token ids (scheduler) and their text (detokenizer).
 
-    Counters are totals so far. `input_logprobs` comes once, with the first delta.
+    Counters are totals so far. `input_logprobs` comes once, with the first delta. `pooled`: fp32
+    little-endian bytes, the answer to a request with `pool`.
     """
 
     rid: str
@@ -253,6 +268,7 @@ class Delta(Message, frozen=True, array_like=True):
     queue_time: float = 0.0
     first_token_time: float = 0.0
     origin: int = 0
+    pooled: bytes = b""
 
 
 class SchedulerStats(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):

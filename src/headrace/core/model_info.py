@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from headrace.core.errors import LoadError
+from headrace.core.pooling import Pooling, read_pooling
 
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 _DTYPES = {"float32", "float16", "bfloat16"}
@@ -19,7 +20,8 @@ _DTYPES = {"float32", "float16", "bfloat16"}
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """A checkpoint seen from the scheduler: sizes, context, end-of-sequence ids, defaults.
 
-    `hf` is config.json as a dict; `generation` is generation_config.json as a dict.
+    `hf` is config.json as a dict; `generation` is generation_config.json as a dict. A model with
+    `pooling` makes vectors or scores instead of text.
     """
 
     path: str
@@ -36,12 +38,30 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: tuple[int, ...]
     hf: dict[str, Any]
     generation: dict[str, Any]
+    pooling: Pooling | None = None
+
+    @property
+    def task(self) -> str:
+        """What it does with a text: generate, embed or classify."""
+        if self.pooling is None:
+            return "generate"
+        return "classify" if self.pooling.labels else "embed"
+
+    def chunk_size(self, asked: int, context_length: int | None) -> tuple[int, str]:
+        """Most prompt tokens in a step, and why; -1 stands for no chunks, 0 asks to choose."""
+        if self.pooling is not None and self.pooling.encoder:
+            whole = context_length or self.context_length
+            return max(asked, whole), "an encoder reads a text in one piece"
+        return asked or 2048, "it keeps steps short on a CPU"
 
 
-def read_model_info(path: Path, overrides: dict[str, Any] | None = None) -> ModelInfo:
+def read_model_info(
+    path: Path, overrides: dict[str, Any] | None = None, *, is_embedding: bool = False
+) -> ModelInfo:
     """Read `path`/config.json and generation_config.json.
 
-    `overrides` replaces top-level keys of config.json (--json-model-override-args).
+    `overrides` replaces top-level keys of config.json (--json-model-override-args). `is_embedding`:
+    a model that could generate is to make embeddings.
 
     Raises:
         LoadError: the folder is no checkpoint, or a needed field is missing.
@@ -64,11 +84,12 @@ def read_model_info(path: Path, overrides: dict[str, Any] | None = None) -> Mode
         num_heads=heads,
         num_kv_heads=int(text.get("num_key_value_heads") or heads),
         head_dim=int(text.get("head_dim") or hidden // heads),
-        context_length=_context_length(text),
+        context_length=_context_length(text) - _position_offset(hf),
         dtype=_dtype(text, hf),
         eos_token_ids=_eos_ids(text, hf, generation),
         hf=hf,
         generation=generation,
+        pooling=read_pooling(path, str(architectures[0]), hf, is_embedding),
     )
 
 
@@ -98,6 +119,13 @@ def _context_length(hf: dict[str, Any]) -> int:
         if isinstance(hf.get(key), int):
             return int(hf[key])
     return 2048
+
+
+def _position_offset(hf: dict[str, Any]) -> int:
+    """Positions of the RoBERTa family begin after the padding token's id."""
+    if hf.get("model_type") not in ("roberta", "xlm-roberta", "camembert"):
+        return 0
+    return int(hf.get("pad_token_id") or 0) + 1
 
 
 def _dtype(text: dict[str, Any], hf: dict[str, Any]) -> str:

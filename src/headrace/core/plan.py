@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from headrace.core.messages import LogprobSpec, SamplingParams
+from headrace.core.messages import LogprobSpec, PoolSpec, SamplingParams
 
 
 class NewRow(msgspec.Struct, frozen=True, array_like=True):
@@ -27,6 +27,7 @@ class NewRow(msgspec.Struct, frozen=True, array_like=True):
     seed: int
     sample_index: int = 0
     logprobs: LogprobSpec | None = None
+    pool: PoolSpec | None = None
 
 
 class Pages(msgspec.Struct, frozen=True, array_like=True):
@@ -95,6 +96,7 @@ class ChunkResult(msgspec.Struct, frozen=True, array_like=True):
     `tokens`: sampled tokens (none if the chunk does not sample; several after accepted drafts).
     `scores`: parallel to `tokens` when the row asked for logprobs. `prompt_scores`: for each
     position p from max(start, logprob_start) inside the chunk, the score of prompt token p+1.
+    `pooled`: fp32 bytes, from the chunk that ends the prompt of a row with `pool`.
     `error` fails the request of this chunk alone.
     """
 
@@ -102,6 +104,7 @@ class ChunkResult(msgspec.Struct, frozen=True, array_like=True):
     scores: list[ScoredToken] = []
     prompt_scores: list[ScoredToken] = []
     error: str = ""
+    pooled: bytes = b""
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True):

@@ -42,15 +42,13 @@ def resolve(config: Config, info: ModelInfo, hardware: Hardware) -> tuple[Config
         choose("run", "threads", 1, "the model is too small to gain from more")
     elif config.run.threads == 0:
         choose("run", "threads", hardware.cores, "that many cores are usable")
-    if config.schedule.chunked_prefill_size == 0:
-        choose("schedule", "chunked_prefill_size", 2048, "it keeps steps short on a CPU")
-    elif config.schedule.chunked_prefill_size == -1:
-        choose(
-            "schedule",
-            "chunked_prefill_size",
-            config.schedule.max_prefill_tokens,
-            "chunking is off",
-        )
+    chunk, reason = info.chunk_size(
+        config.schedule.chunked_prefill_size, config.model.context_length
+    )
+    if chunk == -1:
+        chunk, reason = config.schedule.max_prefill_tokens, "chunking is off"
+    if chunk != config.schedule.chunked_prefill_size:
+        choose("schedule", "chunked_prefill_size", chunk, reason)
     if config.schedule.schedule_policy == "priority":
         choose("schedule", "enable_priority_scheduling", True, "the policy is priority")
     return config, notes

@@ -7,18 +7,23 @@ SGLang's; the dicts are those of /generate.
 
 import atexit
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
 from headrace import __version__
 from headrace.core.config import Config
+from headrace.core.errors import BadRequest
+from headrace.core.messages import Delta, GenerateRequest
 from headrace.engine.launch import launch
 from headrace.engine.loop_thread import LoopThread
 from headrace.frontend import control
+from headrace.frontend.encode import Encoded, check_dimensions, check_task, parse_encode
 from headrace.frontend.native import WEIGHT_VERSION, GenerateCall, NativeResult, parse_generate
 from headrace.frontend.sampling import native_defaults
+from headrace.frontend.scoring import LabelScores, Question
 from headrace.frontend.validate import error_of
+from headrace.text.tokenizer import Tokenizer
 
 Result = dict[str, Any]
 
@@ -129,6 +134,85 @@ class Engine:
             async for result in results:
                 found[result.pop("index", 0)] = result
         return [found[i] for i in range(len(call.requests))] if call.as_list else found[0]
+
+    # -- vectors and scores -------------------------------------------------------------------
+
+    def encode(
+        self,
+        prompt: str | list[str] | list[list[str]] | None = None,
+        input_ids: list[int] | list[list[int]] | None = None,
+        **fields: Any,
+    ) -> Any:
+        """{"embedding", "meta_info"}, or a list of them. `fields`: rid, priority, dimensions.
+
+        The embedding of a classifier is its scores. Pairs of texts are for cross-encoders.
+
+        Raises:
+            HeadraceError: the request is wrong, or the model generates text.
+        """
+        return self._thread.run(self._encode(prompt, input_ids, fields))
+
+    async def async_encode(
+        self,
+        prompt: str | list[str] | list[list[str]] | None = None,
+        input_ids: list[int] | list[list[int]] | None = None,
+        **fields: Any,
+    ) -> Any:
+        """`encode` for any running loop."""
+        return await self._thread.arun(self._encode(prompt, input_ids, fields))
+
+    def rerank(self, prompt: list[list[str]]) -> Any:
+        """The scores of [query, document] pairs by a cross-encoder, in the form of `encode`."""
+        return self.encode(prompt)
+
+    def score(
+        self,
+        query: str | list[int],
+        items: str | list[str] | list[list[int]],
+        label_token_ids: list[int] | None = None,
+        apply_softmax: bool = False,
+        item_first: bool = False,
+    ) -> list[list[float]]:
+        """The `scores` of /v1/score.
+
+        Raises:
+            HeadraceError: the request is wrong, or the model cannot answer it.
+        """
+        info = self._manager.info
+        check_task(info, "generate", "classify")
+        given: Any = [items] if isinstance(items, str) else items
+        question = Question(
+            query,
+            given,
+            tuple(label_token_ids or ()),
+            apply_softmax=apply_softmax,
+            item_first=item_first,
+        )
+        scores = LabelScores(question, info, self._tokenizer)
+        self._thread.run(self._gather(scores.requests, scores.add))
+        return scores.scores()
+
+    async def _encode(self, prompt: Any, input_ids: Any, fields: dict[str, Any]) -> Any:
+        call = parse_encode({"text": prompt, "input_ids": input_ids} | fields, self._tokenizer)
+        check_dimensions(call.dimensions, self._manager.info)
+        encoded = Encoded(call)
+        await self._gather(call.requests, encoded.add)
+        return encoded.result()
+
+    async def _gather(
+        self, requests: list[GenerateRequest], add: Callable[[int, Delta], None]
+    ) -> None:
+        """Give `add` the delta of each request."""
+        async with aclosing(self._manager.generate_many(requests)) as news:
+            async for index, delta in news:
+                if delta.finish is not None and (error := error_of(delta.finish)) is not None:
+                    raise error
+                add(index, delta)
+
+    def _tokenizer(self, field: str) -> Tokenizer:
+        if self._manager.tokenizer is None:
+            raise BadRequest(f"{field}: this engine has no tokenizer; use input_ids", field=field)
+        return self._manager.tokenizer
 
     # -- the rest -----------------------------------------------------------------------------
 

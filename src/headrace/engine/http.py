@@ -16,10 +16,11 @@ import uvicorn
 
 from headrace.core.config import Config
 from headrace.core.errors import HeadraceError
-from headrace.core.messages import GenerateRequest, SamplingParams, pack_ids
+from headrace.core.messages import SamplingParams
 from headrace.engine.boot import Drain, Serve
 from headrace.engine.launch import Launched
 from headrace.engine.stopwatch import process_age, table
+from headrace.frontend.encode import probe
 from headrace.frontend.requests import new_rid
 from headrace.frontend.tokenizer_manager import TokenizerManager
 from headrace.frontend.validate import error_of
@@ -136,9 +137,7 @@ async def warm_up(manager: TokenizerManager) -> None:
     Raises:
         HeadraceError: it failed.
     """
-    request = GenerateRequest(
-        rid=new_rid(), ids=pack_ids([0, 1 % manager.info.vocab_size]), sampling=_WARM_UP
-    )
+    request = probe(manager.info, new_rid(), [0, 1 % manager.info.vocab_size], _WARM_UP)
     async with aclosing(manager.generate(request)) as news:
         async for delta in news:
             if delta.finish is not None and (error := error_of(delta.finish)) is not None:

@@ -47,7 +47,9 @@ def settle(config: Config) -> tuple[Config, ModelInfo, list[str]]:
     Raises:
         LoadError: the checkpoint cannot be read. BadRequest: an option contradicts it.
     """
-    info = read_model_info(Path(config.model.model_path), _overrides(config))
+    info = read_model_info(
+        Path(config.model.model_path), _overrides(config), is_embedding=config.model.is_embedding
+    )
     resolved, notes = resolve(config, info, detect())
     return resolved, info, notes
 

@@ -89,6 +89,21 @@ class Runtime:
             return self._thread.aiterate(self._events(body))
         return await self._thread.arun(self._ask("POST", "/generate", body))
 
+    def encode(
+        self,
+        prompt: str | list[str] | list[list[str]] | None = None,
+        input_ids: list[int] | list[list[int]] | None = None,
+        **fields: Any,
+    ) -> Any:
+        """The result of /encode."""
+        body = {"text": prompt, "input_ids": input_ids, **fields}
+        given = {name: value for name, value in body.items() if value is not None}
+        return self._thread.run(self._ask("POST", "/encode", given))
+
+    def rerank(self, prompt: list[list[str]]) -> Any:
+        """The scores of [query, document] pairs by a cross-encoder, in the form of `encode`."""
+        return self.encode(prompt)
+
     def get_server_info(self) -> dict[str, Any]:
         """/server_info."""
         return self._thread.run(self._ask("GET", "/server_info"))

@@ -19,6 +19,7 @@ def merge(first: Delta, second: Delta) -> Delta:
         start=first.start or second.start,
         queue_time=second.queue_time,
         first_token_time=second.first_token_time,
+        pooled=first.pooled or second.pooled,
     )
 
 

@@ -37,6 +37,7 @@ from headrace.core.messages import (
 )
 from headrace.core.model_info import ModelInfo
 from headrace.frontend.async_tokenizer import AsyncTokenizer
+from headrace.frontend.encode import for_model
 from headrace.frontend.mailbox import Flight, Mailbox
 from headrace.frontend.measure import StepMeasure
 from headrace.frontend.peers import Peers
@@ -218,7 +219,8 @@ class TokenizerManager:
         for request in await self._texts.with_ids(requests):
             assert request.sampling.n == 1, "fan_out first"
             bos = self.tokenizer.bos_token_id if self.tokenizer else None
-            checked = validate(continued(request, bos), self.info.vocab_size, self.limits, truncate)
+            fitting = for_model(continued(request, bos), self.info)
+            checked = validate(fitting, self.info.vocab_size, self.limits, truncate)
             for check in self._checks:
                 await self._texts.apply(check, checked)
             if checked.sampling.seed is None:

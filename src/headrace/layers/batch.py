@@ -16,6 +16,8 @@ class ForwardBatch:
     `state_specs` say.
     `prompt_lens`: int32 [chunks], length of the prompt of each chunk's row; only models whose
     rotary embedding depends on it read it (see `layers.rope`). Without it a chunk's context counts.
+    `seconds`: int32 [tokens], where the second text of a token's sequence begins; without it there
+    is none. Only models with token types read it.
     `cos_sin`: fp32 [tokens, rotary_dim], the model's `cos_sin` of this batch if already computed.
     """
 
@@ -25,6 +27,7 @@ class ForwardBatch:
     caches: list[KvCache]
     prompt_lens: Tensor | None = None
     cos_sin: Tensor | None = None
+    seconds: Tensor | None = None
 
     def lengths(self) -> Tensor:
         """int64 [tokens]: length of the sequence a token was computed in, as rope scaling counts.

@@ -11,7 +11,7 @@ from headrace.layers.build import Build
 from headrace.loader.base import BaseModelLoader, logged_load
 from headrace.loader.files import WeightFiles, weight_files
 from headrace.loader.safetensors import iterate_tensors
-from headrace.models import Model, model_class
+from headrace.models import Model, make_model
 
 
 class DefaultModelLoader(BaseModelLoader):
@@ -20,7 +20,7 @@ class DefaultModelLoader(BaseModelLoader):
     def load_model(self, info: ModelInfo, build: Build) -> Model:
         files = weight_files(Path(info.path))
         with logged_load(info, build):
-            model = model_class(info.architecture)(info, build)
+            model = make_model(info, build)
             model.load_weights(_with_progress(files, quiet=build.group.rank != 0))
         return model
 

@@ -17,7 +17,7 @@ from headrace.core.model_info import ModelInfo
 from headrace.dist.comm import SoloGroup
 from headrace.layers.build import Build
 from headrace.loader.base import BaseModelLoader, logged_load
-from headrace.models import Model, model_class
+from headrace.models import Model, make_model
 from headrace.quant import quant_method
 
 _POOL = 1_048_573  # a prime, so that rows of a matrix begin at different places
@@ -29,7 +29,7 @@ class DummyModelLoader(BaseModelLoader):
 
     def load_model(self, info: ModelInfo, build: Build) -> Model:
         with logged_load(info, build):
-            model = model_class(info.architecture)(info, build)
+            model = make_model(info, build)
             # Rounded as a real checkpoint of this model is.
             stored = getattr(torch, info.dtype)
             model.load_weights(dummy_weights(model.checkpoint_shapes(), stored))
@@ -40,7 +40,7 @@ def dummy_checkpoint(info: ModelInfo) -> dict[str, Tensor]:
     """Every tensor that format dummy makes up for this model, as a checkpoint would store it."""
     dtype: torch.dtype = getattr(torch, info.dtype)
     build = Build(dtype, SoloGroup(), quant_method(info.hf))
-    model = model_class(info.architecture)(info, build)
+    model = make_model(info, build)
     return dict(dummy_weights(model.checkpoint_shapes(), dtype))
 
 
@@ -49,7 +49,7 @@ def dummy_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Uniform in +-0.02; norm weights are around 1, so that activations live."""
     for name, shape in shapes.items():
-        center = 1.0 if name.endswith("norm.weight") else 0.0
+        center = 1.0 if name.lower().endswith("norm.weight") else 0.0
         yield name, dummy_tensor(name, shape, dtype, center)
 
 

@@ -26,7 +26,7 @@ from headrace.layers.build import Build
 from headrace.layers.held import held, put
 from headrace.loader.base import BaseModelLoader, logged_load
 from headrace.loader.safetensors import read_header, read_metadata
-from headrace.models import Model, model_class
+from headrace.models import Model, make_model
 from headrace.ops.packed import PackedWeight
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def load_through(
     if path.exists():
         try:
             with logged_load(info, build):
-                model = model_class(info.architecture)(info, build)
+                model = make_model(info, build)
                 restore(model, path)
         except LoadError as error:
             logger.warning("the weight cache is not used: %s", error.message)
@@ -73,6 +73,7 @@ def snapshot_path(folder: Path, info: ModelInfo, build: Build, load_format: str)
         "headrace": [__version__, _FORMAT, ops.packing()],
         "checkpoint": [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files],
         "config": info.hf,
+        "task": info.task,
         "dtype": str(build.dtype),
         "quantization": build.quant.name,
         "format": load_format,

@@ -18,6 +18,22 @@ ARCHITECTURES = {
     "MistralForCausalLM": "dense:MistralForCausalLM",
     "Qwen2ForCausalLM": "dense:Qwen2ForCausalLM",
     "Qwen3ForCausalLM": "dense:Qwen3ForCausalLM",
+    "LlamaModel": "dense:LlamaForCausalLM",
+    "MistralModel": "dense:MistralForCausalLM",
+    "Qwen2Model": "dense:Qwen2ForCausalLM",
+    "Qwen3Model": "dense:Qwen3ForCausalLM",
+    "LlamaForSequenceClassification": "dense:LlamaForCausalLM",
+    "MistralForSequenceClassification": "dense:MistralForCausalLM",
+    "Qwen2ForSequenceClassification": "dense:Qwen2ForCausalLM",
+    "Qwen3ForSequenceClassification": "dense:Qwen3ForCausalLM",
+    "BertModel": "encoder:Bert",
+    "BertForSequenceClassification": "encoder:Bert",
+    "RobertaModel": "encoder:Roberta",
+    "RobertaForSequenceClassification": "encoder:Roberta",
+    "XLMRobertaModel": "encoder:Roberta",
+    "XLMRobertaForSequenceClassification": "encoder:Roberta",
+    "CamembertModel": "encoder:Roberta",
+    "CamembertForSequenceClassification": "encoder:Roberta",
 }
 
 
@@ -53,6 +69,23 @@ class Model(Protocol):
     def checkpoint_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and whole shape of every tensor that `load_weights` needs."""
         ...
+
+
+def make_model(info: ModelInfo, build: Build) -> Model:
+    """The network of a checkpoint; one that is to be pooled has `scores` too.
+
+    Raises:
+        LoadError: unknown architecture, or the configuration is none that it can have.
+    """
+    found = model_class(info.architecture)
+    if info.pooling is None or info.pooling.encoder:
+        return found(info, build)
+    from headrace.models.decoder import Decoder
+    from headrace.models.pooled import PooledDecoder
+
+    if not issubclass(found, Decoder):
+        raise LoadError(f"{info.architecture} cannot make embeddings", field="is_embedding")
+    return PooledDecoder(found, info, build)
 
 
 def model_class(architecture: str) -> type[Model]:

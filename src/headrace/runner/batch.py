@@ -116,4 +116,5 @@ def build_batch(layout: Layout, tables: RowTables, caches: list[KvCache]) -> For
         meta=meta,
         caches=caches,
         prompt_lens=torch.from_numpy(tables.prompt_len[layout.row]),
+        seconds=torch.from_numpy(tables.second[rows]),
     )

@@ -30,6 +30,8 @@ class FakeWorker:
         self._vocab_size = info.vocab_size
         self._eos = frozenset(info.eos_token_ids)
         self._rows: dict[int, NewRow] = {}
+        labels = info.pooling.labels if info.pooling else ()
+        self._pooled = bytes(4 * (len(labels) or info.hidden_size))
 
     def launch(self, plan: StepPlan) -> "Future[StepResult]":
         """A future that is already done."""
@@ -61,6 +63,9 @@ class FakeWorker:
 
     def _answer(self, chunk: Chunk) -> ChunkResult:
         spec = self._rows[chunk.row]
+        if spec.pool is not None:
+            ended = chunk.start + chunk.count == spec.prompt_len
+            return ChunkResult(pooled=self._pooled if ended else b"")
         tokens = self._accept(chunk, spec) if chunk.samples else []
         if spec.logprobs is None:
             return ChunkResult(tokens)

@@ -21,6 +21,7 @@ from headrace.runner import graph
 from headrace.runner.batch import Layout, build_batch, lay_out, write_drafts
 from headrace.runner.logits import score_prompt, score_samples, slices
 from headrace.runner.pool import KvPool
+from headrace.runner.pooler import Pooler
 from headrace.runner.sampler import Sampler
 from headrace.runner.tables import RowTables
 
@@ -72,6 +73,7 @@ class ModelRunner:
         dtype: torch.dtype,
         kv_dtype: torch.dtype | None = None,
         halves: Sequence[DeviceHalf] = (),
+        pooler: Pooler | None = None,
     ) -> None:
         self.model = model
         self.vocab_size = vocab_size
@@ -83,6 +85,7 @@ class ModelRunner:
         self.pool = KvPool(model.state_specs(), pages, limits.page_size, kv_dtype or dtype)
         self.sampler = Sampler(self.tables, eos_token_ids)
         self.graph: graph.Graph = graph.EagerGraph(model)
+        self._pooler = pooler
         self._halves = {half.extra: half for half in halves}
 
     @torch.inference_mode()
@@ -121,6 +124,9 @@ class ModelRunner:
             own = drawn[taken : taken + 1 + len(chunk.draft)] if chunk.samples else []
             taken += len(own)
             result = self._answer(chunk, own)
+            if self._pooler is not None and not result.error:
+                states = hidden[offset : offset + chunk.count]
+                result = self._pooler.take(chunk, self.tables.spec(chunk.row).prompt_len, states)
             if chunk.logprob_start >= 0 and not result.error:
                 result = self._add_prompt_scores(result, chunk, hidden, offset)
             results.append(result)

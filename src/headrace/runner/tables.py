@@ -33,6 +33,8 @@ class RowTables:
         self.problems: dict[int, str] = {}
         self.prompt_len = np.zeros(rows, dtype=np.int32)
         self.scored = np.zeros(rows, dtype=bool)
+        # Where the second text of a pair begins; beyond every position if there is none.
+        self.second = np.full(rows, max_len, dtype=np.int32)
         self.sampling = SampleTable(rows)
         self._lists: list[tuple[np.ndarray, ...]] = [()] * rows
 
@@ -62,6 +64,8 @@ class RowTables:
             ids = np.zeros_like(ids)
         self.tokens[row, : len(ids)] = ids
         self.prompt_len[row] = spec.prompt_len
+        if spec.pool is not None:
+            self.second[row] = spec.pool.second or self.tokens.shape[1]
         self.scored[row] = not problem and spec.logprobs is not None
         self._set_draw(spec, SamplingParams() if problem else sampling)
 

@@ -7,6 +7,7 @@ fails becomes a result with an error, and the next one runs. Knows nothing of re
 import logging
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import cast
 
 import torch
 
@@ -21,6 +22,7 @@ from headrace.loader import load_model
 from headrace.runner.memory import GIB, MemoryPlan, plan_memory, step_cost
 from headrace.runner.model_runner import DeviceHalf, ModelRunner
 from headrace.runner.pool import bytes_per_token, kv_dtype
+from headrace.runner.pooler import PooledModel, Pooler
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +106,9 @@ def build_runner(
     for line in plan.lines():
         logger.info(line)
     eos = info.eos_token_ids
-    runner = ModelRunner(model, plan.limits, info.vocab_size, eos, dtype, stored, halves)
+    pooler = Pooler(info.pooling, cast(PooledModel, model)) if info.pooling else None
+    runner = ModelRunner(model, plan.limits, info.vocab_size, eos, dtype, stored, halves, pooler)
+    if info.pooling and info.pooling.encoder:
+        return runner, plan  # adds tensors outside of operators, which no recording sees
     runner.record(config.schedule.chunked_prefill_size + plan.limits.max_running_requests)
     return runner, plan

@@ -107,6 +107,7 @@ class Committer:
             self.finish(request, abort(outcome.error, 500, "InternalServerError"))
             return
         request.unsent.prompt_scores += outcome.prompt_scores
+        request.unsent.pooled = outcome.pooled
         if not request.prompt_kept and chunk.start + chunk.count >= request.prompt_len:
             self._keep_prompt(request)
         reason = self._append(request, outcome, extras)
@@ -154,7 +155,7 @@ class Committer:
     def _keep_prompt(self, request: Request) -> None:
         """The prompt is computed: others may use it from now on."""
         request.prompt_kept = True
-        if self.space.keep(request, request.prompt_len):
+        if request.reuse and self.space.keep(request, request.prompt_len):
             self.planner.rewrite_pages(request)
 
     def _fail(self, plan: StepPlan, error: str) -> None:
@@ -203,6 +204,7 @@ class Committer:
                 start=None if unsent.started else stream_start(request),
                 queue_time=max(0.0, request.admitted_at - request.arrived),
                 first_token_time=max(0.0, request.first_token_at - request.arrived),
+                pooled=unsent.pooled,
             )
         )
         unsent.ids = []

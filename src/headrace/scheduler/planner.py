@@ -107,6 +107,8 @@ class Planner:
             return
         count = request.total - request.computed
         if count > 1:
+            if count > draft.budget and not request.pieces:
+                return
             count = min(count, draft.budget)
         if count > 0 and self._make_room(request, request.computed + count, draft):
             self._append(request, count, draft)
@@ -200,7 +202,7 @@ class Planner:
 
     def _try_admit(self, request: Request, draft: Draft) -> bool:
         """Start a waiting request if it fits. False: stop looking in this step."""
-        if draft.budget <= 0:
+        if draft.budget <= 0 or (not request.pieces and request.total > draft.budget):
             return False
         if not self._is_ready(request, draft):
             return True
@@ -241,7 +243,7 @@ class Planner:
 
     def _better_wait(self, request: Request) -> bool:
         """Is somebody computing the very prefix that this request lacks?"""
-        if not self.space.cache.shares:
+        if not self.space.cache.shares or not request.reuse:
             return False
         worth = max(_WORTH_WAITING, self.space.page_size)
         return any(
@@ -293,6 +295,7 @@ class Planner:
                 seed=request.spec.sampling.seed or 0,
                 sample_index=request.spec.sample_index,
                 logprobs=request.spec.logprobs,
+                pool=request.spec.pool,
             )
         )
         if request.pages:

@@ -64,6 +64,9 @@ class Request:
         start = spec.logprobs.start if spec.logprobs else -1
         self.score_from = self.prompt_len if start < 0 else start
         self.unsent = Unsent()
+        # May use and leave cached prefixes; may be computed in several chunks.
+        self.reuse = spec.pool is None or spec.pool.reuse
+        self.pieces = spec.pool is None or spec.pool.pieces
 
     @property
     def rid(self) -> str:
@@ -104,6 +107,7 @@ class Unsent:
         self.ids: list[int] = []
         self.scores: list[ScoredToken] = []
         self.prompt_scores: list[ScoredToken] = []
+        self.pooled = b""
         self.started = False
 
 

@@ -48,7 +48,7 @@ class Space:
         At least one token is left to compute (its logits are needed), and all positions whose
         logits must score the prompt.
         """
-        limit = min(request.known - 1, request.score_from)
+        limit = min(request.known - 1, request.score_from) if request.reuse else 0
         prefix = self.cache.match(self.namespace(request), request.tokens()[: max(0, limit)])
         if prefix.node is not None:
             self.cache.lock(prefix.node)
@@ -119,7 +119,7 @@ class Space:
 
     def leave(self, request: Request, keep: int) -> None:
         """Take all pages from a request; the first `keep` tokens stay as a prefix."""
-        if keep > 0:
+        if keep > 0 and request.reuse:
             self.keep(request, keep)
         self.pool.release(request.pages[request.shared :])
         if request.node is not None:
@@ -138,6 +138,8 @@ class Space:
 
     def uncached(self, request: Request) -> int:
         """Tokens a waiting request would have to compute (for policies)."""
+        if not request.reuse:
+            return request.known
         limit = max(0, min(request.known - 1, request.score_from))
         prefix = self.cache.match(self.namespace(request), request.tokens()[:limit], use=False)
         return request.known - len(prefix.pages) * self.page_size

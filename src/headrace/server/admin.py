@@ -16,7 +16,8 @@ from starlette.responses import PlainTextResponse, Response
 
 from headrace import __version__
 from headrace.core.errors import BadRequest, HeadraceError, NotFound
-from headrace.core.messages import GenerateRequest, SamplingParams, SchedulerStats, pack_ids
+from headrace.core.messages import SamplingParams, SchedulerStats
+from headrace.frontend.encode import probe
 from headrace.frontend.native import WEIGHT_VERSION
 from headrace.metrics.catalog import PREFIX, Sources
 from headrace.metrics.prometheus import CONTENT_TYPE, Exporter
@@ -83,11 +84,8 @@ async def _one_token(context: Context) -> None:
     """Any answer will do: a full queue is busy, not ill; a paused server is as it should be."""
     if (await context.manager.control("ping", timeout=PROBE_SECONDS)).data.get("paused"):
         return
-    request = GenerateRequest(
-        rid=f"HEALTH_CHECK_{uuid.uuid4().hex}",
-        ids=pack_ids([0]),
-        sampling=SamplingParams(max_new_tokens=1, temperature=0.0),
-    )
+    sampling = SamplingParams(max_new_tokens=1, temperature=0.0)
+    request = probe(context.info, f"HEALTH_CHECK_{uuid.uuid4().hex}", [0], sampling)
     async with aclosing(context.manager.generate(request)) as deltas:
         await anext(deltas)
 
@@ -135,7 +133,7 @@ def _model_info(context: Context) -> dict[str, Any]:
         "model_path": options.model_path,
         "served_model_name": context.model_name,
         "tokenizer_path": options.tokenizer_path or options.model_path,
-        "is_generation": True,
+        "is_generation": context.info.pooling is None,
         "preferred_sampling_params": msgspec.json.decode(
             context.config.serve.preferred_sampling_params
         ),

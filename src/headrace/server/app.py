@@ -22,11 +22,13 @@ from headrace.server import (
     anthropic_messages,
     batch_routes,
     control,
+    embeddings,
     errors,
     generation,
     ollama,
     openai_responses,
     parsing,
+    ranking,
     tokens,
 )
 from headrace.server.access import RequireApiKey
@@ -40,6 +42,20 @@ from headrace.server.responses_input import ResponsesRequest
 from headrace.server.schemas import SCHEMA_PATH, all_schemas
 
 # Bodies that `schemas` does not know, for the OpenAPI document.
+# Every folder of routes. Files and batches are added apart: they have work to do beside.
+PARTS = (
+    generation,
+    openai_responses,
+    anthropic_messages,
+    ollama,
+    embeddings,
+    ranking,
+    tokens,
+    parsing,
+    admin,
+    control,
+)
+
 BODIES = (
     ResponsesRequest,
     MessagesRequest,
@@ -49,6 +65,8 @@ BODIES = (
     NameBody,
     BatchRequest,
     *control.BODIES,
+    *embeddings.BODIES,
+    *ranking.BODIES,
 )
 
 
@@ -69,16 +87,7 @@ def build_app(manager: TokenizerManager, config: Config, info: ModelInfo) -> Fas
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     errors.install(app)
-    for part in (
-        generation,
-        openai_responses,
-        anthropic_messages,
-        ollama,
-        tokens,
-        parsing,
-        admin,
-        control,
-    ):
+    for part in PARTS:
         app.include_router(part.routes(context))
     app.state.work = _add_batches(app, context)
     if config.serve.api_key:

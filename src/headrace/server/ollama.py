@@ -17,7 +17,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from headrace import __version__
-from headrace.core.errors import BadRequest, Unsupported
+from headrace.core.errors import BadRequest
 from headrace.core.messages import Delta, GenerateRequest, LogprobSpec, pack_ids
 from headrace.frontend.requests import new_rid
 from headrace.server.admin import json_response
@@ -86,11 +86,6 @@ def _add_generation(router: APIRouter, context: Context) -> None:
         started = time.time_ns()
         found = await take(http, context, lambda raw: parse_generate(raw, context), any_type=True)
         return await _reply(http, context, found, started)
-
-    @router.post("/api/embed", include_in_schema=False)
-    @router.post("/api/embeddings", include_in_schema=False)
-    async def embed() -> Response:
-        raise Unsupported("This server does not make embeddings yet.")
 
 
 class Asked(NamedTuple):

@@ -91,6 +91,14 @@ class Tokenizer:
             raise BadRequest("text holds half of a surrogate pair", field="text") from error
         return [encoding.ids for encoding in encodings]
 
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], int]]:
+        """(token ids of both texts, where the second one begins by its token types, else 0)."""
+        try:
+            encodings = self.backend.encode_batch(list(pairs))
+        except TypeError as error:
+            raise BadRequest("text holds half of a surrogate pair", field="text") from error
+        return [(e.ids, e.type_ids.index(1) if 1 in e.type_ids else 0) for e in encodings]
+
     def decode(
         self,
         ids: Sequence[int],

@@ -1,0 +1,68 @@
+"""A decoder whose hidden states are pooled instead of turned into tokens.
+
+Any decoder family, without its vocabulary head, with the score head of a classifier or none. Knows
+no pooling and no family.
+"""
+
+from collections.abc import Iterable
+
+import msgspec
+import torch
+from torch import Tensor
+
+from headrace.core.model_info import ModelInfo
+from headrace.core.plan import StateSpec
+from headrace.layers.batch import ForwardBatch
+from headrace.layers.build import Build
+from headrace.layers.weights import load_targets
+from headrace.models.decoder import Decoder
+from headrace.models.head import Head, SmallLinear
+
+_BASE = "model."
+
+
+class PooledDecoder:
+    """The `PooledModel` of a decoder-only `family`."""
+
+    def __init__(self, family: type[Decoder], info: ModelInfo, build: Build) -> None:
+        assert info.pooling is not None
+        # A tied head takes no memory and no tensor of the checkpoint.
+        tied = msgspec.structs.replace(info, hf=info.hf | {"tie_word_embeddings": True})
+        self.decoder = family(tied, build)
+        labels = len(info.pooling.labels)
+        score = SmallLinear("score", info.hidden_size, labels, bias=False)
+        self.head = Head([score] if labels else [], torch.relu)
+
+    def forward(self, batch: ForwardBatch) -> Tensor:
+        return self.decoder.forward(batch)
+
+    def cos_sin(self, batch: ForwardBatch) -> Tensor:
+        return self.decoder.cos_sin(batch)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.decoder.logits(hidden)
+
+    def scores(self, pooled: Tensor) -> Tensor:
+        return self.head(pooled)
+
+    def state_specs(self) -> list[StateSpec]:
+        return self.decoder.state_specs()
+
+    def prefix_scope(self, prompt_len: int) -> str:
+        return self.decoder.prefix_scope(prompt_len)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Checkpoints saved without a head leave out the prefix of their base model."""
+        targets = self.decoder.targets() | self.head.targets()
+        heads = ("score.", "lm_head.", _BASE)
+        named = (
+            (name if name.startswith(heads) else _BASE + name, tensor) for name, tensor in weights
+        )
+        load_targets(targets, named, self._ignored)
+
+    def checkpoint_shapes(self) -> dict[str, tuple[int, ...]]:
+        own = {name: target.shape for name, target in self.head.targets().items()}
+        return self.decoder.checkpoint_shapes() | own
+
+    def _ignored(self, name: str) -> bool:
+        return ".rotary_emb." in name or name == "lm_head.weight"
