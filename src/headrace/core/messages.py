@@ -126,10 +126,14 @@ class AbortRequest(Message, frozen=True, array_like=True):
 
 
 class Control(Message, frozen=True, array_like=True):
-    """A verb for the scheduler that is answered by one `ControlReply` with the same id."""
+    """A verb for the scheduler that is answered by one `ControlReply` with the same id.
+
+    "watch" asks for what a dashboard shows, with the steps after number `since`.
+    """
 
     id: int
-    verb: Literal["ping", "flush_cache", "loads", "state"]
+    verb: Literal["ping", "flush_cache", "loads", "state", "watch"]
+    since: int = 0
 
 
 class ControlReply(Message, frozen=True, array_like=True):

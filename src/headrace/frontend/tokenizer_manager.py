@@ -46,7 +46,7 @@ from headrace.text.tokenizer import Tokenizer
 
 # Raises BadRequest for a request that a feature cannot serve.
 RequestCheck = Callable[[GenerateRequest], None]
-Verb = Literal["ping", "flush_cache", "loads", "state"]
+Verb = Literal["ping", "flush_cache", "loads", "state", "watch"]
 
 
 class TokenizerManager:
@@ -160,14 +160,14 @@ class TokenizerManager:
         """End a request, those whose rid starts with `rid`, or all; unknown ones are ignored."""
         self._send(AbortRequest(rid, prefix, all))
 
-    async def control(self, verb: Verb, timeout: float = 30.0) -> ControlReply:
-        """Ask the scheduler.
+    async def control(self, verb: Verb, timeout: float = 30.0, since: int = 0) -> ControlReply:
+        """Ask the scheduler. `since`: see `Control`.
 
         Raises:
             HeadraceError: no answer within `timeout` seconds, or the scheduler is gone.
         """
         self._check_alive()
-        message = Control(next(self._control_ids), verb)
+        message = Control(next(self._control_ids), verb, since)
         reply = self._controls[message.id] = self._loop.create_future()
         try:
             self._send(message)

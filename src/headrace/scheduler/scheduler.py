@@ -187,6 +187,9 @@ class Scheduler:
             return self._flush(message.id)
         if message.verb in ("loads", "state"):
             return ControlReply(message.id, data=msgspec.structs.asdict(self.reporter.stats()))
+        if message.verb == "watch":
+            data = self.reporter.watched(message.since, len(self._inflight))
+            return ControlReply(message.id, data=data)
         return ControlReply(message.id)
 
     def _flush(self, id: int) -> ControlReply:
@@ -221,7 +224,9 @@ class Scheduler:
 
     def _commit_oldest(self) -> None:
         plan, future = self._inflight.popleft()
-        self.committer.commit(plan, future.result())
+        result = future.result()
+        self.reporter.log.ended(len(self._inflight), result.seconds)
+        self.committer.commit(plan, result)
         if self.planner.running:
             self.planner.ratio.decay()
         else:

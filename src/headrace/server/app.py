@@ -27,6 +27,7 @@ from headrace.server import (
     openai_responses,
     parsing,
     tokens,
+    ui,
 )
 from headrace.server.access import RequireApiKey
 from headrace.server.anthropic_input import CountRequest, MessagesRequest
@@ -69,6 +70,7 @@ def build_app(manager: TokenizerManager, config: Config, info: ModelInfo) -> Fas
     errors.install(app)
     for part in (generation, openai_responses, anthropic_messages, ollama, tokens, parsing, admin):
         app.include_router(part.routes(context))
+    app.include_router(ui.routes(context))
     app.state.work = _add_batches(app, context)
     if config.serve.api_key:
         app.add_middleware(RequireApiKey, key=config.serve.api_key)
