@@ -7,7 +7,6 @@ every route, the events need the API key if there is one; the page and its files
 
 import asyncio
 import hashlib
-import mimetypes
 import time
 from collections import deque
 from collections.abc import AsyncIterator
@@ -24,6 +23,12 @@ from headrace.metrics.record import Histogram
 from headrace.server.context import Context
 from headrace.server.sse import event, failure_event
 
+TYPES = {
+    "html": "text/html",
+    "css": "text/css",
+    "js": "text/javascript",
+    "svg": "image/svg+xml",
+}
 SECONDS_BETWEEN = 1.0
 MAX_WATCHERS = 32
 _REMEMBERED = 512
@@ -52,11 +57,9 @@ def read_assets() -> dict[str, Asset]:
     found = {}
     for path in files("headrace.server").joinpath("static").iterdir():
         body = path.read_bytes()
-        kind = (
-            "text/javascript" if path.name.endswith(".js") else mimetypes.guess_type(path.name)[0]
-        )
+        kind = TYPES[path.name.rpartition(".")[2]]
         tag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
-        found[path.name] = Asset(body, kind or "application/octet-stream", tag)
+        found[path.name] = Asset(body, kind, tag)
     return found
 
 
