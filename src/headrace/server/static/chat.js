@@ -34,6 +34,7 @@ function send(prompt) {
   const content = prompt.value.trim();
   if (!content || running) return;
   prompt.value = "";
+  dropUnkept();
   push({ role: "user", content });
   answer();
 }
@@ -64,8 +65,13 @@ function clear() {
 function tryAgain() {
   if (running) return;
   while (history.at(-1)?.role === "assistant") history.pop();
-  while (views.length > history.length) views.pop().remove();
+  dropUnkept();
   if (history.length) answer();
+}
+
+/** Remove the view of an answer that failed or was stopped before its first word. */
+function dropUnkept() {
+  while (views.length > history.length) views.pop().remove();
 }
 
 /** Stream the answer to the conversation so far. */

@@ -8,6 +8,9 @@ function percent(probability) {
   return probability < 0.0005 ? "<0.1%" : `${(probability * 100).toFixed(1)}%`;
 }
 
+// How tokenizers write the tokens that end or open a turn.
+const SPECIAL = /^(<[|｜].*[|｜]>|<\/?[a-z_]+>)$/;
+
 const visible = (text) => text.replaceAll("\n", "⏎").replaceAll(" ", "␣");
 
 /** Shows tokens in `box`, an element inside a positioned parent. One tab stop; arrow keys walk. */
@@ -33,7 +36,8 @@ export class TokenView {
   add(entries) {
     for (const entry of entries) {
       const text = this.decoder.decode(new Uint8Array(entry.bytes), { stream: true });
-      const span = el("span", { className: "token", textContent: text });
+      const name = SPECIAL.test(entry.token) ? "token special" : "token";
+      const span = el("span", { className: name, textContent: text });
       span.style.setProperty("--p", Math.exp(entry.logprob).toFixed(4));
       span.dataset.index = this.entries.length;
       this.entries.push({ entry, span });
