@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from hatchling.builders.wheel import WheelBuilder
 from starlette.testclient import TestClient
 
 from headrace.core.config import Config
@@ -80,6 +81,13 @@ def test_the_page_names_only_its_own_files():
         assert all((STATIC / name).exists() for name in named), path.name
     ids = re.findall(r' id="([\w-]+)"', (STATIC / "index.html").read_text(encoding="utf-8"))
     assert len(ids) == len(set(ids))
+
+
+def test_the_wheel_has_the_page():
+    root = Path(__file__).parents[2]
+    files = WheelBuilder(str(root)).recurse_included_files()
+    packed = {Path(file.path).resolve() for file in files}
+    assert {path.resolve() for path in STATIC.iterdir()} <= packed
 
 
 def test_the_page_is_open_and_its_events_are_not(manager):

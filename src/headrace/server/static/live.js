@@ -1,6 +1,6 @@
 // The dashboard: listens to /ui/events while it is on screen and draws each second what comes.
 
-import { ask, events } from "./api.js";
+import { ApiError, ask, events } from "./api.js";
 import { drawHistogram, drawLine, quantile } from "./charts.js";
 import { byId, duration, el, number } from "./dom.js";
 import { drawTimeline } from "./timeline.js";
@@ -26,8 +26,8 @@ export class Dashboard {
     this.steps = [];
     this.ticks = [];
     byId("span").addEventListener("change", () => this.#histograms());
-    new ResizeObserver(() => this.ticks.length && this.#draw()).observe(byId("view-live"));
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.ticks.length && this.#draw());
+    new ResizeObserver(() => this.#draw()).observe(byId("view-live"));
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.#draw());
   }
 
   /** Begin or end to listen. */
@@ -49,7 +49,7 @@ export class Dashboard {
         if (!signal.aborted) this.showState("starting", "starting");
       } catch (error) {
         if (signal.aborted) return;
-        this.showState("lost", error.status ? error.message : "no connection");
+        this.showState("lost", error instanceof ApiError ? error.message : "no connection");
       }
       await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
     }
@@ -69,6 +69,7 @@ export class Dashboard {
 
   #draw() {
     const now = this.ticks.at(-1);
+    if (!now || !this.watching) return;
     this.#tiles(now.stats);
     const sentence = drawTimeline(byId("timeline"), this.steps);
     byId("timeline").setAttribute("aria-label", sentence);
