@@ -21,6 +21,11 @@ class PagePool:
         """Number of free pages."""
         return len(self._free)
 
+    @property
+    def shared(self) -> int:
+        """Number of pages with several owners."""
+        return len(self._extra_owners)
+
     def take(self, count: int) -> list[int] | None:
         """`count` pages with one owner each, or None when there are not enough."""
         if count > len(self._free):

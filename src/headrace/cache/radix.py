@@ -143,6 +143,10 @@ class RadixCache:
     def clear(self) -> list[int]:
         return self.evict(self._held) if self._held else []
 
+    def roots(self) -> Iterator[Node]:
+        """The root of each namespace; it holds no tokens."""
+        return iter(self._roots.values())
+
     def nodes(self) -> Iterator[Node]:
         """Every node but the roots, parents before children."""
         stack = list(self._roots.values())

@@ -163,6 +163,7 @@ Verb = Literal[
     "flush_cache",
     "loads",
     "state",
+    "watch",
     "pause",
     "continue",
     "open_session",
@@ -176,7 +177,10 @@ Verb = Literal[
 
 
 class Control(Message, frozen=True, array_like=True):
-    """A verb for the scheduler that is answered by one `ControlReply` with the same id."""
+    """A verb for the scheduler that is answered by one `ControlReply` with the same id.
+
+    "watch" asks for what a dashboard shows, with the steps after number `since`.
+    """
 
     id: int
     verb: Verb

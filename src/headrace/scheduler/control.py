@@ -45,6 +45,11 @@ def _state(scheduler: "Scheduler", args: Arguments) -> Answer:
     return "", msgspec.structs.asdict(scheduler.reporter.stats())
 
 
+def _watch(scheduler: "Scheduler", args: Arguments) -> Answer:
+    """What a dashboard shows, with the steps after number `since`."""
+    return "", scheduler.reporter.watched(args.get("since", 0), scheduler.inflight)
+
+
 def _flush_cache(scheduler: "Scheduler", args: Arguments) -> Answer:
     """Forget all prefixes; requests that wait for the end of a pause hold none."""
     planner = scheduler.planner
@@ -124,6 +129,7 @@ VERBS: dict[str, Callable[["Scheduler", Arguments], Answer]] = {
     "ping": _ping,
     "loads": _state,
     "state": _state,
+    "watch": _watch,
     "flush_cache": _flush_cache,
     "pause": _pause,
     "continue": _continue,

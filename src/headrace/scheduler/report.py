@@ -6,11 +6,15 @@ parts, changes nothing.
 
 import logging
 from collections.abc import Callable
+from typing import Any
+
+import msgspec
 
 from headrace.core.messages import SchedulerStats
 from headrace.core.plan import StepPlan
 from headrace.scheduler.commit import Committer
 from headrace.scheduler.planner import Planner
+from headrace.scheduler.watch import STEP_FIELDS, StepLog, pages_of, tree_of
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +38,17 @@ class Reporter:
         self._decode_steps = 0
         self.steps = 0
         self.throughput = 0.0
+        self.log = StepLog()
 
     def planned(self, plan: StepPlan) -> None:
         """Account a launched plan and maybe log it."""
         self.steps += 1
-        prefill = sum(chunk.count for chunk in plan.chunks if chunk.count > 1)
+        prompts = [chunk.count for chunk in plan.chunks if chunk.count > 1]
+        prefill, cached = sum(prompts), 0
         if plan.new_rows:
-            self._prefilled(plan, prefill)
+            cached = self._prefilled(plan, prefill)
+        age = self._clock() - self._started
+        self.log.launched(self.steps, age, prefill, len(plan.chunks) - len(prompts), cached)
         if not prefill:
             self._decode_steps += 1
             if self._decode_steps % self._interval == 0:
@@ -69,7 +77,19 @@ class Reporter:
             paused=len(planner.running) if planner.paused else 0,
         )
 
-    def _prefilled(self, plan: StepPlan, tokens: int) -> None:
+    def watched(self, since: int, inflight: int) -> dict[str, Any]:
+        """What a dashboard shows: counters, pages, tree, and the steps after number `since`."""
+        space = self._planner.space
+        return {
+            "stats": msgspec.structs.asdict(self.stats()),
+            "pages": pages_of(space),
+            "tree": tree_of(space),
+            "fields": STEP_FIELDS,
+            "steps": self.log.since(since, inflight),
+        }
+
+    def _prefilled(self, plan: StepPlan, tokens: int) -> int:
+        """Log a step that admits requests; returns how many of their tokens were cached."""
         starts = {chunk.row: chunk.start for chunk in plan.chunks}
         cached = sum(starts.get(row.row, 0) for row in plan.new_rows)
         logger.info(
@@ -82,6 +102,7 @@ class Reporter:
             len(self._planner.running),
             len(self._planner.queue),
         )
+        return cached
 
     def _decoded(self) -> None:
         now = self._clock()

@@ -99,6 +99,11 @@ class Scheduler:
         self._commit_oldest()
         return True
 
+    @property
+    def inflight(self) -> int:
+        """Steps that were launched and not committed."""
+        return len(self._inflight)
+
     def drain(self) -> None:
         """Wait for the plans in flight and commit them."""
         while self._inflight:
@@ -257,6 +262,7 @@ class Scheduler:
     def _commit_oldest(self) -> None:
         plan, future = self._inflight.popleft()
         result = future.result()
+        self.reporter.log.ended(len(self._inflight), result.seconds)
         began = self.trace.mark()
         self.committer.commit(plan, result)
         self.trace.add("commit", began)

@@ -8,7 +8,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from headrace.core.errors import Unauthorized
 from headrace.server.errors import error_response
 
-OPEN_PATHS = frozenset(("/", "/health", "/health_generate", "/ready", "/ping", "/metrics"))
+OPEN_PATHS = frozenset(("/", "/health", "/health_generate", "/ready", "/ping", "/metrics", "/ui"))
+# The files of the web page, which then asks its user for the key.
+OPEN_FOLDER = "/ui/static/"
 
 
 class RequireApiKey:
@@ -31,7 +33,9 @@ class RequireApiKey:
 
     def _allows(self, scope: Scope) -> bool:
         if scope["type"] == "http" and (
-            scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS"
+            scope["path"] in OPEN_PATHS
+            or scope["path"].startswith(OPEN_FOLDER)
+            or scope["method"] == "OPTIONS"
         ):
             return True
         return any(hmac.compare_digest(key, self._key) for key in _keys(scope))

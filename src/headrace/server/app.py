@@ -30,6 +30,7 @@ from headrace.server import (
     parsing,
     ranking,
     tokens,
+    ui,
 )
 from headrace.server.access import RequireApiKey
 from headrace.server.anthropic_input import CountRequest, MessagesRequest
@@ -54,6 +55,7 @@ PARTS = (
     parsing,
     admin,
     control,
+    ui,
 )
 
 BODIES = (

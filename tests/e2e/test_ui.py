@@ -1,0 +1,208 @@
+"""The web page in a real browser: a chat is streamed, tools are answered, the dashboard draws.
+
+With HEADRACE_UI_IMAGES=DIR the pictures of docs/ui.md are taken on the way.
+"""
+
+import json
+import os
+import re
+import threading
+
+import pytest
+
+from headrace.server import answers
+from headrace.text.parsers.events import Arguments, Content, Reasoning, ToolCall
+from tests.e2e.conftest import API_KEY
+from tests.support.api_server import LinesParser, Model, serve
+from tests.support.browser import CHROMIUM, browser
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium"),
+]
+
+DESKTOP = {"width": 1180, "height": 760}
+PHONE = {"width": 390, "height": 780}
+SHARED = "You are a miller. Answer every question about wheels and water in one sentence. " * 4
+QUESTIONS = [
+    "What is a headrace?",
+    "What is a tailrace?",
+    "What is a sluice?",
+    "Who grinds the corn?",
+    "Who grinds the wheat?",
+    "Where does the water go?",
+]
+
+
+@pytest.fixture(scope="module")
+def context(tmp_path_factory):
+    with browser(tmp_path_factory.mktemp("profile"), viewport=DESKTOP) as found:
+        found.set_default_timeout(20_000)
+        yield found
+
+
+@pytest.fixture
+def page(context):
+    """A page that must not fail, nor ask anybody else for anything."""
+    page = context.new_page()
+    errors, urls = [], []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda line: line.type == "error" and errors.append(line.text))
+    page.on("request", lambda request: urls.append(request.url))
+    yield page
+    page.close()
+    assert not [error for error in errors if "401" not in error]
+    assert len({url.split("/")[2] for url in urls}) == 1
+
+
+def picture(page, name):
+    if folder := os.environ.get("HEADRACE_UI_IMAGES"):
+        page.screenshot(path=f"{folder}/{name}.png")
+
+
+def enter(page, url):
+    """Open the page and give it the API key it asks for."""
+    page.goto(url + "/ui")
+    page.fill("#key", API_KEY)
+    page.click("text=Use it")
+    page.wait_for_selector("#model:not(:empty)")
+
+
+def say(page, text):
+    page.fill("#prompt", text)
+    page.press("#prompt", "Enter")
+    page.wait_for_selector(".message.assistant:last-child:not(.waiting)")
+
+
+def fits(page):
+    """Nothing sticks out to the right."""
+    return page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_a_chat_is_streamed_with_its_tokens(page, demo_server):
+    page.emulate_media(color_scheme="light")
+    enter(page, demo_server.url)
+    page.evaluate(
+        """() => {
+          window.lengths = new Set();
+          const note = () => window.lengths.add(document.querySelectorAll(".token").length);
+          const watched = { childList: true, subtree: true };
+          new MutationObserver(note).observe(document.getElementById("messages"), watched);
+        }"""
+    )
+    page.fill("[name=temperature]", "0.7")
+    page.fill("[name=seed]", "4")
+    say(page, "Tell me a story about a fox.")
+    tokens = page.locator(".token")
+    assert tokens.count() > 5
+    assert page.evaluate("window.lengths.size") > 3
+    note = page.inner_text(".message.assistant .note")
+    assert re.search(r"\d+ tokens in.* out · first token .* tokens/s", note)
+    page.locator(".message.assistant .text").focus()
+    for _ in range(4):
+        page.keyboard.press("ArrowRight")
+    assert page.locator(".alternatives li").count() in (5, 6)
+    assert page.locator(".alternatives .chosen").count() == 1
+    picture(page, "chat-light")
+    page.keyboard.press("Escape")
+    assert page.locator(".alternatives").count() == 0
+    page.set_viewport_size(PHONE)
+    page.emulate_media(color_scheme="dark")
+    tokens.nth(6).click()
+    assert page.locator(".alternatives").is_visible() and fits(page)
+    picture(page, "chat-phone-dark")
+    page.set_viewport_size(DESKTOP)
+
+
+def test_stop_schema_and_errors(page, demo_server):
+    enter(page, demo_server.url)
+    page.fill("[name=max_tokens]", "2000")
+    page.fill("#prompt", "Tell me a long story.")
+    page.press("#prompt", "Enter")
+    page.wait_for_selector(".token >> nth=3")
+    page.click("#stop")
+    page.wait_for_selector("text=stopped")
+    page.click("#fresh")
+    assert page.locator(".message").count() == 0
+    page.fill("[name=max_tokens]", "200")
+    page.click("[data-example=schema]")
+    page.uncheck("[name=tokens]")
+    say(page, "Who are you?")
+    answer = json.loads(page.inner_text(".message.assistant .text"))
+    assert answer.keys() == {"name", "age"}
+    page.fill("[name=schema]", "{")
+    page.click("#again")
+    assert "Schema" in page.inner_text("#settings-error")
+    page.select_option("[name=format]", "")
+    page.fill("[name=temperature]", "9")
+    page.click("#again")
+    page.wait_for_selector(".message.assistant .error:not(:empty)")
+    assert "temperature" in page.inner_text(".message.assistant .error")
+    page.evaluate("localStorage.clear()")
+
+
+def test_tools_are_answered_by_hand(page, monkeypatch):
+    monkeypatch.setattr(answers, "parser_for", lambda *_: LinesParser())
+    model = Model()
+    with serve(model) as url:
+        model.turns = [
+            [
+                Reasoning("I must look."),
+                ToolCall(0, "get_weather"),
+                Arguments(0, '{"city":"Oslo"}'),
+            ],
+            [Content("It rains "), Content("in Oslo.")],
+        ]
+        page.goto(url + "/ui")
+        page.uncheck("[name=tokens]")
+        page.click("[data-example=tools]")
+        say(page, "Weather in Oslo?")
+        assert page.inner_text(".call strong") == "get_weather"
+        assert not page.locator(".reasoning div").is_visible()
+        page.click(".reasoning summary")
+        assert page.inner_text(".reasoning div") == "I must look."
+        page.fill(".call textarea", "rain, 7 degrees")
+        page.click("text=Send results")
+        page.wait_for_selector("text=It rains in Oslo.")
+        page.evaluate("localStorage.clear()")
+    assert "get_weather" in model.prompts[0]
+    assert "<tool>rain, 7 degrees" in model.prompts[1]
+
+
+def test_the_dashboard_draws_what_happens(page, demo_server):
+    enter(page, demo_server.url)
+    page.emulate_media(color_scheme="dark")
+    page.click("text=Dashboard")
+    prompts = [SHARED + question for question in QUESTIONS]
+    sampling = {"max_new_tokens": 300, "ignore_eos": True, "temperature": 0.7}
+    demo_server.generate(prompts, sampling | {"max_new_tokens": 4})
+    load = threading.Thread(
+        target=lambda: [list(demo_server.generate(p, sampling, stream=True)) for p in prompts[:2]]
+    )
+    others = [
+        threading.Thread(target=demo_server.generate, args=(prompts, sampling)) for _ in range(2)
+    ]
+    for thread in (load, *others):
+        thread.start()
+    page.wait_for_selector("#tree .shared", state="attached")
+    page.wait_for_timeout(2500)
+    picture(page, "dashboard-dark")
+    for thread in (load, *others):
+        thread.join()
+    page.wait_for_timeout(1500)
+    assert page.locator("#tree .node").count() > len(QUESTIONS)
+    assert page.locator("#tree-rows tr").count() == page.locator("#tree .node").count()
+    found = re.match(r"(\d+) steps", page.get_attribute("#timeline", "aria-label"))
+    assert found and int(found[1]) > 50
+    colors = """canvas => new Set(new Uint32Array(
+      canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data.buffer)).size"""
+    assert page.locator("#timeline").evaluate(colors) > 3
+    assert page.locator("#ttft rect").count() > 0 and page.locator("#itl rect").count() > 0
+    assert "Half within" in page.inner_text("#itl-note")
+    assert page.locator("#pages-legend dd").count() == 5
+    page.set_viewport_size(PHONE)
+    page.emulate_media(color_scheme="light")
+    page.wait_for_timeout(1200)
+    assert fits(page)
+    picture(page, "dashboard-phone-light")
+    page.set_viewport_size(DESKTOP)
