@@ -7,23 +7,20 @@ SGLang's; the dicts are those of /generate.
 
 import atexit
 import os
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
 from headrace import __version__
 from headrace.core.config import Config
-from headrace.core.errors import BadRequest
-from headrace.core.messages import Delta, GenerateRequest
+from headrace.engine import vectors
 from headrace.engine.launch import launch
 from headrace.engine.loop_thread import LoopThread
 from headrace.frontend import control
-from headrace.frontend.encode import Encoded, check_dimensions, check_task, parse_encode
 from headrace.frontend.native import WEIGHT_VERSION, GenerateCall, NativeResult, parse_generate
 from headrace.frontend.sampling import native_defaults
-from headrace.frontend.scoring import LabelScores, Question
+from headrace.frontend.scoring import Question
 from headrace.frontend.validate import error_of
-from headrace.text.tokenizer import Tokenizer
 
 Result = dict[str, Any]
 
@@ -150,7 +147,8 @@ class Engine:
         Raises:
             HeadraceError: the request is wrong, or the model generates text.
         """
-        return self._thread.run(self._encode(prompt, input_ids, fields))
+        body = {"text": prompt, "input_ids": input_ids} | fields
+        return self._thread.run(vectors.encode(self._manager, body))
 
     async def async_encode(
         self,
@@ -159,7 +157,8 @@ class Engine:
         **fields: Any,
     ) -> Any:
         """`encode` for any running loop."""
-        return await self._thread.arun(self._encode(prompt, input_ids, fields))
+        body = {"text": prompt, "input_ids": input_ids} | fields
+        return await self._thread.arun(vectors.encode(self._manager, body))
 
     def rerank(self, prompt: list[list[str]]) -> Any:
         """The scores of [query, document] pairs by a cross-encoder, in the form of `encode`."""
@@ -178,41 +177,14 @@ class Engine:
         Raises:
             HeadraceError: the request is wrong, or the model cannot answer it.
         """
-        info = self._manager.info
-        check_task(info, "generate", "classify")
-        given: Any = [items] if isinstance(items, str) else items
         question = Question(
             query,
-            given,
+            [items] if isinstance(items, str) else items,
             tuple(label_token_ids or ()),
             apply_softmax=apply_softmax,
             item_first=item_first,
         )
-        scores = LabelScores(question, info, self._tokenizer)
-        self._thread.run(self._gather(scores.requests, scores.add))
-        return scores.scores()
-
-    async def _encode(self, prompt: Any, input_ids: Any, fields: dict[str, Any]) -> Any:
-        call = parse_encode({"text": prompt, "input_ids": input_ids} | fields, self._tokenizer)
-        check_dimensions(call.dimensions, self._manager.info)
-        encoded = Encoded(call)
-        await self._gather(call.requests, encoded.add)
-        return encoded.result()
-
-    async def _gather(
-        self, requests: list[GenerateRequest], add: Callable[[int, Delta], None]
-    ) -> None:
-        """Give `add` the delta of each request."""
-        async with aclosing(self._manager.generate_many(requests)) as news:
-            async for index, delta in news:
-                if delta.finish is not None and (error := error_of(delta.finish)) is not None:
-                    raise error
-                add(index, delta)
-
-    def _tokenizer(self, field: str) -> Tokenizer:
-        if self._manager.tokenizer is None:
-            raise BadRequest(f"{field}: this engine has no tokenizer; use input_ids", field=field)
-        return self._manager.tokenizer
+        return self._thread.run(vectors.score(self._manager, question))
 
     # -- the rest -----------------------------------------------------------------------------
 
