@@ -28,6 +28,9 @@ BENCHMARKS = {
     "control": Benchmark(
         "headrace.bench.control", "Serve made-up tokens; report server CPU time per token."
     ),
+    "serving": Benchmark(
+        "headrace.bench.serving", "Serve a load and run it offline; report the share that is left."
+    ),
     "kernels": Benchmark(
         "headrace.bench.kernels", "Measure this machine's limits and each kernel against them."
     ),
