@@ -3,9 +3,9 @@
 // A kernel file (csrc/kernels/NAME.cpp) is compiled once per level. It includes kernels/simd.h,
 // writes its code inside `namespace HR_NS { ... }` and ends each operator with
 //
-//     HR_OPERATOR(silu_mul, hr_silu_mul_args)
+//     HR_OPERATOR(gated, hr_gated_args)
 //
-// for a function `static void silu_mul(const hr_silu_mul_args& args, const hr_step& step)`. The
+// for a function `static void gated(const hr_gated_args& args, const hr_step& step)`. The
 // macro puts a constant into the linker section `hr_operators`; nothing runs at load time and there
 // is no central list. Argument structs stand in headrace.h, and their ctypes mirrors beside the
 // Python function; `hr_operator` checks that the sizes agree. An operator exists at every level.

@@ -175,12 +175,27 @@ typedef struct {
   hr_rows y;
 } hr_unpack_args;
 
-// embedding: y[i] = weight[step.ids[i]], weight [vocab, y.columns]. (kernels/elementwise.cpp)
+// embedding: y[i] = weight[step.ids[i]], weight [vocab, y.columns]; of learned positions
+// weight[step.positions[i] + first]. (kernels/elementwise.cpp)
 typedef struct {
   const void* weight;
   hr_rows y;
   int32_t dtype;  // of weight
+  int32_t by_position;
+  int64_t first;
 } hr_embedding_args;
+
+// combine: y = clip(cap * tanh((a * x + b * z) / cap)); z may have no data; without cap no tanh, and
+// without limit no clip to [-limit, limit]. Same dtypes.
+typedef struct {
+  hr_rows x;
+  hr_rows z;
+  hr_rows y;
+  float a;
+  float b;
+  float cap;
+  float limit;
+} hr_combine_args;
 
 // gather: y[i] = x[step.picks[i]] for the step's tokens; same dtype and columns.
 typedef struct {
@@ -198,7 +213,13 @@ typedef struct {
 } hr_mask_logits_args;
 
 // gated: y = act(gate) * up, where x = gate | up; y = act(x) if x is as wide as y.
-typedef enum { HR_SILU = 0, HR_GELU_TANH = 1, HR_GELU_ERF = 2 } hr_activation;
+typedef enum {
+  HR_SILU = 0,
+  HR_GELU_TANH = 1,
+  HR_GELU_ERF = 2,
+  HR_RELU = 3,
+  HR_RELU_SQUARED = 4
+} hr_activation;
 typedef struct {
   hr_rows x;
   hr_rows y;
@@ -218,10 +239,13 @@ typedef struct {
   int64_t parts;
 } hr_rms_norm_args;
 
-// layer_norm: bias may be null.
+// layer_norm: of each of `parts` equal parts of a row; bias may be null. The weight is one for all
+// parts, or one for each.
 typedef struct {
   hr_rows x;
   hr_rows y;
+  int64_t parts;
+  int64_t weights;  // 1 or parts
   const void* weight;
   const void* bias;
   int32_t weight_dtype;

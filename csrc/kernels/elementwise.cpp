@@ -1,4 +1,4 @@
-// embedding, gather, gated: operators whose output elements depend on one row and one column.
+// embedding, gather, gated, combine: operators whose output elements depend on one row and one column.
 #include "types.h"
 
 namespace HR_NS {
@@ -14,7 +14,8 @@ static void embedding(const hr_embedding_args& args, const hr_step& step) {
     const int64_t columns = args.y.columns;
     hr::parallel(step.tokens, grain(columns), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const T* row = weight + step.ids[i] * columns;
+        const int64_t place = args.by_position ? step.positions[i] + args.first : step.ids[i];
+        const T* row = weight + place * columns;
         if (args.dtype == args.y.dtype) {
           memcpy(row_of<T>(args.y, i), row, static_cast<size_t>(columns) * sizeof(T));
           continue;
@@ -68,6 +69,8 @@ static void activated(const hr_gated_args& args, const hr_step& step) {
   if (args.activation == HR_SILU) gated_rows<HR_SILU, Gated, T>(args, step);
   if (args.activation == HR_GELU_TANH) gated_rows<HR_GELU_TANH, Gated, T>(args, step);
   if (args.activation == HR_GELU_ERF) gated_rows<HR_GELU_ERF, Gated, T>(args, step);
+  if (args.activation == HR_RELU) gated_rows<HR_RELU, Gated, T>(args, step);
+  if (args.activation == HR_RELU_SQUARED) gated_rows<HR_RELU_SQUARED, Gated, T>(args, step);
 }
 
 static void gated(const hr_gated_args& args, const hr_step& step) {
@@ -81,6 +84,32 @@ static void gated(const hr_gated_args& args, const hr_step& step) {
   });
 }
 
+template <class T>
+static void combine_row(const hr_combine_args& args, int64_t row) {
+  const T* x = row_of<T>(args.x, row);
+  const T* z = args.z.data ? row_of<T>(args.z, row) : nullptr;
+  T* y = row_of<T>(args.y, row);
+  const vf a = set(args.a), b = set(args.b), cap = set(args.cap), limit = set(args.limit);
+  for (int64_t c = 0; c < args.y.columns; c += kLanes) {
+    const int64_t n = args.y.columns - c < kLanes ? args.y.columns - c : kLanes;
+    vf v = a * take(x + c, n);
+    if (z) v = v + b * take(z + c, n);
+    if (args.cap > 0) v = cap * tanh(v / cap);
+    if (args.limit > 0) v = min(max(v, zero() - limit), limit);
+    put(y + c, v, n);
+  }
+}
+
+static void combine(const hr_combine_args& args, const hr_step& step) {
+  with_type(args.y.dtype, [&](auto type) {
+    using T = decltype(type);
+    hr::parallel(step.tokens, grain(args.y.columns), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) combine_row<T>(args, i);
+    });
+  });
+}
+
+HR_OPERATOR(combine, hr_combine_args)
 HR_OPERATOR(embedding, hr_embedding_args)
 HR_OPERATOR(gather, hr_gather_args)
 HR_OPERATOR(gated, hr_gated_args)

@@ -69,7 +69,8 @@ static void rms_norm(const hr_rms_norm_args& args, const hr_step& step) {
 }
 
 template <class T>
-static void layer_row(const T* x, T* y, int64_t count, const hr_layer_norm_args& args) {
+static void layer_part(const T* x, T* y, int64_t count, int64_t first,
+                       const hr_layer_norm_args& args) {
   const float size = static_cast<float>(count);
   const vf mean = set(sum_of(count, [&](int64_t i, int64_t n) { return take(x + i, n); }) / size);
   const float square = sum_of(count, [&](int64_t i, int64_t n) {
@@ -80,8 +81,8 @@ static void layer_row(const T* x, T* y, int64_t count, const hr_layer_norm_args&
   const vf factor = set(1.0f / __builtin_sqrtf(square / size + args.eps));
   for (int64_t i = 0; i < count; i += kLanes) {
     const int64_t n = count - i < kLanes ? count - i : kLanes;
-    vf v = (take(x + i, n) - mean) * factor * take_as(args.weight, args.weight_dtype, i, n);
-    if (args.bias) v = v + take_as(args.bias, args.weight_dtype, i, n);
+    vf v = (take(x + i, n) - mean) * factor * take_as(args.weight, args.weight_dtype, first + i, n);
+    if (args.bias) v = v + take_as(args.bias, args.weight_dtype, first + i, n);
     put(y + i, v, n);
   }
 }
@@ -89,10 +90,14 @@ static void layer_row(const T* x, T* y, int64_t count, const hr_layer_norm_args&
 static void layer_norm(const hr_layer_norm_args& args, const hr_step& step) {
   with_type(args.x.dtype, [&](auto type) {
     using T = decltype(type);
-    const int64_t columns = args.x.columns;
+    const int64_t columns = args.x.columns, part = columns / args.parts;
     hr::parallel(step.tokens, 1 + kGrain / (columns + 1), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
-        layer_row(row_of<T>(args.x, row), row_of<T>(args.y, row), columns, args);
+        const T* x = row_of<T>(args.x, row);
+        T* y = row_of<T>(args.y, row);
+        for (int64_t at = 0; at < columns; at += part) {
+          layer_part(x + at, y + at, part, args.weights > 1 ? at : 0, args);
+        }
       }
     });
   });

@@ -88,10 +88,16 @@ HR_INLINE vf activate(vf x) {
     const vf inner = set(0.7978845608f) * fma(set(0.044715f) * x, x * x, x);
     return set(0.5f) * x * (set(1.0f) + tanh(inner));
   }
+  if (Activation == HR_RELU || Activation == HR_RELU_SQUARED) {
+    const vf kept = max(x, zero());
+    return Activation == HR_RELU ? kept : kept * kept;
+  }
   return set(0.5f) * x * (set(1.0f) + erf(x * set(0.7071067812f)));
 }
 HR_INLINE vf activate(vf x, int32_t activation) {
   if (activation == HR_SILU) return activate<HR_SILU>(x);
+  if (activation == HR_RELU) return activate<HR_RELU>(x);
+  if (activation == HR_RELU_SQUARED) return activate<HR_RELU_SQUARED>(x);
   return activation == HR_GELU_TANH ? activate<HR_GELU_TANH>(x) : activate<HR_GELU_ERF>(x);
 }
 

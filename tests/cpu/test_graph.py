@@ -23,7 +23,11 @@ def paged(folder: Path, case: str) -> PagedRun:
     return PagedRun(model, PROMPTS)
 
 
-@pytest.mark.parametrize("case", ["llama-bias", "mistral-window", "qwen3", "llama-longrope-long"])
+CASES = ["llama-bias", "mistral-window", "qwen3", "llama-longrope-long", "gpt2", "gptj", "neox"]
+CASES += ["opt", "falcon-40b", "phi", "stablelm", "cohere2", "olmo", "olmo2", "gemma2", "gemma3"]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_replay_equals_calls(tmp_path, case):
     run = paged(tmp_path, case)
     with torch.inference_mode():

@@ -139,7 +139,7 @@ def test_unknown_architecture_names_close_ones() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("hidden_act", "relu", "unknown activation 'relu'"),
+        ("hidden_act", "sine", "unknown activation 'sine'"),
         ("intermediate_size", None, "intermediate_size"),
         ("num_key_value_heads", 3, "not a multiple"),
         ("rope_parameters", {"rope_type": "spiral"}, "unknown rope scaling 'spiral'"),

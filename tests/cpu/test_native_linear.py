@@ -93,9 +93,9 @@ def test_a_residual_is_added_before_rounding(dtype: torch.dtype, level: str) -> 
 
 
 GATES = {
-    "silu": lambda module, x: module.silu_mul(x),
-    "gelu_tanh": lambda module, x: module.gelu_mul(x, True),
-    "gelu_erf": lambda module, x: module.gelu_mul(x, False),
+    "silu": lambda module, x: module.gated(x, "silu"),
+    "gelu_tanh": lambda module, x: module.gated(x, "gelu_tanh"),
+    "gelu_erf": lambda module, x: module.gated(x, "gelu_erf"),
 }
 
 

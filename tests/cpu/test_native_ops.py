@@ -63,12 +63,19 @@ def test_rows_of_norms_and_activations(shape: tuple[int, ...], dtype: torch.dtyp
     close(ours[0], theirs[0])
     close(cpu.layer_norm(x, weight, bias, 1e-5), ref.layer_norm(x, weight, bias, 1e-5))
     gate_up = (torch.randn(37, 2 * inner) * 3).to(dtype)
-    close(cpu.silu_mul(gate_up), ref.silu_mul(gate_up))
-    close(cpu.gelu_mul(gate_up, True), ref.gelu_mul(gate_up, True))
-    close(cpu.gelu_mul(gate_up, False), ref.gelu_mul(gate_up, False))
+    close(cpu.gated(gate_up, "silu"), ref.gated(gate_up, "silu"))
+    close(cpu.gated(gate_up, "gelu_tanh"), ref.gated(gate_up, "gelu_tanh"))
+    close(cpu.gated(gate_up, "gelu_erf"), ref.gated(gate_up, "gelu_erf"))
+    for activation in ("relu", "relu_squared"):
+        close(cpu.gated(gate_up, activation), ref.gated(gate_up, activation))
+        close(cpu.activate(gate_up, activation), ref.activate(gate_up, activation))
+    for fields in ((1.0, 1.0, 0.0, 0.0), (0.7, -2.0, 3.0, 0.0), (1.0, 1.0, 0.0, 0.5)):
+        close(cpu.combine(x, residual, *fields), ref.combine(x, residual, *fields))
+        close(cpu.combine(x, None, *fields), ref.combine(x, None, *fields))
+    same_rows(lambda x: cpu.combine(x, None, 0.7, 0.0, 3.0, 2.0), x)
     same_rows(lambda x: cpu.rms_norm(x, weight, 1e-6, None)[0], x)
     same_rows(lambda x: cpu.layer_norm(x, weight, bias, 1e-5), x)
-    same_rows(cpu.silu_mul, gate_up)
+    same_rows(lambda x: cpu.gated(x, "silu"), gate_up)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -76,13 +83,23 @@ def test_embedding_and_gather_copy(shape: tuple[int, ...], dtype: torch.dtype) -
     weight, ids = torch.randn(300, shape[0]).to(dtype), torch.randint(300, (40,))
     assert torch.equal(cpu.embedding(ids, weight), weight[ids])
     assert torch.equal(cpu.gather(weight, ids), weight[ids])
+    positions = torch.randint(298, (40,))
+    assert torch.equal(cpu.position_embedding(positions, weight, 2), weight[positions + 2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layer_norm_of_heads(dtype: torch.dtype) -> None:
+    """A weight for all heads, and one for each, of a view with a stride."""
+    x = torch.randn(9, 3 * 20 + 7).to(dtype)[:, :60].unflatten(1, (3, 20))
+    for weight in (torch.randn(20), torch.randn(3, 20)):
+        close(cpu.layer_norm(x, weight, None, 1e-5), ref.layer_norm(x, weight.to(dtype), None, 1e-5))
 
 
 def test_extreme_values_stay_what_they_are() -> None:
     """Large, tiny and not finite numbers go the way of the reference."""
     gate = torch.tensor([[0.0, -0.0, 1e30, -1e30, 88.0, -88.0, -104.0, math.inf, math.nan, 1e-40]])
     x = torch.cat((gate, torch.ones_like(gate)), dim=1)
-    torch.testing.assert_close(cpu.silu_mul(x), ref.silu_mul(x), equal_nan=True)
+    torch.testing.assert_close(cpu.gated(x, "silu"), ref.gated(x, "silu"), equal_nan=True)
 
 
 KV_DTYPES = [*DTYPES, torch.float8_e4m3fn, torch.int8]

@@ -142,11 +142,22 @@ def test_rotary_turns_pairs_as_complex_numbers(impl: SimpleNamespace, interleave
 def test_gated_activations(impl: SimpleNamespace, dtype: torch.dtype) -> None:
     x = (torch.randn(4, 20) * 2).to(dtype)
     gate, up = x.double().chunk(2, dim=-1)
-    close(impl.silu_mul(x), gate * torch.sigmoid(gate) * up, dtype)
+    close(impl.gated(x, "silu"), gate * torch.sigmoid(gate) * up, dtype)
     erf = 0.5 * gate * (1 + torch.erf(gate / math.sqrt(2)))
-    close(impl.gelu_mul(x, False), erf * up, dtype)
+    close(impl.gated(x, "gelu_erf"), erf * up, dtype)
     inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
-    close(impl.gelu_mul(x, True), 0.5 * gate * (1 + torch.tanh(inner)) * up, dtype)
+    close(impl.gated(x, "gelu_tanh"), 0.5 * gate * (1 + torch.tanh(inner)) * up, dtype)
+    close(impl.gated(x, "relu"), gate.clamp_min(0) * up, dtype)
+    close(impl.gated(x, "relu_squared"), gate.clamp_min(0) ** 2 * up, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_combine(impl: SimpleNamespace, dtype: torch.dtype) -> None:
+    x, z = torch.randn(4, 20).to(dtype), torch.randn(4, 20).to(dtype)
+    a, b = x.double(), z.double()
+    close(impl.combine(x, z, 1.0, 1.0, 0.0, 0.0), a + b, dtype)
+    close(impl.combine(x, z, 0.5, 3.0, 2.0, 0.0), 2 * torch.tanh((a / 2 + 3 * b) / 2), dtype)
+    close(impl.combine(x, None, 2.0, 1.0, 0.0, 0.7), (2 * a).clamp(-0.7, 0.7), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

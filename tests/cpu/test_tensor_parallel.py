@@ -42,6 +42,16 @@ def test_ranks_agree_with_one(tmp_path: Path, case: str, size: int) -> None:
         assert_close(alone, result)
 
 
+@pytest.mark.parametrize(
+    "case", ["gpt2", "gptj", "neox", "falcon-40b", "opt", "cohere", "stablelm-parallel", "gemma3"]
+)
+def test_other_families_on_two_ranks(tmp_path: Path, case: str) -> None:
+    make_case(tmp_path, case)
+    alone = logits(tmp_path, SoloGroup())
+    for result in run_ranks(2, lambda group: logits(tmp_path, group)):
+        assert_close(alone, result)
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_dummy_weights_do_not_depend_on_the_partition(tmp_path: Path, size: int) -> None:
     make_case(tmp_path, "qwen2")

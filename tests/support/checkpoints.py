@@ -10,13 +10,6 @@ from typing import Any
 import torch
 import transformers
 
-_CONFIGS = {
-    "LlamaForCausalLM": transformers.LlamaConfig,
-    "MistralForCausalLM": transformers.MistralConfig,
-    "Qwen2ForCausalLM": transformers.Qwen2Config,
-    "Qwen3ForCausalLM": transformers.Qwen3Config,
-}
-
 _TINY: dict[str, Any] = {
     "vocab_size": 101,
     "hidden_size": 32,
@@ -29,6 +22,28 @@ _TINY: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+
+
+_OLD: dict[str, Any] = {
+    "vocab_size": 101,
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+"""The same for configurations with the names of GPT-2."""
+
+_MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+_MULTI = {"num_key_value_heads": 4, "head_dim": 8}
+
+
+def _config(architecture: str, changes: dict[str, Any]) -> transformers.PretrainedConfig:
+    kind = getattr(transformers, architecture).config_class
+    base = _OLD if kind.model_type in ("gpt2", "gptj") else _TINY
+    fields = {**base, **changes}
+    return kind(**{name: value for name, value in fields.items() if value != "absent"})
 
 
 def _rope(kind: str, **fields: Any) -> dict[str, Any]:
@@ -115,6 +130,126 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "qwen3": ("Qwen3ForCausalLM", {}),
+    "arcee": ("ArceeForCausalLM", {"mlp_bias": True}),
+    "helium": ("HeliumForCausalLM", {"head_dim": 8}),
+    "ministral": ("MinistralForCausalLM", {"sliding_window": 9, **_MIXED}),
+    "phi3": ("Phi3ForCausalLM", {"head_dim": "absent", "pad_token_id": 0, "sliding_window": 12}),
+    "phi3-partial": (
+        "Phi3ForCausalLM",
+        {"head_dim": "absent", "pad_token_id": 0, "partial_rotary_factor": 0.5},
+    ),
+    "smollm3": ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 0, 1], "pad_token_id": 0}),
+    "granite": (
+        "GraniteForCausalLM",
+        {
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.1,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 2.0,
+        },
+    ),
+    "olmo": ("OlmoForCausalLM", {"clip_qkv": 0.7, "pad_token_id": 0, "head_dim": "absent"}),
+    "olmo2": ("Olmo2ForCausalLM", {"pad_token_id": 0, "head_dim": "absent"}),
+    "olmo3": (
+        "Olmo3ForCausalLM",
+        {
+            "sliding_window": 9,
+            "pad_token_id": 0,
+            "head_dim": "absent",
+            **_MIXED,
+            **_rope("yarn", factor=4.0, original_max_position_embeddings=64),
+        },
+    ),
+    "exaone4": ("Exaone4ForCausalLM", {"sliding_window": 9, **_MIXED}),
+    "exaone4-full": (
+        "Exaone4ForCausalLM",
+        {"sliding_window": None, "layer_types": ["full_attention"] * 3},
+    ),
+    "gemma": ("GemmaForCausalLM", {"pad_token_id": 0}),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        {
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 9,
+            "attn_logit_softcapping": 4.0,
+            "final_logit_softcapping": 3.0,
+            "pad_token_id": 0,
+        },
+    ),
+    "gemma3": (
+        "Gemma3ForCausalLM",
+        {
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 9,
+            "pad_token_id": 0,
+            **_MIXED,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 9000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+            },
+        },
+    ),
+    "glm": ("GlmForCausalLM", {"pad_token_id": 0}),
+    "glm4": ("Glm4ForCausalLM", {"pad_token_id": 0}),
+    "gpt2": ("GPT2LMHeadModel", {}),
+    "gptj": ("GPTJForCausalLM", {"rotary_dim": 4, "n_positions": 256}),
+    "neox": ("GPTNeoXForCausalLM", {"head_dim": "absent", "num_key_value_heads": "absent"}),
+    "neox-serial": (
+        "GPTNeoXForCausalLM",
+        {
+            "use_parallel_residual": False,
+            "attention_bias": False,
+            "head_dim": "absent",
+            "num_key_value_heads": "absent",
+        },
+    ),
+    "opt": (
+        "OPTForCausalLM",
+        {
+            "ffn_dim": 44,
+            "word_embed_proj_dim": 32,
+            "pad_token_id": 0,
+            "head_dim": "absent",
+            "num_key_value_heads": "absent",
+        },
+    ),
+    "falcon-7b": (
+        "FalconForCausalLM",
+        {"multi_query": True, "head_dim": "absent", "num_key_value_heads": "absent"},
+    ),
+    "falcon-40b": (
+        "FalconForCausalLM",
+        {
+            "new_decoder_architecture": True,
+            "num_kv_heads": 2,
+            "head_dim": "absent",
+            "num_key_value_heads": "absent",
+        },
+    ),
+    "falcon-serial": (
+        "FalconForCausalLM",
+        {
+            "multi_query": False,
+            "parallel_attn": False,
+            "bias": True,
+            "head_dim": "absent",
+            "num_key_value_heads": "absent",
+        },
+    ),
+    "phi": ("PhiForCausalLM", {"head_dim": "absent", "qk_layernorm": True}),
+    "phi-plain": ("PhiForCausalLM", {"head_dim": "absent"}),
+    "stablelm": ("StableLmForCausalLM", {"head_dim": "absent", "use_qkv_bias": True}),
+    "stablelm-parallel": (
+        "StableLmForCausalLM",
+        {"head_dim": "absent", "use_parallel_residual": True, "qk_layernorm": True},
+    ),
+    "starcoder2": ("Starcoder2ForCausalLM", {"head_dim": "absent", "sliding_window": 11}),
+    "nemotron": ("NemotronForCausalLM", {}),
+    "cohere": (
+        "CohereForCausalLM",
+        {"use_qk_norm": True, "pad_token_id": 0, "head_dim": "absent"},
+    ),
+    "cohere2": ("Cohere2ForCausalLM", {"sliding_window": 9, "pad_token_id": 0, **_MIXED}),
     "qwen3-bias-tied": ("Qwen3ForCausalLM", {"attention_bias": True, "tie_word_embeddings": True}),
 }
 
@@ -129,7 +264,7 @@ def make_checkpoint(
     **changes: Any,
 ) -> transformers.PreTrainedModel:
     """Save a random checkpoint in `folder`; returns the transformers model, the oracle."""
-    config = _CONFIGS[architecture](**{**_TINY, **changes})
+    config = _config(architecture, changes)
     config._attn_implementation = "eager"
     model = getattr(transformers, architecture)(config)
     generator = torch.Generator().manual_seed(seed)

@@ -41,6 +41,12 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     pooling: Pooling | None = None
 
     @property
+    def text(self) -> dict[str, Any]:
+        """config.json of the text model, which multimodal checkpoints nest."""
+        nested = self.hf.get("text_config")
+        return nested if isinstance(nested, dict) else self.hf
+
+    @property
     def task(self) -> str:
         """What it does with a text: generate, embed or classify."""
         if self.pooling is None:
@@ -73,17 +79,18 @@ def read_model_info(
     if not architectures:
         raise LoadError(f"{path}/config.json names no architecture (field 'architectures')")
     heads = _number(text, path, "num_attention_heads", "n_head")
+    kv_heads = text.get("num_key_value_heads") or text.get("multi_query_group_num") or heads
     hidden = _number(text, path, "hidden_size", "n_embd")
     return ModelInfo(
         path=str(path),
         architecture=str(architectures[0]),
         model_type=str(hf.get("model_type", "")),
-        vocab_size=_number(text, path, "vocab_size"),
+        vocab_size=_number(text, path, "padded_vocab_size", "vocab_size"),
         hidden_size=hidden,
-        num_layers=_number(text, path, "num_hidden_layers", "n_layer"),
+        num_layers=_number(text, path, "num_hidden_layers", "n_layer", "num_layers"),
         num_heads=heads,
-        num_kv_heads=int(text.get("num_key_value_heads") or heads),
-        head_dim=int(text.get("head_dim") or hidden // heads),
+        num_kv_heads=int(kv_heads),
+        head_dim=int(text.get("head_dim") or text.get("kv_channels") or hidden // heads),
         context_length=_context_length(text) - _position_offset(hf),
         dtype=_dtype(text, hf),
         eos_token_ids=_eos_ids(text, hf, generation),

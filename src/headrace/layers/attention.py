@@ -1,24 +1,33 @@
 """Self-attention over the paged cache, with grouped KV heads."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from headrace import ops
+from headrace.core.errors import LoadError
 from headrace.core.plan import StateSpec
-from headrace.dist.topology import split_heads
+from headrace.dist.topology import Cut, split_heads
 from headrace.layers.batch import ForwardBatch
 from headrace.layers.build import Build
 from headrace.layers.linear import RowLinear, qkv_linear
-from headrace.layers.norm import RMSNorm
+from headrace.layers.norm import HeadNorm, Norm, NormSpec
 from headrace.ops.meta import KvCache
 from headrace.quant.base import Targets
+
+_PLAIN = NormSpec(1e-6)
 
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """Shape of an attention layer before it is cut; `window` 0 sees everything."""
+    """An attention layer before it is cut.
+
+    `window` 0 sees everything. `rope`: which of the decoder's rotary embeddings turns q and k, None
+    for none. `qk_norm`: of each head with one weight ("head") or a weight per head ("heads"), or of
+    all heads together ("all"). `scale` 0 is head_dim ** -0.5. `clip` bounds q, k, v.
+    """
 
     hidden_size: int
     heads: int
@@ -27,8 +36,21 @@ class AttentionSpec:
     window: int = 0
     qkv_bias: bool = False
     out_bias: bool = False
-    qk_norm: bool = False
-    eps: float = 1e-6
+    rope: int | None = 0
+    interleaved: bool = False
+    qk_norm: Literal["", "head", "heads", "all"] = ""
+    norm: NormSpec = _PLAIN
+    scale: float = 0.0
+    soft_cap: float = 0.0
+    clip: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.heads % self.kv_heads:
+            raise LoadError(
+                f"num_attention_heads {self.heads} is not a multiple of "
+                f"num_key_value_heads {self.kv_heads}",
+                field="num_key_value_heads",
+            )
 
 
 class Attention:
@@ -42,18 +64,42 @@ class Attention:
         self.out = RowLinear(
             "o_proj", heads.q_cut(spec.head_dim), spec.hidden_size, build, bias=spec.out_bias
         )
-        self.q_norm = RMSNorm(spec.head_dim, spec.eps, build) if spec.qk_norm else None
-        self.k_norm = RMSNorm(spec.head_dim, spec.eps, build) if spec.qk_norm else None
-        self.scale = spec.head_dim**-0.5
+        self.q_norm = _head_norm(spec, spec.heads, heads.q_cut(1), build)
+        self.k_norm = _head_norm(spec, spec.kv_heads, heads.kv_cut(1), build)
+        self.scale = spec.scale or spec.head_dim**-0.5
 
     def __call__(self, x: Tensor, cos_sin: Tensor, batch: ForwardBatch, cache: KvCache) -> Tensor:
-        qkv = self.qkv(x).view(len(x), -1, self.spec.head_dim)
-        q, k, v = torch.split(qkv, [self.heads, self.kv_heads, self.kv_heads], dim=1)
-        if self.q_norm and self.k_norm:
-            q, k = self.q_norm(q)[0], self.k_norm(k)[0]
-        q = ops.rotary_kv(q, k, v, cos_sin, cache, batch.meta.slots)
-        mixed = ops.paged_attention(q, cache, batch.meta, scale=self.scale, window=self.spec.window)
+        spec = self.spec
+        q, k, v = self._project(x)
+        if spec.rope is None:
+            ops.write_kv(k, v, cache, batch.meta.slots)
+        else:
+            q = ops.rotary_kv(q, k, v, cos_sin, cache, batch.meta.slots, spec.interleaved)
+        mixed = ops.paged_attention(
+            q,
+            cache,
+            batch.meta,
+            scale=self.scale,
+            window=spec.window,
+            soft_cap=spec.soft_cap,
+        )
         return self.out(mixed.flatten(1))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v [tokens, heads, dim] of the local heads, normalized."""
+        spec, qkv = self.spec, self.qkv(x)
+        if spec.clip:
+            qkv = ops.combine(qkv, limit=spec.clip)
+        qkv = qkv.view(len(x), -1, spec.head_dim)
+        q, k, v = torch.split(qkv, [self.heads, self.kv_heads, self.kv_heads], dim=1)
+        if self.q_norm and self.k_norm and spec.qk_norm == "all":
+            q, k = (
+                norm(part.flatten(1)).view(part.shape)
+                for norm, part in ((self.q_norm, q), (self.k_norm, k))
+            )
+        elif self.q_norm and self.k_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
 
     def state_spec(self) -> StateSpec:
         """What this rank keeps per token."""
@@ -67,3 +113,16 @@ class Attention:
             found |= self.q_norm.targets(f"{prefix}q_norm")
             found |= self.k_norm.targets(f"{prefix}k_norm")
         return found
+
+
+def _head_norm(spec: AttentionSpec, heads: int, local: Cut, build: Build) -> Norm | HeadNorm | None:
+    """The norm of the queries or of the keys."""
+    if spec.qk_norm == "head":
+        return Norm(spec.head_dim, spec.norm, build)
+    if spec.qk_norm == "heads":
+        return HeadNorm(local, spec.head_dim, spec.norm.eps, build)
+    if spec.qk_norm == "all":
+        if build.group.size > 1:
+            raise LoadError("a norm over all heads cannot be cut over ranks", field="tp_size")
+        return Norm(heads * spec.head_dim, spec.norm, build)
+    return None

@@ -3,13 +3,14 @@
 Both read the matrix in the form that the head multiplies with: a tied one is there once.
 """
 
+import torch
 from torch import Tensor
 
 from headrace import ops
 from headrace.dist.topology import even, whole
 from headrace.layers.build import Build
 from headrace.ops.packed import PackedWeight
-from headrace.quant.base import Matrix, Targets, cut_target, when_filled
+from headrace.quant.base import Matrix, Targets, cut_target, plain, when_filled
 
 
 class VocabEmbedding:
@@ -34,9 +35,9 @@ class VocabEmbedding:
         hidden = ops.embedding_packed(ids, self.packed, self.dtype)
         return self.group.all_reduce(hidden.masked_fill(elsewhere[:, None], 0))
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [n, hidden] -> fp32 [n, rows.local]."""
-        return ops.logits_packed(hidden, self.packed)
+    def logits(self, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
+        """hidden [n, hidden], bias [rows.local] -> fp32 [n, rows.local]."""
+        return ops.logits_packed(hidden, self.packed, bias)
 
     def targets(self, prefix: str) -> Targets:
         target = cut_target(self.weight.open, self.rows, self.columns)
@@ -53,15 +54,40 @@ class LMHead:
     """
 
     def __init__(
-        self, vocab_size: int, hidden_size: int, build: Build, tied: VocabEmbedding | None = None
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        build: Build,
+        *,
+        tied: VocabEmbedding | None = None,
+        bias: bool = False,
     ) -> None:
         self.table = tied or VocabEmbedding(vocab_size, hidden_size, build)
         self.tied = tied is not None
+        self.bias = torch.zeros(self.table.rows.local, dtype=build.dtype) if bias else None
         self.vocab_size = vocab_size
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        local = self.table.logits(hidden)
+        local = self.table.logits(hidden, self.bias)
         return self.table.group.all_gather(local)[:, : self.vocab_size]
 
     def targets(self, prefix: str) -> Targets:
-        return {} if self.tied else self.table.targets(prefix)
+        found = {} if self.tied else self.table.targets(prefix)
+        if self.bias is not None:
+            found[f"{prefix}.bias"] = cut_target(plain(self.bias), self.table.rows)
+        return found
+
+
+class PositionEmbedding:
+    """A learned vector for each position, held by every rank; rows begin at `first`."""
+
+    def __init__(self, positions: int, hidden_size: int, build: Build, first: int = 0) -> None:
+        self.weight = torch.empty(positions + first, hidden_size, dtype=build.dtype)
+        self.first = first
+
+    def __call__(self, positions: Tensor) -> Tensor:
+        return ops.position_embedding(positions, self.weight, self.first)
+
+    def targets(self, prefix: str) -> Targets:
+        rows, columns = map(whole, self.weight.shape)
+        return {f"{prefix}.weight": cut_target(plain(self.weight), rows, columns)}

@@ -19,7 +19,7 @@ from headrace.ops.meta import AttentionMeta, KvCache
 from headrace.ops.packed import PackedWeight
 from headrace.ops.sampling import LogProbs, Sampled, SampleTable
 
-Activation = Literal["silu", "gelu_tanh", "gelu_erf"]
+Activation = Literal["silu", "gelu_tanh", "gelu_erf", "relu", "relu_squared"]
 
 # Best first; `ref` has every operator.
 _IMPLEMENTATIONS: dict[str, ModuleType] = {"cpu": cpu, "ref": ref}
@@ -53,6 +53,8 @@ def _best(operator: str) -> Any:
 
 _linear: Callable[..., Tensor] = _best("linear")
 _embedding: Callable[..., Tensor] = _best("embedding")
+_position_embedding: Callable[..., Tensor] = _best("position_embedding")
+_combine: Callable[..., Tensor] = _best("combine")
 _gather: Callable[..., Tensor] = _best("gather")
 _rms_norm: Callable[..., tuple[Tensor, Tensor]] = _best("rms_norm")
 _layer_norm: Callable[..., Tensor] = _best("layer_norm")
@@ -61,8 +63,7 @@ _rotary: Callable[..., tuple[Tensor, Tensor]] = _best("rotary")
 _write_kv: Callable[..., None] = _best("write_kv")
 _rotary_kv: Callable[..., Tensor] = _best("rotary_kv")
 _paged_attention: Callable[..., Tensor] = _best("paged_attention")
-_silu_mul: Callable[..., Tensor] = _best("silu_mul")
-_gelu_mul: Callable[..., Tensor] = _best("gelu_mul")
+_gated: Callable[..., Tensor] = _best("gated")
 _activate: Callable[..., Tensor] = _best("activate")
 _logits: Callable[..., Tensor] = _best("logits")
 _stored_dtype: Callable[..., torch.dtype] = _best("stored_dtype")
@@ -90,6 +91,27 @@ def embedding(ids: Tensor, weight: Tensor) -> Tensor:
     return _embedding(ids, weight)
 
 
+def position_embedding(positions: Tensor, weight: Tensor, first: int = 0) -> Tensor:
+    """positions int64 [tokens], weight [positions, hidden] -> rows positions + first of it."""
+    return _position_embedding(positions, weight, first)
+
+
+def combine(
+    x: Tensor,
+    z: Tensor | None = None,
+    a: float = 1.0,
+    b: float = 1.0,
+    *,
+    soft_cap: float = 0.0,
+    limit: float = 0.0,
+) -> Tensor:
+    """a * x + b * z, in fp32 and rounded once; x and z [n, dim] of the same dtype.
+
+    Then soft_cap * tanh(y / soft_cap), and a clip to [-limit, limit], where those are above 0.
+    """
+    return _combine(x, z, a, b, soft_cap, limit)
+
+
 def gather(x: Tensor, picks: Tensor) -> Tensor:
     """x [tokens, dim], picks int64 [n] -> rows `picks` of x, [n, dim]."""
     return _gather(x, picks)
@@ -106,7 +128,7 @@ def rms_norm(
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """x [..., dim], weight and bias [dim] -> [..., dim]."""
+    """x [..., dim], weight and bias [dim], or [n, dim] for x [tokens, n, dim] -> [..., dim]."""
     return _layer_norm(x, weight, bias, eps)
 
 
@@ -185,14 +207,9 @@ def paged_attention(
     )
 
 
-def silu_mul(x: Tensor) -> Tensor:
-    """x [tokens, 2 * n] = gate | up -> silu(gate) * up, [tokens, n]."""
-    return _silu_mul(x)
-
-
-def gelu_mul(x: Tensor, tanh: bool = True) -> Tensor:
-    """x [tokens, 2 * n] = gate | up -> gelu(gate) * up, [tokens, n]; tanh form or erf form."""
-    return _gelu_mul(x, tanh)
+def gated(x: Tensor, activation: Activation) -> Tensor:
+    """x [tokens, 2 * n] = gate | up -> act(gate) * up, [tokens, n]."""
+    return _gated(x, activation)
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:
@@ -292,15 +309,15 @@ def gated_packed(
 ) -> Tensor:
     """act(gate) * up of x [tokens, in] and a weight of gate rows, then as many up rows.
 
-    -> [tokens, out / 2]. The bits of `linear_packed`, then `silu_mul` or `gelu_mul`: gate and up
-    are rounded to x's dtype between.
+    -> [tokens, out / 2]. The bits of `linear_packed`, then `gated`: gate and up are rounded to x's
+    dtype between.
     """
     return _gated_packed(x, weight, activation, bias)
 
 
-def logits_packed(hidden: Tensor, weight: PackedWeight) -> Tensor:
-    """`logits` with a packed weight."""
-    return _logits_packed(hidden, weight)
+def logits_packed(hidden: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """`logits` with a packed weight, and a bias [vocab]."""
+    return _logits_packed(hidden, weight, bias)
 
 
 def embedding_packed(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:

@@ -4,6 +4,8 @@ Other implementations must agree with these functions. Contracts (shapes, dtypes
 `headrace.ops`. Reductions and transcendental functions run in fp32 and round once, at the end.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,11 +19,12 @@ from headrace.ops.ref_sampling import log_probs, sample
 
 __all__ = [
     "activate",
+    "combine",
     "embedding",
     "embedding_packed",
+    "gated",
     "gated_packed",
     "gather",
-    "gelu_mul",
     "layer_norm",
     "linear",
     "linear_packed",
@@ -34,13 +37,13 @@ __all__ = [
     "pack_experts",
     "pack_quantized",
     "paged_attention",
+    "position_embedding",
     "rms_norm",
     "rotary",
     "rotary_kv",
     "rotary_table",
     "router_topk",
     "sample",
-    "silu_mul",
     "stored_dtype",
     "write_kv",
 ]
@@ -52,6 +55,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:
     return F.embedding(ids, weight)
+
+
+def position_embedding(positions: Tensor, weight: Tensor, first: int) -> Tensor:
+    return F.embedding(positions + first, weight)
+
+
+def combine(
+    x: Tensor, z: Tensor | None, a: float, b: float, soft_cap: float, limit: float
+) -> Tensor:
+    y = a * x.float()
+    if z is not None:
+        y = y + b * z.float()
+    if soft_cap > 0:
+        y = soft_cap * torch.tanh(y / soft_cap)
+    if limit > 0:
+        y = y.clamp(-limit, limit)
+    return y.to(x.dtype)
 
 
 def gather(x: Tensor, picks: Tensor) -> Tensor:
@@ -68,7 +88,10 @@ def rms_norm(
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    return F.layer_norm(x, weight.shape, weight, bias, eps)
+    if weight.dim() == 1:
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+    y = F.layer_norm(x.float(), x.shape[-1:], None, None, eps) * weight.float()
+    return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
 def rotary_table(positions: Tensor, inv_freq: Tensor, scale: float) -> Tensor:
@@ -106,20 +129,22 @@ def rotary_kv(
     return q
 
 
-def silu_mul(x: Tensor) -> Tensor:
+def gated(x: Tensor, activation: str) -> Tensor:
     gate, up = x.chunk(2, dim=-1)
-    return (F.silu(gate.float()) * up).to(x.dtype)
-
-
-def gelu_mul(x: Tensor, tanh: bool) -> Tensor:
-    gate, up = x.chunk(2, dim=-1)
-    return (F.gelu(gate.float(), approximate="tanh" if tanh else "none") * up).to(x.dtype)
+    return (_ACTIVATIONS[activation](gate.float()) * up).to(x.dtype)
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
-    if activation == "silu":
-        return F.silu(x.float()).to(x.dtype)
-    return F.gelu(x.float(), approximate="tanh" if _TANH[activation] else "none").to(x.dtype)
+    return _ACTIVATIONS[activation](x.float()).to(x.dtype)
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_erf": F.gelu,
+    "relu": F.relu,
+    "relu_squared": lambda x: F.relu(x).square(),
+}
 
 
 def logits(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -162,17 +187,14 @@ def linear_packed(
 
 
 def gated_packed(x: Tensor, weight: PackedWeight, activation: str, bias: Tensor | None) -> Tensor:
-    gate_up = linear_packed(x, weight, bias)
-    return silu_mul(gate_up) if activation == "silu" else gelu_mul(gate_up, _TANH[activation])
+    return gated(linear_packed(x, weight, bias), activation)
 
 
-_TANH = {"gelu_tanh": True, "gelu_erf": False}
-
-
-def logits_packed(hidden: Tensor, weight: PackedWeight) -> Tensor:
+def logits_packed(hidden: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
     if weight.format not in FLOAT_FORMATS:
-        return ref_lowbit.linear(hidden, weight, None)
-    return logits(hidden, weight.data)
+        return ref_lowbit.linear(hidden, weight, bias)
+    found = logits(hidden, weight.data)
+    return found if bias is None else found + bias.float()
 
 
 def embedding_packed(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:

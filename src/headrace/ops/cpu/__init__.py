@@ -9,7 +9,14 @@ __all__: list[str] = ["LIBRARY"]
 
 if LIBRARY is not None:
     from headrace.ops.cpu.attention import paged_attention
-    from headrace.ops.cpu.elementwise import activate, embedding, gather, gelu_mul, silu_mul
+    from headrace.ops.cpu.elementwise import (
+        activate,
+        combine,
+        embedding,
+        gated,
+        gather,
+        position_embedding,
+    )
     from headrace.ops.cpu.mask import mask_logits
     from headrace.ops.cpu.matmul import gated_packed, linear_packed, logits_packed
     from headrace.ops.cpu.moe import moe_packed, pack_experts, router_topk
@@ -20,11 +27,12 @@ if LIBRARY is not None:
 
     __all__ += [
         "activate",
+        "combine",
         "embedding",
         "embedding_packed",
+        "gated",
         "gated_packed",
         "gather",
-        "gelu_mul",
         "layer_norm",
         "linear_packed",
         "log_probs",
@@ -35,12 +43,12 @@ if LIBRARY is not None:
         "pack_experts",
         "pack_quantized",
         "paged_attention",
+        "position_embedding",
         "rms_norm",
         "rotary",
         "rotary_kv",
         "router_topk",
         "sample",
-        "silu_mul",
         "stored_dtype",
         "write_kv",
     ]

@@ -1,18 +1,36 @@
-"""embedding, gather, silu_mul, gelu_mul, activate: bindings of csrc/kernels/elementwise.cpp."""
+"""Bindings of csrc/kernels/elementwise.cpp: embeddings, gather, activations, combinations."""
 
-from ctypes import Structure, c_int32, c_void_p
+from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
 
 from torch import Tensor
 
 from headrace.ops.cpu.library import DTYPES, Operator, Rows, Step, rows
 from headrace.ops.cpu.record import empty
 
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu_erf": 2}
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu_erf": 2, "relu": 3, "relu_squared": 4}
 """hr_activation of the names that `ops.gated_packed` takes."""
 
 
 class _EmbeddingArgs(Structure):
-    _fields_ = (("weight", c_void_p), ("y", Rows), ("dtype", c_int32))
+    _fields_ = (
+        ("weight", c_void_p),
+        ("y", Rows),
+        ("dtype", c_int32),
+        ("by_position", c_int32),
+        ("first", c_int64),
+    )
+
+
+class _CombineArgs(Structure):
+    _fields_ = (
+        ("x", Rows),
+        ("z", Rows),
+        ("y", Rows),
+        ("a", c_float),
+        ("b", c_float),
+        ("cap", c_float),
+        ("limit", c_float),
+    )
 
 
 class _GatherArgs(Structure):
@@ -24,6 +42,7 @@ class _GatedArgs(Structure):
 
 
 _EMBEDDING = Operator("embedding", _EmbeddingArgs)
+_COMBINE = Operator("combine", _CombineArgs)
 _GATHER = Operator("gather", _GatherArgs)
 _GATED = Operator("gated", _GatedArgs)
 
@@ -35,27 +54,37 @@ def embedding(ids: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
+def position_embedding(positions: Tensor, weight: Tensor, first: int) -> Tensor:
+    y = empty((len(positions), weight.shape[1]), weight.dtype)
+    args = _EmbeddingArgs(weight.data_ptr(), rows(y), DTYPES[weight.dtype], 1, first)
+    _EMBEDDING(args, Step(tokens=len(positions), positions=positions.data_ptr()))
+    return y
+
+
+def combine(
+    x: Tensor, z: Tensor | None, a: float, b: float, soft_cap: float, limit: float
+) -> Tensor:
+    y = empty(tuple(x.shape), x.dtype)
+    args = _CombineArgs(x=rows(x), y=rows(y), a=a, b=b, cap=soft_cap, limit=limit)
+    if z is not None:
+        args.z = rows(z)
+    _COMBINE(args, Step(tokens=len(x)))
+    return y
+
+
 def gather(x: Tensor, picks: Tensor) -> Tensor:
     y = empty((len(picks), x.shape[1]), x.dtype)
     _GATHER(_GatherArgs(rows(x), rows(y)), Step(tokens=len(picks), picks=picks.data_ptr()))
     return y
 
 
-def silu_mul(x: Tensor) -> Tensor:
-    return _gated(x, "silu")
-
-
-def gelu_mul(x: Tensor, tanh: bool) -> Tensor:
-    return _gated(x, "gelu_tanh" if tanh else "gelu_erf")
-
-
-def activate(x: Tensor, activation: str) -> Tensor:
-    y = empty(tuple(x.shape), x.dtype)
+def gated(x: Tensor, activation: str) -> Tensor:
+    y = empty((len(x), x.shape[1] // 2), x.dtype)
     _GATED(_GatedArgs(rows(x), rows(y), ACTIVATIONS[activation]), Step(tokens=len(x)))
     return y
 
 
-def _gated(x: Tensor, activation: str) -> Tensor:
-    y = empty((len(x), x.shape[1] // 2), x.dtype)
+def activate(x: Tensor, activation: str) -> Tensor:
+    y = empty(tuple(x.shape), x.dtype)
     _GATED(_GatedArgs(rows(x), rows(y), ACTIVATIONS[activation]), Step(tokens=len(x)))
     return y

@@ -5,7 +5,7 @@ from ctypes import Structure, c_int32, c_void_p
 import torch
 from torch import Tensor
 
-from headrace.ops.cpu.elementwise import ACTIVATIONS, gelu_mul, silu_mul
+from headrace.ops.cpu.elementwise import ACTIVATIONS, gated
 from headrace.ops.cpu.library import DTYPES, Operator, Rows, Step, rows
 from headrace.ops.cpu.packing import Weight, mirror
 from headrace.ops.cpu.record import empty
@@ -51,19 +51,16 @@ def linear_packed(
     return _multiply(x, weight, bias, y, _TOKENS, residual)
 
 
-def logits_packed(hidden: Tensor, weight: PackedWeight) -> Tensor:
+def logits_packed(hidden: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
     y = empty((len(hidden), weight.out_size), torch.float32)
-    return _multiply(hidden, weight, None, y, _PICKED)
+    return _multiply(hidden, weight, bias, y, _PICKED)
 
 
 def gated_packed(x: Tensor, weight: PackedWeight, activation: str, bias: Tensor | None) -> Tensor:
     """In one call where gate and up begin at a panel, else in two: the bits are the same."""
     inner = weight.out_size // 2
     if inner % PANEL or weight.format not in FLOAT_FORMATS:
-        product = linear_packed(x, weight, bias)
-        if activation == "silu":
-            return silu_mul(product)
-        return gelu_mul(product, activation == "gelu_tanh")
+        return gated(linear_packed(x, weight, bias), activation)
     _check(x, weight)
     y = empty((len(x), inner), x.dtype)
     gate, up = mirror(weight), mirror(weight)

@@ -25,6 +25,8 @@ class _LayerNormArgs(Structure):
     _fields_ = (
         ("x", Rows),
         ("y", Rows),
+        ("parts", c_int64),
+        ("weights", c_int64),
         ("weight", c_void_p),
         ("bias", c_void_p),
         ("weight_dtype", c_int32),
@@ -59,8 +61,10 @@ def rms_norm(
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     y = empty(tuple(x.shape), x.dtype)
     args = _LayerNormArgs(
-        x=rows(x),
-        y=rows(y),
+        x=_flat(x),
+        y=_flat(y),
+        parts=x[0].numel() // x.shape[-1] if len(x) else 1,
+        weights=weight.numel() // x.shape[-1],
         weight=weight.data_ptr(),
         bias=None if bias is None else bias.data_ptr(),
         weight_dtype=DTYPES[weight.dtype],
