@@ -186,10 +186,12 @@ typedef struct {
 } hr_embedding_args;
 
 // combine: y = clip(cap * tanh((a * x + b * z) / cap)); z may have no data; without cap no tanh, and
-// without limit no clip to [-limit, limit]. Same dtypes.
+// without limit no clip to [-limit, limit]. Same dtypes. With a gate [tokens, 1] z counts as much as
+// its sigmoid.
 typedef struct {
   hr_rows x;
   hr_rows z;
+  hr_rows gate;
   hr_rows y;
   float a;
   float b;
@@ -277,14 +279,23 @@ typedef struct {
 } hr_rotary_kv_args;
 
 // router: the `top_k` largest of each row of logits, the largest first and the lower expert among
-// equals; ids int32 [tokens, top_k], weights fp32 [tokens, top_k]: softmax over all experts, divided
-// by the sum of those chosen if `renormalize`. (kernels/moe.cpp)
+// equals; ids int32 [tokens, top_k], weights fp32 [tokens, top_k]: softmax over all experts (or the
+// sigmoid of each), divided by the sum of those chosen if `renormalize`, times `scale`. A bias is
+// added to the scores for the choice alone. Of more than one group of equal size only the
+// `top_groups` are chosen from whose `group_best` best scores have the largest sum. (kernels/moe.cpp)
+#define HR_MOST_GROUPS 64
 typedef struct {
   hr_rows logits;
   hr_rows weights;
   int32_t* ids;
+  const float* bias;  // [experts] or null
   int64_t top_k;
-  int64_t renormalize;
+  int64_t groups;
+  int64_t top_groups;
+  int64_t group_best;  // at most HR_MOST_GROUPS
+  int32_t renormalize;
+  int32_t sigmoid;
+  float scale;
 } hr_router_args;
 
 // moe: y[i] = sum over r of weights[i][r] * expert ids[i][r] of x[i], in the order of r, in fp32. An

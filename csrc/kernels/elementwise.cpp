@@ -89,7 +89,9 @@ static void combine_row(const hr_combine_args& args, int64_t row) {
   const T* x = row_of<T>(args.x, row);
   const T* z = args.z.data ? row_of<T>(args.z, row) : nullptr;
   T* y = row_of<T>(args.y, row);
-  const vf a = set(args.a), b = set(args.b), cap = set(args.cap), limit = set(args.limit);
+  vf b = set(args.b);
+  if (args.gate.data) b = b / (set(1.0f) + exp(set(-widen(*row_of<T>(args.gate, row)))));
+  const vf a = set(args.a), cap = set(args.cap), limit = set(args.limit);
   for (int64_t c = 0; c < args.y.columns; c += kLanes) {
     const int64_t n = args.y.columns - c < kLanes ? args.y.columns - c : kLanes;
     vf v = a * take(x + c, n);

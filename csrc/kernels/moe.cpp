@@ -12,41 +12,81 @@ constexpr int64_t kMostTokens = 1024;  // sorted at once
 
 // ---- router -------------------------------------------------------------------------------------
 
-static void choose(float* scores, int64_t experts, int64_t count, int32_t* ids) {
+// The `count` largest keys, the largest first and the lower number among equals.
+static void choose(const float* keys, int64_t experts, int64_t count, int32_t* ids) {
   for (int64_t r = 0; r < count; ++r) {
     int64_t best = -1;
     for (int64_t e = 0; e < experts; ++e) {
       bool taken = false;
       for (int64_t i = 0; i < r; ++i) taken = taken || ids[i] == e;
-      if (!taken && (best < 0 || scores[e] > scores[best])) best = e;
+      if (!taken && (best < 0 || keys[e] > keys[best])) best = e;
     }
     ids[r] = static_cast<int32_t>(best);
   }
 }
 
-static void router(const hr_router_args& args, const hr_step& step) {
-  const int64_t experts = args.logits.columns, top_k = args.top_k;
-  const int64_t padded = (experts + kLanes - 1) / kLanes * kLanes;
-  hr::parallel(step.tokens, 16, [&](int64_t begin, int64_t end) {
-    float* scores = static_cast<float*>(hr::scratch(static_cast<size_t>(padded) * 4, 3));
-    for (int64_t row = begin; row < end; ++row) {
-      int32_t* ids = args.ids + row * top_k;
-      float* weights = row_of<float>(args.weights, row);
-      load_row(args.logits, row, 0, experts, scores);
-      for (int64_t e = experts; e < padded; ++e) scores[e] = -__builtin_inff();
-      choose(scores, experts, top_k, ids);
-      const vf top = set(scores[ids[0]]);
-      vf total = zero();
-      for (int64_t e = 0; e < padded; e += kLanes) {
-        store(scores + e, exp(load(scores + e) - top));
-        total = total + load(scores + e);
-      }
-      float sum_of_weights = args.renormalize ? 0.0f : sum(total);
-      for (int64_t r = 0; r < top_k; ++r) {
-        if (args.renormalize) sum_of_weights += scores[ids[r]];
-      }
-      for (int64_t r = 0; r < top_k; ++r) weights[r] = scores[ids[r]] / sum_of_weights;
+// Leaves only the keys of the best groups; a group counts as much as its best keys together.
+static void limit_groups(const hr_router_args& args, int64_t experts, float* keys) {
+  const int64_t size = experts / args.groups;
+  float totals[HR_MOST_GROUPS];
+  int32_t best[HR_MOST_GROUPS];
+  bool kept[HR_MOST_GROUPS] = {};
+  for (int64_t g = 0; g < args.groups; ++g) {
+    choose(keys + g * size, size, args.group_best, best);
+    totals[g] = 0;
+    for (int64_t i = 0; i < args.group_best; ++i) totals[g] += keys[g * size + best[i]];
+  }
+  choose(totals, args.groups, args.top_groups, best);
+  for (int64_t i = 0; i < args.top_groups; ++i) kept[best[i]] = true;
+  for (int64_t e = 0; e < experts; ++e) {
+    if (!kept[e / size]) keys[e] = -__builtin_inff();
+  }
+}
+
+// Logits to what is weighted with: sigmoids, or numerators of a softmax, whose sum is returned.
+static float score(const hr_router_args& args, int64_t padded, float* scores) {
+  if (args.sigmoid) {
+    for (int64_t e = 0; e < padded; e += kLanes) {
+      store(scores + e, set(1.0f) / (set(1.0f) + exp(zero() - load(scores + e))));
     }
+    return 1.0f;
+  }
+  vf top = load(scores), total = zero();
+  for (int64_t e = kLanes; e < padded; e += kLanes) top = max(top, load(scores + e));
+  top = set(largest(top));
+  for (int64_t e = 0; e < padded; e += kLanes) {
+    store(scores + e, exp(load(scores + e) - top));
+    total = total + load(scores + e);
+  }
+  return sum(total);
+}
+
+static void route(const hr_router_args& args, int64_t row, int64_t padded, float* scores,
+                  float* keys) {
+  const int64_t experts = args.logits.columns;
+  int32_t* ids = args.ids + row * args.top_k;
+  float* weights = row_of<float>(args.weights, row);
+  load_row(args.logits, row, 0, experts, scores);
+  for (int64_t e = experts; e < padded; ++e) scores[e] = -__builtin_inff();
+  memcpy(keys, scores, static_cast<size_t>(experts) * 4);
+  float total = score(args, padded, scores);
+  if (args.bias) {
+    for (int64_t e = 0; e < experts; ++e) keys[e] = scores[e] / total + args.bias[e];
+  }
+  if (args.groups > 1) limit_groups(args, experts, keys);
+  choose(keys, experts, args.top_k, ids);
+  if (args.renormalize) {
+    total = 0;
+    for (int64_t r = 0; r < args.top_k; ++r) total += scores[ids[r]];
+  }
+  for (int64_t r = 0; r < args.top_k; ++r) weights[r] = scores[ids[r]] / total * args.scale;
+}
+
+static void router(const hr_router_args& args, const hr_step& step) {
+  const int64_t padded = (args.logits.columns + kLanes - 1) / kLanes * kLanes;
+  hr::parallel(step.tokens, 16, [&](int64_t begin, int64_t end) {
+    float* scores = static_cast<float*>(hr::scratch(static_cast<size_t>(padded) * 8, 3));
+    for (int64_t row = begin; row < end; ++row) route(args, row, padded, scores, scores + padded);
   });
 }
 

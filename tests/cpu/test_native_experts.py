@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from headrace.ops import cpu
+from headrace.ops.experts import RouterSpec
 from tests.support.native import native_level, native_levels, operators
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -55,7 +56,8 @@ BLOCKS = {
 
 def run(impl: SimpleNamespace, block: nn.Module, x: Tensor, top_k: int, norm: bool) -> Tensor:
     router = impl.pack(block.gate.weight.data)
-    ids, weights = impl.router_topk(impl.linear_packed(x, router, None), top_k, norm)
+    logits = impl.linear_packed(x, router, None)
+    ids, weights = impl.router_topk(logits, RouterSpec(top_k, norm), None)
     experts = impl.pack_experts(block.experts.gate_up_proj.data, block.experts.down_proj.data)
     return impl.moe_packed(x, experts, ids, weights, "silu")
 
@@ -82,10 +84,10 @@ def test_block_is_that_of_transformers(
 
 def test_of_equal_experts_the_lower_one_is_chosen(impl: SimpleNamespace) -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0, 0.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
-    ids, weights = impl.router_topk(logits, 2, True)
+    ids, weights = impl.router_topk(logits, RouterSpec(2), None)
     assert ids.tolist() == [[1, 2], [0, 1]]
     assert weights.tolist() == [[0.5, 0.5], [0.5, 0.5]]
-    _, weights = impl.router_topk(logits, 5, False)
+    _, weights = impl.router_topk(logits, RouterSpec(5, False), None)
     torch.testing.assert_close(weights.sum(dim=1), torch.ones(2))
 
 
@@ -99,7 +101,7 @@ def test_a_row_is_the_same_in_every_batch(dtype: torch.dtype) -> None:
                 torch.randn(5, 128, 90).to(dtype) / 9, torch.randn(5, 90, 64).to(dtype) / 8
             )
             x, logits = torch.randn(1100, 90).to(dtype), torch.randn(1100, 5)
-            ids, weights = cpu.router_topk(logits, 3, True)
+            ids, weights = cpu.router_topk(logits, RouterSpec(3), None)
             together = cpu.moe_packed(x, experts, ids, weights, "silu")
             cpu.library.set_threads(3)
             assert torch.equal(cpu.moe_packed(x, experts, ids, weights, "silu"), together)
@@ -107,7 +109,7 @@ def test_a_row_is_the_same_in_every_batch(dtype: torch.dtype) -> None:
             for rows in (order, *order.split(1)[:9], torch.arange(1000, 1100)):
                 some = cpu.moe_packed(x[rows], experts, ids[rows], weights[rows], "silu")
                 assert torch.equal(some, together[rows])
-                again = cpu.router_topk(logits[rows], 3, True)
+                again = cpu.router_topk(logits[rows], RouterSpec(3), None)
                 assert torch.equal(again[0], ids[rows])
                 assert torch.equal(again[1], weights[rows])
 
@@ -116,8 +118,8 @@ def test_wrong_shapes_are_refused(impl: SimpleNamespace) -> None:
     if impl.router_topk is not getattr(cpu, "router_topk", None):
         return
     with pytest.raises(ValueError, match="1 to 4 experts, not 5"):
-        impl.router_topk(torch.randn(2, 4), 5, True)
+        impl.router_topk(torch.randn(2, 4), RouterSpec(5), None)
     experts = impl.pack_experts(torch.randn(2, 8, 6), torch.randn(2, 6, 4))
-    ids, weights = impl.router_topk(torch.randn(3, 2), 1, True)
+    ids, weights = impl.router_topk(torch.randn(3, 2), RouterSpec(1), None)
     with pytest.raises(ValueError, match="7 columns"):
         impl.moe_packed(torch.randn(3, 7), experts, ids, weights, "silu")

@@ -92,7 +92,9 @@ def test_layer_norm_of_heads(dtype: torch.dtype) -> None:
     """A weight for all heads, and one for each, of a view with a stride."""
     x = torch.randn(9, 3 * 20 + 7).to(dtype)[:, :60].unflatten(1, (3, 20))
     for weight in (torch.randn(20), torch.randn(3, 20)):
-        close(cpu.layer_norm(x, weight, None, 1e-5), ref.layer_norm(x, weight.to(dtype), None, 1e-5))
+        close(
+            cpu.layer_norm(x, weight, None, 1e-5), ref.layer_norm(x, weight.to(dtype), None, 1e-5)
+        )
 
 
 def test_extreme_values_stay_what_they_are() -> None:

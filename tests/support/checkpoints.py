@@ -35,13 +35,15 @@ _OLD: dict[str, Any] = {
 }
 """The same for configurations with the names of GPT-2."""
 
+_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
+_BASES: dict[str, dict[str, Any]] = {"gpt2": _OLD, "gptj": _OLD, "dbrx": {}}
 _MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 _MULTI = {"num_key_value_heads": 4, "head_dim": 8}
 
 
 def _config(architecture: str, changes: dict[str, Any]) -> transformers.PretrainedConfig:
     kind = getattr(transformers, architecture).config_class
-    base = _OLD if kind.model_type in ("gpt2", "gptj") else _TINY
+    base = _BASES.get(kind.model_type, _TINY)
     fields = {**base, **changes}
     return kind(**{name: value for name, value in fields.items() if value != "absent"})
 
@@ -250,6 +252,74 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"use_qk_norm": True, "pad_token_id": 0, "head_dim": "absent"},
     ),
     "cohere2": ("Cohere2ForCausalLM", {"sliding_window": 9, "pad_token_id": 0, **_MIXED}),
+    "mixtral": ("MixtralForCausalLM", {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    "qwen2-moe": (
+        "Qwen2MoeForCausalLM",
+        {**_EXPERTS, "shared_expert_intermediate_size": 28, "head_dim": "absent"},
+    ),
+    "qwen3-moe": (
+        "Qwen3MoeForCausalLM",
+        {**_EXPERTS, "norm_topk_prob": True, "decoder_sparse_step": 2},
+    ),
+    "olmoe": ("OlmoeForCausalLM", {**_EXPERTS, "clip_qkv": 1.5, "head_dim": "absent"}),
+    "granite-moe": (
+        "GraniteMoeForCausalLM",
+        {
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.1,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 2.0,
+            "head_dim": "absent",
+        },
+    ),
+    "glm4-moe": (
+        "Glm4MoeForCausalLM",
+        {
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 20,
+            "n_shared_experts": 2,
+            "n_group": 4,
+            "topk_group": 2,
+            "first_k_dense_replace": 1,
+            "routed_scaling_factor": 1.7,
+            "use_qk_norm": True,
+        },
+    ),
+    "ernie-moe": (
+        "Ernie4_5_MoeForCausalLM",
+        {
+            "moe_num_experts": 6,
+            "moe_k": 3,
+            "moe_intermediate_size": 20,
+            "moe_num_shared_experts": 1,
+            "moe_layer_start_index": 1,
+            "head_dim": "absent",
+        },
+    ),
+    "minimax-m2": (
+        "MiniMaxM2ForCausalLM",
+        {"num_local_experts": 6, "num_experts_per_tok": 2, "rotary_dim": 8},
+    ),
+    "dbrx": (
+        "DbrxForCausalLM",
+        {
+            "d_model": 32,
+            "n_heads": 4,
+            "n_layers": 3,
+            "max_seq_len": 256,
+            "vocab_size": 101,
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 1.2, "rope_theta": 500.0},
+            "ffn_config": {
+                "ffn_hidden_size": 20,
+                "moe_num_experts": 5,
+                "moe_top_k": 2,
+                "hidden_size": 32,
+            },
+        },
+    ),
     "qwen3-bias-tied": ("Qwen3ForCausalLM", {"attention_bias": True, "tie_word_embeddings": True}),
 }
 

@@ -13,7 +13,13 @@ import msgspec
 from headrace.core.errors import LoadError
 from headrace.core.pooling import Pooling, read_pooling
 
-_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+_CONTEXT_KEYS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_sequence_length",
+    "seq_length",
+    "max_seq_len",
+)
 _DTYPES = {"float32", "float16", "bfloat16"}
 
 
@@ -78,16 +84,16 @@ def read_model_info(
     architectures = hf.get("architectures") or []
     if not architectures:
         raise LoadError(f"{path}/config.json names no architecture (field 'architectures')")
-    heads = _number(text, path, "num_attention_heads", "n_head")
+    heads = _number(text, path, "num_attention_heads", "n_head", "n_heads")
     kv_heads = text.get("num_key_value_heads") or text.get("multi_query_group_num") or heads
-    hidden = _number(text, path, "hidden_size", "n_embd")
+    hidden = _number(text, path, "hidden_size", "n_embd", "d_model")
     return ModelInfo(
         path=str(path),
         architecture=str(architectures[0]),
         model_type=str(hf.get("model_type", "")),
         vocab_size=_number(text, path, "padded_vocab_size", "vocab_size"),
         hidden_size=hidden,
-        num_layers=_number(text, path, "num_hidden_layers", "n_layer", "num_layers"),
+        num_layers=_number(text, path, "num_hidden_layers", "n_layer", "num_layers", "n_layers"),
         num_heads=heads,
         num_kv_heads=int(kv_heads),
         head_dim=int(text.get("head_dim") or text.get("kv_channels") or hidden // heads),

@@ -87,19 +87,21 @@ class Attention:
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v [tokens, heads, dim] of the local heads, normalized."""
-        spec, qkv = self.spec, self.qkv(x)
-        if spec.clip:
-            qkv = ops.combine(qkv, limit=spec.clip)
-        qkv = qkv.view(len(x), -1, spec.head_dim)
+        spec = self.spec
+        qkv = self.qkv(x).view(len(x), -1, spec.head_dim)
         q, k, v = torch.split(qkv, [self.heads, self.kv_heads, self.kv_heads], dim=1)
-        if self.q_norm and self.k_norm and spec.qk_norm == "all":
-            q, k = (
-                norm(part.flatten(1)).view(part.shape)
-                for norm, part in ((self.q_norm, q), (self.k_norm, k))
+        if self.q_norm and self.k_norm:
+            q, k = self._normalized(self.q_norm, q), self._normalized(self.k_norm, k)
+        if spec.clip:
+            q, k, v = (
+                ops.combine(part.flatten(1), limit=spec.clip).view(part.shape) for part in (q, k, v)
             )
-        elif self.q_norm and self.k_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
+
+    def _normalized(self, norm: Norm | HeadNorm, x: Tensor) -> Tensor:
+        if self.spec.qk_norm == "all":
+            return norm(x.flatten(1)).view(x.shape)
+        return norm(x)
 
     def state_spec(self) -> StateSpec:
         """What this rank keeps per token."""

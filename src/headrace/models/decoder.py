@@ -6,7 +6,6 @@ tensors are those of Llama; what is stored otherwise is renamed by the family's 
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from headrace.layers.batch import ForwardBatch
 from headrace.layers.build import Build
 from headrace.layers.embedding import LMHead, PositionEmbedding, VocabEmbedding
 from headrace.layers.mlp import MLP
+from headrace.layers.moe import MoE, MoESpec
 from headrace.layers.norm import Norm, NormSpec
 from headrace.layers.rope import Rope, prefix_scope
 from headrace.layers.weights import load_targets
@@ -52,7 +52,11 @@ class DecoderLayer:
             (name, Norm(hidden, norm, build) if name else None) for name in _NORMS[spec.wiring]
         ]
         self.attention = Attention(spec.attention, build)
-        self.mlp = MLP(hidden, spec.mlp, build)
+        self.mlp = (
+            MoE(hidden, spec.mlp, build)
+            if isinstance(spec.mlp, MoESpec)
+            else MLP(hidden, spec.mlp, build)
+        )
 
     def __call__(
         self,
@@ -170,10 +174,3 @@ class Decoder(ABC):
     def _ignored(self, name: str) -> bool:
         # Old checkpoints carry rotary buffers; tied ones may carry the head a second time.
         return ".rotary_emb." in name or (self.spec.tied and name == "lm_head.weight")
-
-
-def with_windows(layer: LayerSpec, windows: Iterable[int]) -> tuple[LayerSpec, ...]:
-    """The same layer with each of the sliding windows."""
-    return tuple(
-        replace(layer, attention=replace(layer.attention, window=window)) for window in windows
-    )

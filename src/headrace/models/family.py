@@ -131,8 +131,9 @@ def every(info: ModelInfo, pattern: int) -> list[str]:
     return [_WINDOWED if (i + 1) % pattern else _FULL for i in range(info.num_layers)]
 
 
-def size(hf: Fields, key: str) -> int:
-    """A field that must be a positive integer."""
+def size(hf: Fields, *keys: str) -> int:
+    """The first of these fields that is there; it must be a positive integer."""
+    key = next((key for key in keys if hf.get(key) is not None), keys[0])
     value = hf.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise LoadError(f"config.json needs a positive integer {key!r}, not {value!r}", field=key)

@@ -8,6 +8,7 @@ from typing import Literal
 
 from headrace.layers.attention import AttentionSpec
 from headrace.layers.mlp import MLPSpec
+from headrace.layers.moe import MoESpec
 from headrace.layers.names import Layout
 from headrace.layers.norm import NormSpec
 from headrace.layers.rope_scaling import RopeSpec
@@ -25,7 +26,7 @@ class LayerSpec:
     """
 
     attention: AttentionSpec
-    mlp: MLPSpec
+    mlp: MLPSpec | MoESpec
     wiring: Wiring = "pre"
     branch_scale: float = 1.0
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from headrace.ops import cpu, ref
-from headrace.ops.experts import PackedExperts
+from headrace.ops.experts import PackedExperts, RouterSpec
 from headrace.ops.meta import AttentionMeta, KvCache
 from headrace.ops.packed import PackedWeight
 from headrace.ops.sampling import LogProbs, Sampled, SampleTable
@@ -104,12 +104,14 @@ def combine(
     *,
     soft_cap: float = 0.0,
     limit: float = 0.0,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """a * x + b * z, in fp32 and rounded once; x and z [n, dim] of the same dtype.
 
-    Then soft_cap * tanh(y / soft_cap), and a clip to [-limit, limit], where those are above 0.
+    With a `gate` [n, 1] of that dtype z is multiplied with its sigmoid. Then soft_cap *
+    tanh(y / soft_cap), and a clip to [-limit, limit], where those are above 0.
     """
-    return _combine(x, z, a, b, soft_cap, limit)
+    return _combine(x, z, a, b, soft_cap, limit, gate)
 
 
 def gather(x: Tensor, picks: Tensor) -> Tensor:
@@ -325,13 +327,15 @@ def embedding_packed(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> T
     return _embedding_packed(ids, weight, dtype)
 
 
-def router_topk(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+def router_topk(
+    logits: Tensor, spec: RouterSpec, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The experts of each token: ids int32 and weights fp32, both [tokens, top_k], largest first.
 
-    logits [tokens, experts]. Weights are the softmax over all experts, in fp32, divided by the sum
-    of those chosen if `renormalize`. Of equal experts the lower one comes first.
+    logits [tokens, experts]; a bias fp32 [experts] is added to the scores for the choice alone. All
+    in fp32. Of equal experts the lower one comes first.
     """
-    return _router_topk(logits, top_k, renormalize)
+    return _router_topk(logits, spec, bias)
 
 
 def pack_experts(gate_up: Tensor, down: Tensor) -> PackedExperts:

@@ -1,12 +1,30 @@
-"""The weights of a mixture of experts in the form that one implementation multiplies with.
+"""Mixtures of experts: how tokens are routed, and weights as one implementation multiplies them.
 
-Made once by `ops.pack_experts`; knows neither routers nor models.
+`PackedExperts` is made once by `ops.pack_experts`. Knows no models.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 from headrace.ops.packed import PackedWeight
+
+
+@dataclass(frozen=True)
+class RouterSpec:
+    """How experts are chosen and weighted.
+
+    Scores are the softmax over all experts, or the `sigmoid` of each. Of more than one of `groups`
+    only the `top_groups` are chosen from whose `group_best` best scores have the largest sum. The
+    weights are the scores, divided by their sum if `renormalize`, times `scale`.
+    """
+
+    top_k: int
+    renormalize: bool = True
+    sigmoid: bool = False
+    groups: int = 1
+    top_groups: int = 1
+    group_best: int = 1
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headrace.ops import ref_lowbit
-from headrace.ops.experts import PackedExperts
+from headrace.ops.experts import PackedExperts, RouterSpec
 from headrace.ops.meta import KvCache
 from headrace.ops.packed import FLOAT_FORMATS, PackedWeight, check_quantized, format_of
 from headrace.ops.ref_attention import paged_attention, write_kv
@@ -62,11 +62,17 @@ def position_embedding(positions: Tensor, weight: Tensor, first: int) -> Tensor:
 
 
 def combine(
-    x: Tensor, z: Tensor | None, a: float, b: float, soft_cap: float, limit: float
+    x: Tensor,
+    z: Tensor | None,
+    a: float,
+    b: float,
+    soft_cap: float,
+    limit: float,
+    gate: Tensor | None = None,
 ) -> Tensor:
     y = a * x.float()
     if z is not None:
-        y = y + b * z.float()
+        y = y + (b if gate is None else b * gate.float().sigmoid()) * z.float()
     if soft_cap > 0:
         y = soft_cap * torch.tanh(y / soft_cap)
     if limit > 0:
@@ -203,13 +209,25 @@ def embedding_packed(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> T
     return embedding(ids, weight.data).to(dtype)
 
 
-def router_topk(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-    # Stable: of equal experts the lower one comes first.
-    order = torch.sort(logits.float(), dim=-1, descending=True, stable=True).indices[:, :top_k]
-    weights = logits.float().softmax(dim=-1).gather(1, order)
-    if renormalize:
+def router_topk(logits: Tensor, spec: RouterSpec, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    logits = logits.float()
+    scores = logits.sigmoid() if spec.sigmoid else logits.softmax(dim=-1)
+    keys = logits if bias is None else scores + bias
+    if spec.groups > 1:
+        groups = keys.unflatten(1, (spec.groups, -1))
+        totals = groups.topk(spec.group_best, dim=-1).values.sum(dim=-1)
+        kept = torch.zeros_like(totals).scatter(1, _largest(totals, spec.top_groups), 1)
+        keys = groups.masked_fill(kept[:, :, None] == 0, float("-inf")).flatten(1)
+    order = _largest(keys, spec.top_k)
+    weights = scores.gather(1, order)
+    if spec.renormalize:
         weights = weights / weights.sum(dim=-1, keepdim=True)
-    return order.int(), weights
+    return order.int(), weights * spec.scale
+
+
+def _largest(keys: Tensor, count: int) -> Tensor:
+    """Places of the largest keys; stable: of equal ones the lower comes first."""
+    return torch.sort(keys, dim=-1, descending=True, stable=True).indices[:, :count]
 
 
 def pack_experts(gate_up: Tensor, down: Tensor) -> PackedExperts:

@@ -25,6 +25,7 @@ class _CombineArgs(Structure):
     _fields_ = (
         ("x", Rows),
         ("z", Rows),
+        ("gate", Rows),
         ("y", Rows),
         ("a", c_float),
         ("b", c_float),
@@ -62,12 +63,20 @@ def position_embedding(positions: Tensor, weight: Tensor, first: int) -> Tensor:
 
 
 def combine(
-    x: Tensor, z: Tensor | None, a: float, b: float, soft_cap: float, limit: float
+    x: Tensor,
+    z: Tensor | None,
+    a: float,
+    b: float,
+    soft_cap: float,
+    limit: float,
+    gate: Tensor | None = None,
 ) -> Tensor:
     y = empty(tuple(x.shape), x.dtype)
     args = _CombineArgs(x=rows(x), y=rows(y), a=a, b=b, cap=soft_cap, limit=limit)
     if z is not None:
         args.z = rows(z)
+    if gate is not None:
+        args.gate = rows(gate)
     _COMBINE(args, Step(tokens=len(x)))
     return y
 

@@ -1,7 +1,7 @@
 """router_topk, pack_experts and moe_packed: bindings of csrc/kernels/moe.cpp."""
 
 import ctypes
-from ctypes import Structure, c_int64, c_void_p
+from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
 from dataclasses import replace
 
 import torch
@@ -12,7 +12,7 @@ from headrace.ops.cpu.library import Operator, Rows, Step, rows
 from headrace.ops.cpu.matmul import PANEL
 from headrace.ops.cpu.packing import Weight, mirror, pack
 from headrace.ops.cpu.record import empty
-from headrace.ops.experts import PackedExperts
+from headrace.ops.experts import PackedExperts, RouterSpec
 from headrace.ops.packed import PackedWeight
 
 
@@ -21,8 +21,14 @@ class _RouterArgs(Structure):
         ("logits", Rows),
         ("weights", Rows),
         ("ids", c_void_p),
+        ("bias", c_void_p),
         ("top_k", c_int64),
-        ("renormalize", c_int64),
+        ("groups", c_int64),
+        ("top_groups", c_int64),
+        ("group_best", c_int64),
+        ("renormalize", c_int32),
+        ("sigmoid", c_int32),
+        ("scale", c_float),
     )
 
 
@@ -41,18 +47,39 @@ class _MoeArgs(Structure):
     )
 
 
+_MOST_GROUPS = 64  # HR_MOST_GROUPS
 _ROUTER = Operator("router", _RouterArgs)
 _MOE = Operator("moe", _MoeArgs)
 
 
-def router_topk(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-    if not 1 <= top_k <= logits.shape[1]:
-        raise ValueError(f"top_k must be 1 to {logits.shape[1]} experts, not {top_k}")
-    ids = empty((len(logits), top_k), torch.int32)
-    weights = empty((len(logits), top_k), torch.float32)
-    args = _RouterArgs(rows(logits), rows(weights), ids.data_ptr(), top_k, renormalize)
+def router_topk(logits: Tensor, spec: RouterSpec, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    _check_router(spec, logits.shape[1])
+    ids = empty((len(logits), spec.top_k), torch.int32)
+    weights = empty((len(logits), spec.top_k), torch.float32)
+    args = _RouterArgs(
+        rows(logits),
+        rows(weights),
+        ids.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        spec.top_k,
+        spec.groups,
+        spec.top_groups,
+        spec.group_best,
+        spec.renormalize,
+        spec.sigmoid,
+        spec.scale,
+    )
     _ROUTER(args, Step(tokens=len(logits)))
     return ids, weights
+
+
+def _check_router(spec: RouterSpec, experts: int) -> None:
+    if not 1 <= spec.top_k <= experts:
+        raise ValueError(f"top_k must be 1 to {experts} experts, not {spec.top_k}")
+    if experts % spec.groups or not 1 <= spec.top_groups <= spec.groups <= _MOST_GROUPS:
+        raise ValueError(f"{experts} experts cannot be in {spec.groups} groups")
+    if not 1 <= spec.group_best <= min(experts // spec.groups, _MOST_GROUPS):
+        raise ValueError(f"group_best must be at most the size of a group, not {spec.group_best}")
 
 
 def pack_experts(gate_up: Tensor, down: Tensor) -> PackedExperts:

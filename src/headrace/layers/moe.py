@@ -1,0 +1,158 @@
+"""Mixtures of experts: a router, gated experts of which each token takes a few, and shared ones.
+
+Experts are cut over tensor-parallel ranks along their inner size, as every feed-forward is. Does
+not know how checkpoints stack them beyond the two usual ways.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from headrace import ops
+from headrace.core.errors import LoadError
+from headrace.dist.topology import Cut, even, whole
+from headrace.layers.build import Build
+from headrace.layers.linear import ColumnLinear
+from headrace.layers.mlp import ACTIVATIONS, MLP, MLPSpec
+from headrace.ops.experts import PackedExperts, RouterSpec
+from headrace.quant.base import Part, Targets, WeightTarget, cut_target, plain, when_filled
+from headrace.quant.dense import METHODS
+
+
+@dataclass(frozen=True)
+class MoESpec:
+    """`inner_size` of one expert. `bias`: the router has one for the choice.
+
+    `shared`: inner size of the block that every token takes, 0 for none; `shared_gate`: the token
+    decides how much of it.
+    """
+
+    experts: int
+    inner_size: int
+    activation: str
+    router: RouterSpec
+    bias: bool = False
+    shared: int = 0
+    shared_gate: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.router.top_k <= self.experts:
+            raise LoadError(
+                f"num_experts_per_tok must be 1 to {self.experts}, not {self.router.top_k}",
+                field="num_experts_per_tok",
+            )
+
+
+class Experts:
+    """The weights of all experts: unpacked while they are loaded, packed when all are there."""
+
+    def __init__(self, hidden_size: int, spec: MoESpec, build: Build) -> None:
+        self.count, self.hidden = spec.experts, hidden_size
+        self.inner = even(spec.inner_size, build.shard)
+        self.dtype = build.dtype
+        self.packed: PackedExperts
+        self._gate_up: Tensor | None = None
+        self._down: Tensor | None = None
+
+    def targets(self, prefix: str) -> Targets:
+        """Each expert alone, and all of them as [experts, gate | up, hidden]."""
+        found: Targets = {}
+        for index in range(self.count):
+            own = f"{prefix}{index}."
+            found[f"{own}gate_proj.weight"] = self._target(index, 0)
+            found[f"{own}up_proj.weight"] = self._target(index, 1)
+            found[f"{own}down_proj.weight"] = self._target(index, 2)
+        found = when_filled(found, self._pack)
+        return found | self._stacks(prefix, found)
+
+    def _target(self, index: int, which: int) -> WeightTarget:
+        if which == 2:
+            return cut_target(
+                lambda source: self._open(source)[1][index], whole(self.hidden), self.inner
+            )
+        return cut_target(
+            lambda source: self._open(source)[0][index].chunk(2)[which],
+            self.inner,
+            whole(self.hidden),
+        )
+
+    def _stacks(self, prefix: str, single: Targets) -> Targets:
+        """One tensor of all experts' gates and ups, one of their downs."""
+        inner, hidden = self.inner.full, self.hidden
+
+        def names(*parts: str) -> tuple[str, ...]:
+            return tuple(
+                f"{prefix}{i}.{part}_proj.weight" for i in range(self.count) for part in parts
+            )
+
+        def pour(members: tuple[str, ...], rows: int) -> WeightTarget:
+            def copy(source: Tensor) -> None:
+                pieces = source.reshape(-1, rows, source.shape[-1])
+                for name, piece in zip(members, pieces, strict=True):
+                    single[name].copy(piece)
+
+            columns = hidden if rows == inner else inner
+            per_expert = len(members) // self.count
+            shape = (self.count, per_expert * rows, columns)
+            return WeightTarget(shape=shape, copy=copy, covers=members)
+
+        return {
+            f"{prefix}gate_up_proj": pour(names("gate", "up"), inner),
+            f"{prefix}down_proj": pour(names("down"), hidden),
+        }
+
+    def _open(self, source: torch.dtype) -> tuple[Tensor, Tensor]:
+        if self._gate_up is None or self._down is None:
+            dtype, inner = ops.stored_dtype(source, self.dtype), self.inner.local
+            self._gate_up = torch.zeros(self.count, 2 * inner, self.hidden, dtype=dtype)
+            self._down = torch.zeros(self.count, self.hidden, inner, dtype=dtype)
+        return self._gate_up, self._down
+
+    def _pack(self) -> None:
+        assert self._gate_up is not None and self._down is not None
+        self.packed = ops.pack_experts(self._gate_up, self._down)
+        self._gate_up = self._down = None
+
+
+class MoE:
+    """x [tokens, hidden] -> [tokens, hidden]."""
+
+    def __init__(self, hidden_size: int, spec: MoESpec, build: Build) -> None:
+        self.spec, self.group = spec, build.group
+        self.activation = ACTIVATIONS[spec.activation]
+        # Routers are small, and an error in them takes another expert.
+        exact = replace(build, quant=METHODS["none"])
+        self.router = _small(hidden_size, "gate", spec.experts, exact)
+        self.bias = torch.zeros(spec.experts) if spec.bias else None
+        self.experts = Experts(hidden_size, spec, build)
+        shared = MLPSpec(spec.shared, spec.activation) if spec.shared else None
+        self.shared = MLP(hidden_size, shared, build) if shared else None
+        gate = _small(hidden_size, "shared_expert_gate", 1, exact) if spec.shared_gate else None
+        self.shared_gate = gate
+
+    def __call__(self, x: Tensor) -> Tensor:
+        ids, weights = ops.router_topk(self.router(x), self.spec.router, self.bias)
+        y = ops.moe_packed(x, self.experts.packed, ids, weights, self.activation)
+        y = self.group.all_reduce(y)
+        if self.shared is None:
+            return y
+        gate = self.shared_gate(x) if self.shared_gate else None
+        return ops.combine(y, self.shared(x), gate=gate)
+
+    def targets(self, prefix: str) -> Targets:
+        found = self.router.targets(prefix) | self.experts.targets(f"{prefix}experts.")
+        if self.bias is not None:
+            bias = cut_target(plain(self.bias), whole(len(self.bias)))
+            found[f"{prefix}gate.e_score_correction_bias"] = bias
+        if self.shared is not None:
+            found |= self.shared.targets(f"{prefix}shared_expert.")
+        if self.shared_gate is not None:
+            found |= self.shared_gate.targets(prefix)
+        return found
+
+
+def _small(in_size: int, name: str, rows: int, build: Build) -> ColumnLinear:
+    """A matrix that every rank holds."""
+    cut: Cut = whole(rows)
+    return ColumnLinear((Part(name, cut),), in_size, build)
