@@ -168,6 +168,6 @@ def test_published_layouts(tmp_path: Path, architecture: str) -> None:
 
 
 def test_a_stack_of_wrong_size_is_named(tmp_path: Path) -> None:
-    write(tmp_path, "InternLM2ForCausalLM", {"num_key_value_heads": 4, "head_dim": 20})
+    write(tmp_path, "InternLM2ForCausalLM", {"num_key_value_heads": 4})
     with pytest.raises(LoadError, match=r"layers\.0\.attention\.wqkv\.weight .* cannot be cut"):
         load_model(read_model_info(tmp_path), torch.float32, SoloGroup())

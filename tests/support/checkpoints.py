@@ -311,7 +311,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "n_layers": 3,
             "max_seq_len": 256,
             "vocab_size": 101,
-            "attn_config": {"kv_n_heads": 2, "clip_qkv": 1.2, "rope_theta": 500.0},
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 1.2, "rope_theta": 10000.0},
             "ffn_config": {
                 "ffn_hidden_size": 20,
                 "moe_num_experts": 5,
@@ -341,7 +341,7 @@ def make_checkpoint(
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
-            if "norm" in name:
+            if "norm" in name and weight.dim() == 1:
                 weight.copy_(1 + 0.2 * noise)
             elif weight.dim() == 1:
                 weight.copy_(0.3 * noise)

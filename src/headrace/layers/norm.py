@@ -78,15 +78,17 @@ class HeadNorm:
         return ops.layer_norm(x, self.weight, None, self.eps)
 
     def targets(self, prefix: str) -> Targets:
-        """One tensor for all heads, or one for each."""
+        """One tensor for all heads, or one for each; those of other ranks go nowhere."""
+        size = len(self.weight[0])
         single = {
-            f"{prefix}.{span.source}.weight": cut_target(
-                plain(self.weight[span.target]), self.columns
-            )
-            for span in self.rows.spans
+            f"{prefix}.{head}.weight": WeightTarget(shape=(size,), copy=lambda source: None)
+            for head in range(self.rows.full)
         }
-        whole_target = cut_target(plain(self.weight), self.rows, self.columns)
-        return {**single, f"{prefix}.weight": replace(whole_target, covers=tuple(single))}
+        for span in self.rows.spans:
+            target = cut_target(plain(self.weight[span.target]), self.columns)
+            single[f"{prefix}.{span.source}.weight"] = target
+        stacked = cut_target(plain(self.weight), self.rows, self.columns)
+        return {**single, f"{prefix}.weight": replace(stacked, covers=tuple(single))}
 
 
 class LayerNorm:

@@ -214,7 +214,7 @@ def router_topk(logits: Tensor, spec: RouterSpec, bias: Tensor | None) -> tuple[
     scores = logits.sigmoid() if spec.sigmoid else logits.softmax(dim=-1)
     keys = logits if bias is None else scores + bias
     if spec.groups > 1:
-        groups = keys.unflatten(1, (spec.groups, -1))
+        groups = keys.view(len(keys), spec.groups, -1)
         totals = groups.topk(spec.group_best, dim=-1).values.sum(dim=-1)
         kept = torch.zeros_like(totals).scatter(1, _largest(totals, spec.top_groups), 1)
         keys = groups.masked_fill(kept[:, :, None] == 0, float("-inf")).flatten(1)
