@@ -46,7 +46,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("case", ["llama-tied", "llama-bias", "qwen3"])
+@pytest.mark.parametrize("case", ["llama-tied", "llama-bias", "qwen3", "qwen2-moe", "gpt2"])
 @pytest.mark.parametrize("quantization", ["none", "int8", "int4", "fp8"])
 def test_a_second_load_maps_the_same_weights(tmp_path: Path, case: str, quantization: str) -> None:
     dtype = torch.bfloat16 if case == "llama-bias" else torch.float32
@@ -62,12 +62,12 @@ def test_a_second_load_maps_the_same_weights(tmp_path: Path, case: str, quantiza
     assert torch.equal(first.logits(x), second.logits(x))
     ids = torch.arange(5)
     assert torch.equal(first.embedding(ids), second.embedding(ids))
-    packed = first.layers[0].mlp.down.weights["packed"]
+    packed = first.layers[0].attention.out.weights["packed"]
     assert packed.format == (
         str(dtype).removeprefix("torch.") if quantization == "none" else quantization
     )
     x = torch.randn(3, packed.in_size).to(dtype)
-    restored = second.layers[0].mlp.down.weights["packed"]
+    restored = second.layers[0].attention.out.weights["packed"]
     assert torch.equal(ops.linear_packed(x, packed), ops.linear_packed(x, restored))
 
 

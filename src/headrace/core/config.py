@@ -50,6 +50,11 @@ class ModelOptions:
         "Quantize the weights while they are loaded.",
         choices=("none", "int8", "int4", "fp8"),
     )
+    model_impl: str = option(
+        "auto",
+        "Whose implementation of the model runs; auto takes transformers' if there is no other.",
+        choices=("auto", "headrace", "transformers"),
+    )
     weight_cache: str = option(
         "", "Folder for packed weights: a second start maps them. Empty keeps none."
     )

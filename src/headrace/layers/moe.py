@@ -16,6 +16,7 @@ from headrace.layers.build import Build
 from headrace.layers.linear import ColumnLinear
 from headrace.layers.mlp import ACTIVATIONS, MLP, MLPSpec
 from headrace.ops.experts import PackedExperts, RouterSpec
+from headrace.ops.packed import PackedWeight
 from headrace.quant.base import Part, Targets, WeightTarget, cut_target, plain, when_filled
 from headrace.quant.dense import METHODS
 
@@ -44,6 +45,9 @@ class MoESpec:
             )
 
 
+_KINDS = ("gates", "ups", "downs")
+
+
 class Experts:
     """The weights of all experts: unpacked while they are loaded, packed when all are there."""
 
@@ -51,7 +55,9 @@ class Experts:
         self.count, self.hidden = spec.experts, hidden_size
         self.inner = even(spec.inner_size, build.shard)
         self.dtype = build.dtype
-        self.packed: PackedExperts
+        # Kind and number of an expert -> its matrix; whoever saves and restores weights walks it.
+        self.weights: dict[str, PackedWeight] = {}
+        self._packed: PackedExperts | None = None
         self._gate_up: Tensor | None = None
         self._down: Tensor | None = None
 
@@ -111,8 +117,19 @@ class Experts:
 
     def _pack(self) -> None:
         assert self._gate_up is not None and self._down is not None
-        self.packed = ops.pack_experts(self._gate_up, self._down)
+        packed = ops.pack_experts(self._gate_up, self._down)
+        for kind in _KINDS:
+            matrices = enumerate(getattr(packed, kind))
+            self.weights |= {f"{kind}.{index}": weight for index, weight in matrices}
         self._gate_up = self._down = None
+
+    @property
+    def packed(self) -> PackedExperts:
+        """All experts as `ops.moe_packed` takes them."""
+        if self._packed is None:
+            groups = ([self.weights[f"{k}.{i}"] for i in range(self.count)] for k in _KINDS)
+            self._packed = PackedExperts(*map(tuple, groups))
+        return self._packed
 
 
 class MoE:

@@ -27,19 +27,26 @@ def load_model(
     *,
     quantization: str = "none",
     weight_cache: str = "",
+    model_impl: str = "auto",
 ) -> "Model":
     """Build the model of `info` for this rank and fill its weights.
 
     `quantization`: a format to quantize to while loading. `weight_cache`: a folder of packed
-    weights, used and filled; empty for none.
+    weights, used and filled; empty for none. `model_impl`: whose implementation runs; "auto"
+    takes transformers' where there is none of ours.
 
     Raises:
         LoadError: unknown architecture, or the checkpoint does not fit it.
     """
     from headrace.layers.build import Build
+    from headrace.models import borrowed
     from headrace.quant import quant_method
 
     build = Build(dtype, group, quant_method(info.hf, quantization))
+    if model_impl == "transformers" or (model_impl == "auto" and borrowed(info.architecture)):
+        from headrace.loader.fallback import TransformersModelLoader
+
+        return TransformersModelLoader().load_model(info, build)
     loader = get_model_loader(load_format)
     if not weight_cache:
         return loader.load_model(info, build)

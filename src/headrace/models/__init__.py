@@ -130,6 +130,15 @@ def make_model(info: ModelInfo, build: Build) -> Model:
     return PooledDecoder(found, info, build)
 
 
+def borrowed(architecture: str) -> bool:
+    """Whether only transformers implements it; looked up without importing a model's code."""
+    if architecture in ARCHITECTURES:
+        return False
+    import transformers
+
+    return hasattr(transformers, architecture)
+
+
 def model_class(architecture: str) -> type[Model]:
     """The class for a name in config.json's `architectures`.
 

@@ -3,7 +3,7 @@
 `PackedExperts` is made once by `ops.pack_experts`. Knows no models.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from headrace.ops.packed import PackedWeight
@@ -31,10 +31,10 @@ class RouterSpec:
 class PackedExperts:
     """Each expert's gate and up [inner, hidden] and down [hidden, inner].
 
-    `handle`: what the implementation keeps beside them.
+    `handles`: what implementations keep beside them.
     """
 
     gates: tuple[PackedWeight, ...]
     ups: tuple[PackedWeight, ...]
     downs: tuple[PackedWeight, ...]
-    handle: Any = None
+    handles: dict[str, Any] = field(default_factory=dict, repr=False)

@@ -93,6 +93,7 @@ def build_runner(
         asked.load_format,
         quantization=asked.quantization,
         weight_cache=asked.weight_cache,
+        model_impl=asked.model_impl,
     )
     stored = kv_dtype(config.cache.kv_cache_dtype, dtype)
     plan = plan_memory(
@@ -110,5 +111,7 @@ def build_runner(
     runner = ModelRunner(model, plan.limits, info.vocab_size, eos, dtype, stored, halves, pooler)
     if info.pooling and info.pooling.encoder:
         return runner, plan  # adds tensors outside of operators, which no recording sees
+    if not getattr(model, "recordable", True):
+        return runner, plan
     runner.record(config.schedule.chunked_prefill_size + plan.limits.max_running_requests)
     return runner, plan

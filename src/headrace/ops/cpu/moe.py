@@ -3,6 +3,7 @@
 import ctypes
 from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,8 +86,16 @@ def _check_router(spec: RouterSpec, experts: int) -> None:
 def pack_experts(gate_up: Tensor, down: Tensor) -> PackedExperts:
     gate, up = gate_up.chunk(2, dim=1)
     gates, ups, downs = (_pack_stack(weights) for weights in (gate, up, down))
-    handle = [(Weight * len(g))(*map(mirror, g)) for g in (gates, ups, downs)]
-    return PackedExperts(gates, ups, downs, handle)
+    return PackedExperts(gates, ups, downs)
+
+
+def _mirrors(experts: PackedExperts) -> list[Any]:
+    """Arrays of hr_weight for gates, ups and downs, which live as long as the experts."""
+    if "cpu" not in experts.handles:
+        groups = (experts.gates, experts.ups, experts.downs)
+        experts.handles["cpu"] = [(Weight * len(g))(*map(mirror, g)) for g in groups]
+    found: list[Any] = experts.handles["cpu"]
+    return found
 
 
 def _pack_stack(weights: Tensor) -> tuple[PackedWeight, ...]:
@@ -111,7 +120,7 @@ def moe_packed(
         rows(y),
         rows(weights),
         ids.data_ptr(),
-        *map(ctypes.addressof, experts.handle),
+        *map(ctypes.addressof, _mirrors(experts)),
         len(experts.gates),
         ids.shape[1],
         ACTIVATIONS[activation],

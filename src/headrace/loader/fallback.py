@@ -1,0 +1,24 @@
+"""Models that transformers computes and loads: what runs where headrace has no implementation."""
+
+import logging
+
+from headrace.core.model_info import ModelInfo
+from headrace.layers.build import Build
+from headrace.loader.base import BaseModelLoader, logged_load
+from headrace.models import Model
+
+logger = logging.getLogger(__name__)
+
+
+class TransformersModelLoader(BaseModelLoader):
+    """Chosen by --model-impl, not by --load-format."""
+
+    def load_model(self, info: ModelInfo, build: Build) -> Model:
+        from headrace.models.fallback import TransformersModel
+
+        logger.warning(
+            "%s runs on transformers' code: slower, and not bitwise the same in every batch",
+            info.architecture,
+        )
+        with logged_load(info, build):
+            return TransformersModel(info, build)
