@@ -127,8 +127,11 @@ class Experts:
     def packed(self) -> PackedExperts:
         """All experts as `ops.moe_packed` takes them."""
         if self._packed is None:
-            groups = ([self.weights[f"{k}.{i}"] for i in range(self.count)] for k in _KINDS)
-            self._packed = PackedExperts(*map(tuple, groups))
+            gates, ups, downs = (
+                tuple(self.weights[f"{kind}.{index}"] for index in range(self.count))
+                for kind in _KINDS
+            )
+            self._packed = PackedExperts(gates, ups, downs)
         return self._packed
 
 

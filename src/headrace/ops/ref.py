@@ -232,7 +232,8 @@ def _largest(keys: Tensor, count: int) -> Tensor:
 
 def pack_experts(gate_up: Tensor, down: Tensor) -> PackedExperts:
     gate, up = gate_up.chunk(2, dim=1)
-    return PackedExperts(*(tuple(map(pack, weights)) for weights in (gate, up, down)))
+    gates, ups, downs = (tuple(map(pack, weights)) for weights in (gate, up, down))
+    return PackedExperts(gates, ups, downs)
 
 
 def moe_packed(
