@@ -26,6 +26,8 @@ ARCHITECTURES = {
     "MistralForSequenceClassification": "dense:MistralForCausalLM",
     "Qwen2ForSequenceClassification": "dense:Qwen2ForCausalLM",
     "Qwen3ForSequenceClassification": "dense:Qwen3ForCausalLM",
+    "Qwen2ForRewardModel": "dense:Qwen2ForCausalLM",
+    "Qwen3ForRewardModel": "dense:Qwen3ForCausalLM",
     "BertModel": "encoder:Bert",
     "BertForSequenceClassification": "encoder:Bert",
     "RobertaModel": "encoder:Roberta",
