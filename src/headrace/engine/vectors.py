@@ -24,7 +24,7 @@ async def encode(manager: TokenizerManager, body: dict[str, Any]) -> Any:
     """
     call = parse_encode(body, lambda field: _tokenizer(manager, field))
     check_dimensions(call.dimensions, manager.info)
-    encoded = Encoded(call)
+    encoded = Encoded(call, manager.info)
     await _gather(manager, call.requests, encoded.add)
     return encoded.result()
 

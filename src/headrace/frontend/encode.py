@@ -6,6 +6,7 @@
 Also what every route that wants vectors needs. Pure: no sockets.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -33,10 +34,14 @@ _HOW = {
 
 
 class EncodeCall(msgspec.Struct, frozen=True):
-    """What a body asks for. `as_list`: answer with a list, in the order of `requests`."""
+    """What a body asks for. `as_list`: answer with a list, in the order of `requests`.
+
+    `pairs`: of texts, whose scores a cross-encoder gives.
+    """
 
     requests: list[GenerateRequest]
     as_list: bool
+    pairs: bool = False
     dimensions: int | None = None
 
 
@@ -134,13 +139,13 @@ def parse_encode(body: Mapping[str, Any], tokenizer: TokenizerFor) -> EncodeCall
         raise BadRequest("text mixes texts and pairs of texts", field="text")
     if pairs:
         found = pair_requests(pairs, tokenizer("text"), rids, fields.priority)
-        return EncodeCall(found, as_list, fields.dimensions)
+        return EncodeCall(found, as_list, pairs=True, dimensions=fields.dimensions)
     singles = [prompt for prompt in prompts if not isinstance(prompt, tuple)]
     requests = [
         vector_request(prompt, rid, fields.priority)
         for prompt, rid in zip(singles, rids, strict=True)
     ]
-    return EncodeCall(requests, as_list, fields.dimensions)
+    return EncodeCall(requests, as_list, dimensions=fields.dimensions)
 
 
 def _prompts(fields: _Body) -> tuple[list[str | tuple[str, str] | list[int]], bool]:
@@ -196,9 +201,9 @@ def check_dimensions(dimensions: int | None, info: ModelInfo) -> None:
             f"dimensions must be one of {', '.join(map(str, sizes))}, not {dimensions}",
             field="dimensions",
         )
-    if not 1 <= dimensions <= info.hidden_size:
+    if not 1 <= dimensions <= info.embedding_size:
         raise BadRequest(
-            f"dimensions must be 1 to {info.hidden_size}, not {dimensions}", field="dimensions"
+            f"dimensions must be 1 to {info.embedding_size}, not {dimensions}", field="dimensions"
         )
 
 
@@ -214,17 +219,33 @@ def vector_of(delta: Delta, dimensions: int | None = None) -> np.ndarray:
     return (wide / max(float(np.linalg.norm(wide)), 1e-12)).astype(np.float32)
 
 
+def relevance_of(delta: Delta, info: ModelInfo) -> list[float]:
+    """The scores of a pair of texts, as sentence-transformers' CrossEncoder gives them."""
+    values: list[float] = vector_of(delta).tolist()
+    assert info.pooling is not None
+    return list(map(sigmoid, values)) if info.pooling.sigmoid else values
+
+
+def sigmoid(x: float) -> float:
+    """1 / (1 + exp(-x)), for x of any size."""
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+
 class Encoded:
     """The results of a call, as they come."""
 
-    def __init__(self, call: EncodeCall) -> None:
+    def __init__(self, call: EncodeCall, info: ModelInfo) -> None:
         self._call = call
+        self._info = info
         self._results: list[dict[str, Any]] = [{} for _ in call.requests]
         self._started = time.monotonic()
 
     def add(self, index: int, delta: Delta) -> None:
         """Take in the delta of a request, which has only one."""
-        vector = vector_of(delta, self._call.dimensions).tolist()
+        if self._call.pairs:
+            vector = relevance_of(delta, self._info)
+        else:
+            vector = vector_of(delta, self._call.dimensions).tolist()
         self._results[index] = {
             "embedding": vector,
             "meta_info": {

@@ -18,6 +18,8 @@ from headrace.frontend.encode import (
     TokenizerFor,
     packed,
     pair_requests,
+    relevance_of,
+    sigmoid,
     vector_of,
     vector_request,
 )
@@ -43,6 +45,7 @@ class Relevance:
     ) -> None:
         self.task = info.task
         self.prompt_tokens = 0
+        self._info = info
         self._count = len(documents)
         self._deltas: dict[int, Delta] = {}
         if self.task == "embed":
@@ -64,13 +67,13 @@ class Relevance:
         return self._deltas[index + (self.task == "embed")].prompt_tokens
 
     def scores(self) -> list[float]:
-        """Of each document: a probability, or the cosine of an embedding model."""
+        """Of each document: the cosine of an embedding model, else mostly a probability."""
         deltas = [self._deltas[index] for index in range(len(self.requests))]
         if self.task == "embed":
             query, *documents = (vector_of(delta).astype(np.float64) for delta in deltas)
             return [cosine(query, vector) for vector in documents]
         if self.task == "classify":
-            return [sigmoid(float(vector_of(delta)[0])) for delta in deltas]
+            return [relevance_of(delta, self._info)[0] for delta in deltas]
         return [sigmoid(yes - no) for yes, no in map(label_logprobs, deltas)]
 
 
@@ -192,11 +195,6 @@ def label_logprobs(delta: Delta) -> list[float]:
     """The log-probability of each label of a `label_request`."""
     assert delta.logprobs is not None
     return [value for _, value in delta.logprobs.ids[0] or ()]
-
-
-def sigmoid(x: float) -> float:
-    """1 / (1 + exp(-x)), for x of any size."""
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 
 
 def softmax(values: Sequence[float]) -> list[float]:

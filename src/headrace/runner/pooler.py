@@ -4,6 +4,7 @@ Sums run over tokens in their order, in fp64, so neither chunking nor the batch 
 Keeps a state for each row whose prompt is not complete. Knows no requests.
 """
 
+import math
 from typing import Protocol
 
 import numpy as np
@@ -58,16 +59,17 @@ class Pooler:
         if how == "weightedmean":
             values = values * np.arange(start + 1, start + len(values) + 1)[:, None]
         whole = values if before is None else np.concatenate((before[None], values))
-        return (np.maximum if how == "max" else np.add).reduce(whole, axis=0)
+        joined: np.ndarray = (np.maximum if how == "max" else np.add).reduce(whole, axis=0)
+        return joined
 
     def _weight(self, prompt_len: int) -> float:
         """What a sum over the tokens is divided by."""
         weights = {
-            "mean": prompt_len,
-            "mean_sqrt_len_tokens": prompt_len**0.5,
+            "mean": float(prompt_len),
+            "mean_sqrt_len_tokens": math.sqrt(prompt_len),
             "weightedmean": prompt_len * (prompt_len + 1) / 2,
         }
-        return weights.get(self.pooling.how, 1)
+        return weights.get(self.pooling.how, 1.0)
 
 
 def normalized(vector: np.ndarray) -> np.ndarray:

@@ -21,10 +21,11 @@ from headrace.frontend.encode import (
     check_dimensions,
     check_task,
     parse_encode,
+    sigmoid,
     vector_of,
     vector_request,
 )
-from headrace.frontend.scoring import sigmoid, softmax
+from headrace.frontend.scoring import softmax
 from headrace.server.context import Context, Job, Stamp
 from headrace.server.generation import answer, new_stamp, send, take
 from headrace.server.native import read_object
@@ -146,13 +147,11 @@ def parse_embeddings(raw: bytes, context: Context) -> Job:
     context.check_model(body.model)
     check_task(context.info, "embed")
     check_dimensions(body.dimensions, context.info)
-    prompts = inputs(body.input)
-    rids = [f"{body.rid}_{i}" if body.rid else "" for i in range(len(prompts))]
     requests = [
-        vector_request(prompt, rid, body.priority)
-        for prompt, rid in zip(prompts, rids, strict=True)
+        vector_request(prompt, f"{body.rid}_{i}" if body.rid else "", body.priority)
+        for i, prompt in enumerate(inputs(body.input))
     ]
-    return Job(requests, Embeddings(body, len(prompts), context), ignored=ignored_fields(body))
+    return Job(requests, Embeddings(body, len(requests), context), ignored=ignored_fields(body))
 
 
 def parse_classify(raw: bytes, context: Context, stamp: Stamp) -> Job:
@@ -171,7 +170,7 @@ def parse_native(raw: bytes, context: Context) -> Job:
     call = parse_encode(body, context.tokenizer)
     check_dimensions(call.dimensions, context.info)
     ignored = [name for name, value in body.items() if name not in HONORED and value is not None]
-    return Job(call.requests, Encoded(call), ignored=ignored)
+    return Job(call.requests, Encoded(call, context.info), ignored=ignored)
 
 
 def parse_ollama(raw: bytes, context: Context, old: bool) -> Job:
@@ -183,7 +182,8 @@ def parse_ollama(raw: bytes, context: Context, old: bool) -> Job:
     field, given = ("prompt", body.prompt) if old else ("input", body.input)
     if given is None:
         raise BadRequest(f"{field}: Field required", field=field)
-    texts = [given] if isinstance(given, str) else given
+    # As Ollama does, nothing is made of nothing.
+    texts = ([given] if given else []) if isinstance(given, str) else given
     tokenizer = context.tokenizer(field)
     ids = tokenizer.encode_batch(texts)
     if body.truncate is not False:
@@ -192,11 +192,12 @@ def parse_ollama(raw: bytes, context: Context, old: bool) -> Job:
     return Job(requests, OllamaEmbeddings(body, len(texts), old), ignored=ignored_fields(body))
 
 
-def inputs(given: Any) -> list[str] | list[list[int]]:
+def inputs(given: Any) -> list[str | list[int]]:
     """One entry per prompt; a flat list of ids is one prompt."""
     if not given:
         raise BadRequest("input: must not be empty", field="input")
-    prompts = [given] if isinstance(given, str) or isinstance(given[0], int) else given
+    one = isinstance(given, str) or isinstance(given[0], int)
+    prompts: list[str | list[int]] = [given] if one else given
     if not all(prompts):
         raise BadRequest("input: must not hold an empty prompt", field="input")
     return prompts
@@ -302,7 +303,7 @@ class OllamaEmbeddings:
     def result(self) -> dict[str, Any]:
         vectors = [vector.tolist() for vector in self._found.vectors]
         if self._old:
-            return {"embedding": vectors[0]}
+            return {"embedding": vectors[0] if vectors else []}
         return {
             "model": self._model,
             "embeddings": vectors,
