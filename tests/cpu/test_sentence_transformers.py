@@ -1,15 +1,15 @@
 """Vectors and scores against sentence-transformers, on folders that it has written."""
 
+import importlib
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from sentence_transformers import CrossEncoder, SentenceTransformer
-from sentence_transformers import models as modules
 from tokenizers import processors
 
 from headrace.core.errors import LoadError
@@ -31,7 +31,8 @@ TEXTS = [
 PAIRS = [("where does water go", text) for text in TEXTS]
 TOGETHER: dict[str, Any] = {"max_running_requests": 6}
 ALONE: dict[str, Any] = {"max_running_requests": 1, "disable_radix_cache": True}
-#: As published models: all-MiniLM-L6, bge-m3 and Qwen3-Embedding-0.6B but for depth and vocabulary
+#: The sizes of all-MiniLM-L6, multilingual-e5-base and Qwen3-Embedding-0.6B, but for the vocabulary
+#: and, of the latter two, the depth.
 REAL: dict[str, dict[str, Any]] = {
     "bert": {
         "hidden_size": 384,
@@ -40,10 +41,10 @@ REAL: dict[str, dict[str, Any]] = {
         "num_attention_heads": 12,
     },
     "xlm-roberta": {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
         "num_hidden_layers": 2,
-        "num_attention_heads": 16,
+        "num_attention_heads": 12,
     },
     "qwen3": {
         "hidden_size": 1024,
@@ -61,7 +62,13 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def save(folder: Path, case: str, **changes: Any) -> transformers.PreTrainedModel:
+@pytest.fixture(scope="module")
+def oracle() -> ModuleType:
+    """The library, whose import takes so long that it must not happen at collection."""
+    return importlib.import_module("sentence_transformers")
+
+
+def save(folder: Path, case: str, **changes: Any) -> None:
     """A checkpoint with a tokenizer of its family, padding and templates included."""
     kind, pad, single, pair = {
         "bert": ("word_piece", "[UNK]", "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1"),
@@ -75,7 +82,7 @@ def save(folder: Path, case: str, **changes: Any) -> transformers.PreTrainedMode
         single=single, pair=pair, special_tokens=ids
     )
     size, pad_id = words.get_vocab_size(), words.token_to_id(pad)
-    oracle = make_model(
+    make_model(
         folder, case, vocab_size=size, pad_token_id=pad_id, max_position_embeddings=512, **changes
     )
     types = ["token_type_ids"] if kind == "word_piece" else []
@@ -85,7 +92,6 @@ def save(folder: Path, case: str, **changes: Any) -> transformers.PreTrainedMode
         model_input_names=["input_ids", *types, "attention_mask"],
     )
     fast.save_pretrained(folder)
-    return oracle
 
 
 def check(folder: Path, wanted: np.ndarray) -> None:
@@ -100,57 +106,80 @@ def check(folder: Path, wanted: np.ndarray) -> None:
         assert np.array_equal(one, other)
 
 
-def dense(inputs: int, outputs: int, **options: Any) -> modules.Dense:
-    torch.manual_seed(inputs * outputs)
-    return modules.Dense(inputs, outputs, **options)
+def make(
+    oracle: ModuleType, folder: Path, width: int, mode: str, more: list[dict[str, Any]]
+) -> Any:
+    """A SentenceTransformer of folder/base, saved in folder/made; `more`: its Dense modules.
+
+    An empty dict stands for Normalize.
+    """
+    torch.manual_seed(0)
+    kinds = oracle.models
+    chain = [kinds.Dense(**options) if options else kinds.Normalize() for options in more]
+    transformer = kinds.Transformer(str(folder / "base"))
+    model = oracle.SentenceTransformer(
+        modules=[transformer, kinds.Pooling(width, mode), *chain], device="cpu"
+    )
+    model.save(str(folder / "made"))
+    return model
+
+
+NORMALIZE: dict[str, Any] = {}
+
+
+def dense(inputs: int, outputs: int, **options: Any) -> dict[str, Any]:
+    return {"in_features": inputs, "out_features": outputs, **options}
 
 
 @pytest.mark.parametrize(
     ("case", "mode", "more"),
     [
-        ("bert", "mean", ["normalize"]),
+        ("bert", "mean", [NORMALIZE]),
         ("bert", "cls", []),
-        ("bert", "max", [dense(32, 20), "normalize"]),
+        ("bert", "max", [dense(32, 20), NORMALIZE]),
         ("xlm-roberta", "mean_sqrt_len_tokens", []),
         ("xlm-roberta", "cls", [dense(32, 48, bias=False, activation_function=None)]),
-        ("qwen3", "lasttoken", ["normalize"]),
+        ("qwen3", "lasttoken", [NORMALIZE]),
         (
             "qwen3",
             "weightedmean",
             [dense(32, 64, activation_function=torch.nn.GELU()), dense(64, 8)],
         ),
-        ("qwen3", "mean", ["normalize"]),
+        ("qwen3", "mean", [NORMALIZE]),
     ],
 )
-def test_embeddings(case: str, mode: Any, more: list[Any], tmp_path: Path) -> None:
+def test_embeddings(
+    oracle: ModuleType, case: str, mode: str, more: list[dict[str, Any]], tmp_path: Path
+) -> None:
     save(tmp_path / "base", case)
-    chain = [modules.Normalize() if module == "normalize" else module for module in more]
-    model = SentenceTransformer(
-        modules=[modules.Transformer(str(tmp_path / "base")), modules.Pooling(32, mode), *chain],
-        device="cpu",
-    )
-    model.save(str(tmp_path / "made"))
+    model = make(oracle, tmp_path, 32, mode, more)
     check(tmp_path / "made", model.encode(TEXTS, batch_size=4))
     info = read_model_info(tmp_path / "made")
     assert info.embedding_size == model.get_embedding_dimension()
 
 
-@pytest.mark.slow
+def test_dense_modules_survive_the_weight_cache(oracle: ModuleType, tmp_path: Path) -> None:
+    save(tmp_path / "base", "bert")
+    make(oracle, tmp_path, 32, "mean", [dense(32, 8)])
+    options = {"weight_cache": str(tmp_path / "cache")}
+    ids = load_tokenizer(tmp_path / "made").encode_batch(TEXTS)
+    first, second = (pool(*build(tmp_path / "made", **options), ids) for _ in range(2))
+    assert all(np.array_equal(one, other) for one, other in zip(first, second, strict=True))
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    # Other weights of a module are other weights.
+    make(oracle, tmp_path, 32, "mean", [dense(32, 8, bias=False)])
+    third = pool(*build(tmp_path / "made", **options), ids)
+    assert not np.allclose(first[0], third[0], atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("case", "mode"), [("bert", "mean"), ("xlm-roberta", "cls"), ("qwen3", "lasttoken")]
 )
-def test_sizes_of_published_models(case: str, mode: Any, tmp_path: Path) -> None:
+def test_sizes_of_published_models(
+    oracle: ModuleType, case: str, mode: str, tmp_path: Path
+) -> None:
     save(tmp_path / "base", case, **REAL[case])
-    width = int(REAL[case]["hidden_size"])
-    model = SentenceTransformer(
-        modules=[
-            modules.Transformer(str(tmp_path / "base")),
-            modules.Pooling(width, mode),
-            modules.Normalize(),
-        ],
-        device="cpu",
-    )
-    model.save(str(tmp_path / "made"))
+    model = make(oracle, tmp_path, int(REAL[case]["hidden_size"]), mode, [NORMALIZE])
     check(tmp_path / "made", model.encode(TEXTS, batch_size=4))
 
 
@@ -171,11 +200,13 @@ def test_sizes_of_published_models(case: str, mode: Any, tmp_path: Path) -> None
         ("qwen3-reward", {}),
     ],
 )
-def test_cross_encoders(case: str, config: dict[str, Any], tmp_path: Path) -> None:
+def test_cross_encoders(
+    oracle: ModuleType, case: str, config: dict[str, Any], tmp_path: Path
+) -> None:
     save(tmp_path, case)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | config))
-    wanted = CrossEncoder(str(tmp_path), device="cpu").predict(PAIRS, batch_size=4)
+    wanted = oracle.CrossEncoder(str(tmp_path), device="cpu").predict(PAIRS, batch_size=4)
     found = load_tokenizer(tmp_path).encode_pairs(PAIRS)
     ids, seconds = [ids for ids, _ in found], [second for _, second in found]
     info = read_model_info(tmp_path)
@@ -214,11 +245,11 @@ def test_cross_encoders(case: str, config: dict[str, Any], tmp_path: Path) -> No
         (lambda path: (path / "2_Dense/config.json").unlink(), "does not exist"),
     ],
 )
-def test_what_cannot_be_served_is_refused(change: Any, match: str, tmp_path: Path) -> None:
+def test_what_cannot_be_served_is_refused(
+    oracle: ModuleType, change: Any, match: str, tmp_path: Path
+) -> None:
     save(tmp_path / "base", "bert")
-    transformer = modules.Transformer(str(tmp_path / "base"))
-    model = SentenceTransformer(modules=[transformer, modules.Pooling(32), dense(32, 8)])
-    model.save(str(tmp_path / "made"))
+    make(oracle, tmp_path, 32, "mean", [dense(32, 8)])
     change(tmp_path / "made")
     with pytest.raises(LoadError, match=match):
         build(tmp_path / "made")

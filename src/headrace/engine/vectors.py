@@ -29,6 +29,19 @@ async def encode(manager: TokenizerManager, body: dict[str, Any]) -> Any:
     return encoded.result()
 
 
+def question(
+    query: str | list[int],
+    items: str | list[str] | list[list[int]],
+    label_token_ids: list[int] | None,
+    apply_softmax: bool,
+    item_first: bool,
+) -> Question:
+    """The arguments of Engine.score as one value."""
+    listed = [items] if isinstance(items, str) else items
+    labels = tuple(label_token_ids or ())
+    return Question(query, listed, labels, apply_softmax=apply_softmax, item_first=item_first)
+
+
 async def score(manager: TokenizerManager, question: Question) -> list[list[float]]:
     """The `scores` of /v1/score.
 

@@ -74,19 +74,19 @@ def routes(context: Context) -> APIRouter:
     @router.post("/v1/rerank", openapi_extra=body_of(RerankBody))
     async def rerank(http: Request) -> Response:
         """Documents by relevance, best first; a bare list, as SGLang's."""
-        return await answer(http, context, lambda raw: parse_rerank(raw, context, None))
+        return await answer(http, context, lambda raw: parse_rerank(raw, context, None), slow=True)
 
     @router.post("/v2/rerank", openapi_extra=body_of(RerankBody))
     @router.post("/rerank", openapi_extra=body_of(RerankBody))
     async def rerank_objects(http: Request) -> Response:
         """Documents by relevance, best first; Jina's and Cohere's object."""
         stamp = new_stamp("rerank-")
-        return await answer(http, context, lambda raw: parse_rerank(raw, context, stamp))
+        return await answer(http, context, lambda raw: parse_rerank(raw, context, stamp), slow=True)
 
     @router.post("/v1/score", openapi_extra=body_of(ScoreBody))
     async def score(http: Request) -> Response:
         """The probability of each label after query and item."""
-        return await answer(http, context, lambda raw: parse_score(raw, context))
+        return await answer(http, context, lambda raw: parse_score(raw, context), slow=True)
 
     return router
 
