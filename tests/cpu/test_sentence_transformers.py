@@ -114,7 +114,7 @@ def make(
     An empty dict stands for Normalize.
     """
     torch.manual_seed(0)
-    kinds = oracle.models
+    kinds = importlib.import_module("sentence_transformers.models")
     chain = [kinds.Dense(**options) if options else kinds.Normalize() for options in more]
     transformer = kinds.Transformer(str(folder / "base"))
     model = oracle.SentenceTransformer(
