@@ -7,6 +7,7 @@ import msgspec
 import numpy as np
 import pytest
 from starlette.testclient import TestClient
+from tokenizers import processors
 
 from headrace.core.config import Config
 from headrace.core.messages import Delta, FinishReason, GenerateRequest, unpack_ids
@@ -121,6 +122,35 @@ def test_ollama_makes_nothing_of_nothing() -> None:
     assert manager.seen == []
     # OpenAI refuses it.
     assert client.post("/v1/embeddings", json={"input": []}).status_code == 400
+
+
+@pytest.mark.parametrize("pooling", [EMBED, CROSS])
+def test_long_texts_are_cut_only_on_demand(pooling: Pooling) -> None:
+    client, manager = server(pooling)
+    end = 1  # </s>, which no text here ends with by itself
+    words = manager.tokenizer
+    assert words is not None and end in words.special_ids
+    words.backend.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A $B </s>", special_tokens=[("</s>", end)]
+    )
+    long = "wheel, " * 300
+    bodies: dict[str, dict[str, Any]] = {"/rerank": {"query": "a", "documents": ["b", long]}}
+    if pooling is EMBED:
+        bodies |= {"/v1/embeddings": {"input": ["b", long]}, "/api/embed": {"input": ["b", long]}}
+    for path, body in bodies.items():
+        whole = client.post(path, json={"model": "tiny", "truncate": False} | body)
+        assert whole.status_code == 400 and "context length (256 tokens)" in whole.text
+        assert manager.seen == []
+        short = client.post(path, json={"model": "tiny", "truncate": True} | body)
+        assert short.status_code == 200, short.text
+        *_, first, second = (unpack_ids(request.ids).tolist() for request in manager.seen)
+        assert first[-1] == second[-1] == end and len(second) == 256 > len(first)
+        manager.seen.clear()
+    assert client.post("/rerank", json=bodies["/rerank"]).status_code == 400
+    client, manager = server(pooling, allow_auto_truncate=True)
+    ids = list(range(5, 300))
+    assert client.post("/encode", json={"input_ids": [*ids, end]}).status_code == 200
+    assert unpack_ids(manager.seen[-1].ids).tolist() == [*ids[:255], end]
 
 
 def test_scores_of_pairs_are_probabilities() -> None:

@@ -15,7 +15,14 @@ import msgspec
 import numpy as np
 
 from headrace.core.errors import BadRequest
-from headrace.core.messages import Delta, GenerateRequest, PoolSpec, SamplingParams, pack_ids
+from headrace.core.messages import (
+    Delta,
+    GenerateRequest,
+    PoolSpec,
+    SamplingParams,
+    pack_ids,
+    unpack_ids,
+)
 from headrace.core.model_info import ModelInfo
 from headrace.frontend.native import MAX_BATCH, WEIGHT_VERSION
 from headrace.frontend.requests import new_rid
@@ -76,10 +83,33 @@ def for_model(request: GenerateRequest, info: ModelInfo) -> GenerateRequest:
     return msgspec.structs.replace(request, pool=pool)
 
 
-def vector_request(
-    prompt: str | Sequence[int], rid: str = "", priority: int | None = None, second: int = 0
+def shortened(
+    request: GenerateRequest, most: int, special: frozenset[int], always: bool
 ) -> GenerateRequest:
-    """The request for the vector of a text or of token ids."""
+    """A request for a vector that may be cut, or any if `always`, with at most `most` tokens.
+
+    The special token at its end stays: its state may be the one that is taken.
+    """
+    if request.pool is None or not (request.pool.cut or always):
+        return request
+    ids = unpack_ids(request.ids)
+    if len(ids) <= most:
+        return request
+    kept = ids[:most].copy()
+    if int(ids[-1]) in special:
+        kept[-1] = ids[-1]
+    return msgspec.structs.replace(request, ids=pack_ids(kept))
+
+
+def vector_request(
+    prompt: str | Sequence[int],
+    rid: str = "",
+    priority: int | None = None,
+    *,
+    second: int = 0,
+    cut: bool = False,
+) -> GenerateRequest:
+    """The request for the vector of a text or of token ids; `cut` if it is too long."""
     text = prompt if isinstance(prompt, str) else None
     return GenerateRequest(
         rid=rid or new_rid(),
@@ -87,7 +117,7 @@ def vector_request(
         text=text,
         sampling=_NOTHING,
         priority=priority,
-        pool=PoolSpec(second=second),
+        pool=PoolSpec(second=second, cut=cut),
     )
 
 
@@ -104,11 +134,13 @@ def pair_requests(
     tokenizer: Tokenizer,
     rids: Sequence[str] = (),
     priority: int | None = None,
+    *,
+    cut: bool = False,
 ) -> list[GenerateRequest]:
     """Requests for the scores of pairs of texts (cross-encoders)."""
     found = tokenizer.encode_pairs(pairs)
     return [
-        vector_request(ids, rids[index] if rids else "", priority, second)
+        vector_request(ids, rids[index] if rids else "", priority, second=second, cut=cut)
         for index, (ids, second) in enumerate(found)
     ]
 

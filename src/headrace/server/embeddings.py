@@ -54,6 +54,8 @@ class EmbeddingBody(BaseModel):
     model: str | None = None
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Dimensions | None = None
+    # Not OpenAI's, but Jina's and others'.
+    truncate: bool | None = None
     priority: Int64 | None = None
     rid: RequestId | None = None
 
@@ -148,7 +150,9 @@ def parse_embeddings(raw: bytes, context: Context) -> Job:
     check_task(context.info, "embed")
     check_dimensions(body.dimensions, context.info)
     requests = [
-        vector_request(prompt, f"{body.rid}_{i}" if body.rid else "", body.priority)
+        vector_request(
+            prompt, f"{body.rid}_{i}" if body.rid else "", body.priority, cut=bool(body.truncate)
+        )
         for i, prompt in enumerate(inputs(body.input))
     ]
     return Job(requests, Embeddings(body, len(requests), context), ignored=ignored_fields(body))
@@ -184,11 +188,7 @@ def parse_ollama(raw: bytes, context: Context, old: bool) -> Job:
         raise BadRequest(f"{field}: Field required", field=field)
     # As Ollama does, nothing is made of nothing.
     texts = ([given] if given else []) if isinstance(given, str) else given
-    tokenizer = context.tokenizer(field)
-    ids = tokenizer.encode_batch(texts)
-    if body.truncate is not False:
-        ids = [cut(tokens, context.context_length, tokenizer.special_ids) for tokens in ids]
-    requests = [vector_request(tokens) for tokens in ids]
+    requests = [vector_request(text, cut=body.truncate is not False) for text in texts]
     return Job(requests, OllamaEmbeddings(body, len(texts), old), ignored=ignored_fields(body))
 
 
@@ -201,13 +201,6 @@ def inputs(given: Any) -> list[str | list[int]]:
     if not all(prompts):
         raise BadRequest("input: must not hold an empty prompt", field="input")
     return prompts
-
-
-def cut(ids: list[int], most: int, special: frozenset[int]) -> list[int]:
-    """At most `most` ids of a text; the special token at its end stays."""
-    if len(ids) <= most:
-        return ids
-    return [*ids[: most - 1], ids[-1]] if ids[-1] in special else ids[:most]
 
 
 class _Gathered:
