@@ -1,6 +1,6 @@
 """A decoder whose hidden states are pooled instead of turned into tokens.
 
-Any decoder family, without its vocabulary head, with the score head of a classifier or none. Knows
+Any decoder family without its vocabulary head, with the layers that follow pooling if any. Knows
 no pooling and no family.
 """
 
