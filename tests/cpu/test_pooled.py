@@ -1,5 +1,6 @@
 """Embeddings and scores against transformers, and bitwise the same however they are scheduled."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
-from headrace.core.errors import LoadError
-from headrace.core.model_info import read_model_info
 from tests.support.pooled import CASES, build, make_model, pool, write_modules
 
 LENGTHS = (1, 7, 16, 40, 17, 3, 150, 33)
@@ -19,7 +19,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "together": {},
     "small-pages": {"page_size": 4, "disable_overlap_schedule": True},
     "chunks": {"chunked_prefill_size": 13, "page_size": 1},
-    "tight": {"max_total_tokens": 256, "page_size": 4},
+    "tight": {"max_total_tokens": 256, "page_size": 4, "threads": 2},
 }
 
 
@@ -60,6 +60,11 @@ POOLS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "cls_token": lambda states: states[0],
     "mean_tokens": lambda states: states.mean(0),
     "lasttoken": lambda states: states[-1],
+    "max_tokens": lambda states: states.max(0).values,
+    "mean_sqrt_len_tokens": lambda states: states.sum(0) / len(states) ** 0.5,
+    "weightedmean_tokens": lambda states: (
+        torch.arange(1.0, len(states) + 1).double() @ states.double() / sum(range(len(states) + 1))
+    ),
 }
 
 
@@ -89,8 +94,10 @@ def test_equals_transformers_and_itself(case: str, tmp_path: Path) -> None:
             assert np.array_equal(one, other)
 
 
-@pytest.mark.parametrize("mode", POOLS)
-@pytest.mark.parametrize("case", ["bert", "qwen3-causal"])
+@pytest.mark.parametrize(
+    ("case", "mode"),
+    [*(("qwen3-causal", mode) for mode in POOLS), ("bert", "mean_tokens"), ("bert", "lasttoken")],
+)
 def test_modes_of_modules_json(case: str, mode: str, tmp_path: Path) -> None:
     oracle = make_model(tmp_path, case)
     write_modules(tmp_path, mode, normalize=mode != "mean_tokens")
@@ -115,15 +122,24 @@ def test_token_types_of_pairs(tmp_path: Path) -> None:
     assert not np.allclose(plain[6], got[6], atol=1e-3)
 
 
-def test_unknown_modules_are_refused(tmp_path: Path) -> None:
-    make_model(tmp_path, "bert")
-    write_modules(tmp_path, "max_tokens")
-    with pytest.raises(LoadError, match="pooling_mode"):
-        read_model_info(tmp_path)
-    text = (tmp_path / "modules.json").read_text().replace("models.Normalize", "models.Dense")
-    (tmp_path / "modules.json").write_text(text)
-    with pytest.raises(LoadError, match="'Dense'"):
-        read_model_info(tmp_path)
+def test_two_layer_reward_heads(tmp_path: Path) -> None:
+    """Qwen2ForRewardModel, which transformers does not have: two layers with a ReLU between."""
+    base = make_model(tmp_path / "base", "qwen2-classes").base_model
+    torch.manual_seed(0)
+    head = torch.nn.Sequential(
+        torch.nn.Linear(32, 32), torch.nn.ReLU(), torch.nn.Linear(32, 1)
+    ).requires_grad_(False)
+    weights = {f"model.{name}": weight for name, weight in base.state_dict().items()}
+    weights |= {f"score.{name}": weight for name, weight in head.state_dict().items()}
+    save_file(weights, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config["architectures"] = ["Qwen2ForRewardModel"]
+    del config["id2label"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for options in (ALONE, *SCHEDULES.values()):
+        for ids, got in zip(prompts(), pool(*build(tmp_path, **options), prompts()), strict=True):
+            want = head(hidden(base, ids)[-1]).numpy()
+            assert got.shape == (1,) and np.allclose(got, want, atol=2e-5)
 
 
 @pytest.mark.parametrize(

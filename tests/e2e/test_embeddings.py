@@ -1,5 +1,6 @@
 """Embeddings, classes and rankings over HTTP: official clients, oracles of transformers."""
 
+import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +13,11 @@ import openai
 import pytest
 import tokenizers
 import torch
+import transformers
 from tokenizers import AddedToken, processors
 
+from headrace.assets import demo_model_path
+from headrace.core.errors import BadRequest
 from headrace.engine.engine import Engine
 from headrace.engine.runtime import Runtime
 from headrace.frontend.scoring import INSTRUCT
@@ -30,6 +34,7 @@ TEXTS = [
     "mills and wheels and mills",
 ]
 QUERY = "water wheels"
+HELLO = [{"role": "user", "content": "Hello"}]
 OPTIONS: dict[str, Any] = {"max_running_requests": 8, "max_total_tokens": 4096, "threads": 1}
 
 
@@ -134,6 +139,27 @@ def test_wrong_bodies(
     assert field in answer.json()["error"]["message"] or field == "input_ids"
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": HELLO}),
+        ("/v1/chat/completions", {"messages": HELLO, "stream": True}),
+        ("/v1/responses", {"input": "a"}),
+        ("/v1/messages", {"messages": HELLO, "max_tokens": 5}),
+        ("/api/chat", {"messages": HELLO}),
+        ("/api/generate", {"prompt": "a"}),
+        ("/v1/completions", {"prompt": "a", "stream": True}),
+        ("/generate", {"input_ids": [5, 6], "stream": True}),
+    ],
+)
+def test_every_route_that_generates_refuses(
+    embedder: tuple[Runtime, Any, Any], path: str, body: dict[str, Any]
+) -> None:
+    answer = httpx.post(embedder[0].url + path, json={"model": "tiny"} | body)
+    assert answer.status_code == 400, answer.text
+    assert "makes embeddings; ask it through /v1/embeddings" in answer.text
+
+
 def test_native_ollama_and_ranking_by_cosine(embedder: tuple[Runtime, Any, Any]) -> None:
     runtime, oracle, words = embedder
     assert runtime.get_model_info()["is_generation"] is False
@@ -172,20 +198,23 @@ def test_generative_reranker(reranker: tuple[Runtime, Any, Any]) -> None:
     )
     after = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     labels = [words.token_to_id("yes"), words.token_to_id("no")]
-    want = []
+    prompts, want = [], []
     for text in TEXTS[:3]:
         middle = f"<Instruct>: {INSTRUCT}\n<Query>: {QUERY}\n<Document>: {text}"
-        ids = [
-            i
-            for p in (before, middle, after)
-            for i in words.encode(p, add_special_tokens=False).ids
-        ]
-        want.append(float(next_logits(oracle, ids)[labels].softmax(0)[0]))
+        parts = words.encode_batch([before, middle, after], add_special_tokens=False)
+        prompts.append([token for part in parts for token in part.ids])
+        want.append(float(next_logits(oracle, prompts[-1])[labels].softmax(0)[0]))
     best = sorted(range(3), key=lambda index: -want[index])[:2]
     assert [item["index"] for item in answer] == best
     for item in answer:
         assert abs(item["score"] - want[item["index"]]) < 1e-4
         assert item["document"] == TEXTS[item["index"]]
+    # The same question, put together by the client.
+    question = {"query": prompts[0][:5], "items": [prompt[5:] for prompt in prompts]}
+    options = {"label_token_ids": labels, "apply_softmax": True}
+    scores = httpx.post(runtime.url + "/v1/score", json=question | options).json()["scores"]
+    assert prompts[1][:5] == prompts[2][:5] == prompts[0][:5]
+    assert np.allclose([shares[0] for shares in scores], want, atol=1e-4)
 
 
 @pytest.mark.parametrize("softmax", [False, True])
@@ -211,24 +240,51 @@ def test_generating_models_refuse_vectors(reranker: tuple[Runtime, Any, Any]) ->
         assert "--is-embedding" in json.dumps(answer.json())
 
 
-@pytest.mark.parametrize("labels", [1, 3])
-def test_engine_with_cross_encoders(tmp_path: Path, labels: int) -> None:
+def test_engine_with_a_cross_encoder(tmp_path: Path) -> None:
     words = word_pieces()
-    oracle = save(tmp_path, words, "bert-cross", num_labels=labels)
+    oracle = save(tmp_path, words, "bert-cross")
     pairs = [[QUERY, text] for text in TEXTS]
     with Engine(model_path=str(tmp_path), **OPTIONS) as engine:
+        assert engine.get_model_info()["is_generation"] is False
         together = engine.rerank(pairs)
         alone = [engine.encode([pair])[0] for pair in pairs]
         scores = engine.score(QUERY, TEXTS)
-    for pair, one, other in zip(pairs, together, alone, strict=True):
+        with pytest.raises(BadRequest, match=r"context length \(256 tokens\)"):
+            engine.rerank([[QUERY, "word " * 300]])
+        with pytest.raises(BadRequest, match="gives scores"):
+            engine.generate("a")
+    for pair, one, other, score in zip(pairs, together, alone, scores, strict=True):
         encoded = words.encode(*pair)
         with torch.inference_mode():
             want = oracle(
                 torch.tensor([encoded.ids]), token_type_ids=torch.tensor([encoded.type_ids])
             ).logits[0]
-        assert np.allclose(one["embedding"], want.numpy(), atol=2e-5)
+        assert np.allclose(one["embedding"], want.sigmoid().numpy(), atol=1e-5)
         assert one["embedding"] == other["embedding"]
-    assert scores == [item["embedding"] for item in together]
+        assert np.allclose(score, want.numpy(), atol=2e-5)
+
+
+def test_engine_makes_embeddings_with_a_causal_model() -> None:
+    folder = demo_model_path()
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+
+    async def ask(engine: Engine) -> Any:
+        return await engine.async_encode(TEXTS)
+
+    with Engine(model_path=str(folder), is_embedding=True, dtype="float32", **OPTIONS) as engine:
+        together = engine.encode(TEXTS)
+        assert [one["embedding"] for one in asyncio.run(ask(engine))] == [
+            one["embedding"] for one in together
+        ]
+        for refused in (engine.generate, lambda text: engine.score(text, ["b"], [1])):
+            with pytest.raises(BadRequest, match="makes embeddings"):
+                refused("a")
+    for text, one in zip(TEXTS, together, strict=True):
+        with torch.inference_mode():
+            states = oracle.model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
+        want = torch.nn.functional.normalize(states[-1], dim=0).numpy()
+        assert np.dot(one["embedding"], want) >= 1 - 1e-6
 
 
 def test_classifier_over_http(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import msgspec
 import numpy as np
 import pytest
 from starlette.testclient import TestClient
+from tokenizers import processors
 
 from headrace.core.config import Config
 from headrace.core.messages import Delta, FinishReason, GenerateRequest, unpack_ids
@@ -14,9 +15,10 @@ from headrace.core.pooling import Pooling
 from headrace.server.app import build_app
 from tests.support.scripted_manager import ScriptedManager
 
-EMBED = Pooling(how="last")
+EMBED = Pooling(how="lasttoken")
 CROSS = Pooling(how="cls", normalize=False, encoder=True, labels=("relevant",))
-CLASSES = Pooling(how="last", normalize=False, labels=("bad", "good", "great"))
+RANKS = msgspec.structs.replace(CROSS, sigmoid=True)
+CLASSES = Pooling(how="lasttoken", normalize=False, labels=("bad", "good", "great"))
 
 
 def vector(request: GenerateRequest, labels: int) -> list[float]:
@@ -92,7 +94,7 @@ def test_classes() -> None:
 
 
 def test_rankings_in_both_shapes() -> None:
-    client, manager = server(CROSS)
+    client, manager = server(RANKS)
     documents = ["water", "water and wheels and mills", {"text": "water and wheels"}]
     body = {"query": "wheel", "documents": documents, "top_n": 2}
     plain = client.post("/v1/rerank", json=body).json()
@@ -109,13 +111,70 @@ def test_rankings_in_both_shapes() -> None:
         assert found["usage"]["total_tokens"] > 0
 
 
+def test_ollama_makes_nothing_of_nothing() -> None:
+    client, manager = server(EMBED)
+    for nothing in ([], ""):
+        answer = client.post("/api/embed", json={"model": "tiny", "input": nothing})
+        assert answer.status_code == 200
+        assert answer.json()["embeddings"] == [] and answer.json()["prompt_eval_count"] == 0
+    answer = client.post("/api/embeddings", json={"model": "tiny", "prompt": ""})
+    assert answer.json() == {"embedding": []}
+    assert manager.seen == []
+    # OpenAI refuses it.
+    assert client.post("/v1/embeddings", json={"input": []}).status_code == 400
+
+
+@pytest.mark.parametrize("pooling", [EMBED, CROSS])
+def test_long_texts_are_cut_only_on_demand(pooling: Pooling) -> None:
+    client, manager = server(pooling)
+    end = 1  # </s>, which no text here ends with by itself
+    words = manager.tokenizer
+    assert words is not None and end in words.special_ids
+    words.backend.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A $B </s>", special_tokens=[("</s>", end)]
+    )
+    long = "wheel, " * 300
+    bodies: dict[str, dict[str, Any]] = {"/rerank": {"query": "a", "documents": ["b", long]}}
+    if pooling is EMBED:
+        bodies |= {"/v1/embeddings": {"input": ["b", long]}, "/api/embed": {"input": ["b", long]}}
+    for path, body in bodies.items():
+        whole = client.post(path, json={"model": "tiny", "truncate": False} | body)
+        assert whole.status_code == 400 and "context length (256 tokens)" in whole.text
+        assert manager.seen == []
+        short = client.post(path, json={"model": "tiny", "truncate": True} | body)
+        assert short.status_code == 200, short.text
+        *_, first, second = (unpack_ids(request.ids).tolist() for request in manager.seen)
+        assert first[-1] == second[-1] == end and len(second) == 256 > len(first)
+        manager.seen.clear()
+    assert client.post("/rerank", json=bodies["/rerank"]).status_code == 400
+    client, manager = server(pooling, allow_auto_truncate=True)
+    ids = list(range(5, 300))
+    assert client.post("/encode", json={"input_ids": [*ids, end]}).status_code == 200
+    assert unpack_ids(manager.seen[-1].ids).tolist() == [*ids[:255], end]
+
+
+def test_scores_of_pairs_are_probabilities() -> None:
+    plain, _ = server(CROSS)
+    sigmoid, _ = server(RANKS)
+    pairs = {"text": [["water", "wheel"], ["a", "water and wheels and mills"]]}
+    logits = [item["embedding"][0] for item in plain.post("/encode", json=pairs).json()]
+    shares = [item["embedding"][0] for item in sigmoid.post("/encode", json=pairs).json()]
+    assert np.allclose(shares, 1 / (1 + np.exp(-np.array(logits))), atol=1e-12)
+    # One text alone is for reward models, whose scores are logits.
+    one = {"text": "water"}
+    assert (
+        plain.post("/classify", json=one).json()["embedding"]
+        == (sigmoid.post("/classify", json=one).json()["embedding"])
+    )
+
+
 @pytest.mark.parametrize("pooling", [None, EMBED, CROSS, CLASSES])
 @pytest.mark.parametrize(
     "body",
     [
         {},
         {"text": None, "input": None},
-        {"text": [], "input": [], "documents": [], "items": []},
+        {"text": [], "input": [[]], "documents": [], "items": []},
         {"text": [["a", "b"], "c"], "input": [["a"], "b"]},
         {"text": [["a"]], "input": [[]], "query": [], "items": [[]]},
         {"input_ids": [1, [2]], "input": [1, "a"], "query": "a", "items": [1, "a"]},

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 import transformers
 
-from headrace.core.config import Config, resolve
+from headrace.core.config import Config
 from headrace.core.hardware import Hardware
 from headrace.core.messages import GenerateRequest, PoolSpec, SamplingParams, pack_ids
 from headrace.core.model_info import ModelInfo, read_model_info
+from headrace.core.resolve import resolve
 from headrace.engine.build import build_scheduler
 from headrace.scheduler.scheduler import Scheduler
 

@@ -111,12 +111,14 @@ class PoolSpec(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True)
     """A request for one vector of its prompt instead of text.
 
     `second`: where the second text of a pair begins, 0 if there is none. The tokenizer manager
-    fills in what the model allows: `reuse` cached prefixes, be computed in `pieces`.
+    fills in what the model allows: `reuse` cached prefixes, be computed in `pieces`; and shortens
+    a prompt that does not fit if it may be `cut`.
     """
 
     second: int = 0
     reuse: bool = True
     pieces: bool = True
+    cut: bool = False
 
 
 class GenerateRequest(Message, frozen=True, array_like=True):

@@ -59,6 +59,12 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
             return "generate"
         return "classify" if self.pooling.labels else "embed"
 
+    @property
+    def embedding_size(self) -> int:
+        """Elements of a whole embedding."""
+        dense = self.pooling.dense if self.pooling is not None else ()
+        return dense[-1].outputs if dense else self.hidden_size
+
     def chunk_size(self, asked: int, context_length: int | None) -> tuple[int, str]:
         """Most prompt tokens in a step, and why; -1 stands for no chunks, 0 asks to choose."""
         if self.pooling is not None and self.pooling.encoder:

@@ -19,7 +19,6 @@ from headrace.engine.loop_thread import LoopThread
 from headrace.frontend import control
 from headrace.frontend.native import WEIGHT_VERSION, GenerateCall, NativeResult, parse_generate
 from headrace.frontend.sampling import native_defaults
-from headrace.frontend.scoring import Question
 from headrace.frontend.validate import error_of
 
 Result = dict[str, Any]
@@ -142,7 +141,8 @@ class Engine:
     ) -> Any:
         """{"embedding", "meta_info"}, or a list of them. `fields`: rid, priority, dimensions.
 
-        The embedding of a classifier is its scores. Pairs of texts are for cross-encoders.
+        The embedding of a classifier is its logits. Pairs of texts are for cross-encoders, whose
+        score of a pair is that of sentence-transformers' CrossEncoder.
 
         Raises:
             HeadraceError: the request is wrong, or the model generates text.
@@ -177,14 +177,20 @@ class Engine:
         Raises:
             HeadraceError: the request is wrong, or the model cannot answer it.
         """
-        question = Question(
-            query,
-            [items] if isinstance(items, str) else items,
-            tuple(label_token_ids or ()),
-            apply_softmax=apply_softmax,
-            item_first=item_first,
-        )
+        question = vectors.question(query, items, label_token_ids, apply_softmax, item_first)
         return self._thread.run(vectors.score(self._manager, question))
+
+    async def async_score(
+        self,
+        query: str | list[int],
+        items: str | list[str] | list[list[int]],
+        label_token_ids: list[int] | None = None,
+        apply_softmax: bool = False,
+        item_first: bool = False,
+    ) -> list[list[float]]:
+        """`score` for any running loop."""
+        question = vectors.question(query, items, label_token_ids, apply_softmax, item_first)
+        return await self._thread.arun(vectors.score(self._manager, question))
 
     # -- the rest -----------------------------------------------------------------------------
 
@@ -280,7 +286,7 @@ class Engine:
             "model_path": model.model_path,
             "served_model_name": model.served_model_name,
             "tokenizer_path": model.tokenizer_path,
-            "is_generation": True,
+            "is_generation": info.pooling is None,
             "weight_version": WEIGHT_VERSION,
             "model_type": info.model_type,
             "architectures": [info.architecture],

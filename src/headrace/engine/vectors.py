@@ -24,9 +24,22 @@ async def encode(manager: TokenizerManager, body: dict[str, Any]) -> Any:
     """
     call = parse_encode(body, lambda field: _tokenizer(manager, field))
     check_dimensions(call.dimensions, manager.info)
-    encoded = Encoded(call)
+    encoded = Encoded(call, manager.info)
     await _gather(manager, call.requests, encoded.add)
     return encoded.result()
+
+
+def question(
+    query: str | list[int],
+    items: str | list[str] | list[list[int]],
+    label_token_ids: list[int] | None,
+    apply_softmax: bool,
+    item_first: bool,
+) -> Question:
+    """The arguments of Engine.score as one value."""
+    listed = [items] if isinstance(items, str) else items
+    labels = tuple(label_token_ids or ())
+    return Question(query, listed, labels, apply_softmax=apply_softmax, item_first=item_first)
 
 
 async def score(manager: TokenizerManager, question: Question) -> list[list[float]]:

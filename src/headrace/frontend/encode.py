@@ -6,6 +6,7 @@
 Also what every route that wants vectors needs. Pure: no sockets.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,7 +15,14 @@ import msgspec
 import numpy as np
 
 from headrace.core.errors import BadRequest
-from headrace.core.messages import Delta, GenerateRequest, PoolSpec, SamplingParams, pack_ids
+from headrace.core.messages import (
+    Delta,
+    GenerateRequest,
+    PoolSpec,
+    SamplingParams,
+    pack_ids,
+    unpack_ids,
+)
 from headrace.core.model_info import ModelInfo
 from headrace.frontend.native import MAX_BATCH, WEIGHT_VERSION
 from headrace.frontend.requests import new_rid
@@ -33,10 +41,14 @@ _HOW = {
 
 
 class EncodeCall(msgspec.Struct, frozen=True):
-    """What a body asks for. `as_list`: answer with a list, in the order of `requests`."""
+    """What a body asks for. `as_list`: answer with a list, in the order of `requests`.
+
+    `pairs`: of texts, whose scores a cross-encoder gives.
+    """
 
     requests: list[GenerateRequest]
     as_list: bool
+    pairs: bool = False
     dimensions: int | None = None
 
 
@@ -71,10 +83,33 @@ def for_model(request: GenerateRequest, info: ModelInfo) -> GenerateRequest:
     return msgspec.structs.replace(request, pool=pool)
 
 
-def vector_request(
-    prompt: str | Sequence[int], rid: str = "", priority: int | None = None, second: int = 0
+def shortened(
+    request: GenerateRequest, most: int, special: frozenset[int], always: bool
 ) -> GenerateRequest:
-    """The request for the vector of a text or of token ids."""
+    """A request for a vector that may be cut, or any if `always`, with at most `most` tokens.
+
+    The special token at its end stays: its state may be the one that is taken.
+    """
+    if request.pool is None or not (request.pool.cut or always):
+        return request
+    ids = unpack_ids(request.ids)
+    if len(ids) <= most:
+        return request
+    kept = ids[:most].copy()
+    if int(ids[-1]) in special:
+        kept[-1] = ids[-1]
+    return msgspec.structs.replace(request, ids=pack_ids(kept))
+
+
+def vector_request(
+    prompt: str | Sequence[int],
+    rid: str = "",
+    priority: int | None = None,
+    *,
+    second: int = 0,
+    cut: bool = False,
+) -> GenerateRequest:
+    """The request for the vector of a text or of token ids; `cut` if it is too long."""
     text = prompt if isinstance(prompt, str) else None
     return GenerateRequest(
         rid=rid or new_rid(),
@@ -82,7 +117,7 @@ def vector_request(
         text=text,
         sampling=_NOTHING,
         priority=priority,
-        pool=PoolSpec(second=second),
+        pool=PoolSpec(second=second, cut=cut),
     )
 
 
@@ -99,11 +134,13 @@ def pair_requests(
     tokenizer: Tokenizer,
     rids: Sequence[str] = (),
     priority: int | None = None,
+    *,
+    cut: bool = False,
 ) -> list[GenerateRequest]:
     """Requests for the scores of pairs of texts (cross-encoders)."""
     found = tokenizer.encode_pairs(pairs)
     return [
-        vector_request(ids, rids[index] if rids else "", priority, second)
+        vector_request(ids, rids[index] if rids else "", priority, second=second, cut=cut)
         for index, (ids, second) in enumerate(found)
     ]
 
@@ -134,13 +171,13 @@ def parse_encode(body: Mapping[str, Any], tokenizer: TokenizerFor) -> EncodeCall
         raise BadRequest("text mixes texts and pairs of texts", field="text")
     if pairs:
         found = pair_requests(pairs, tokenizer("text"), rids, fields.priority)
-        return EncodeCall(found, as_list, fields.dimensions)
+        return EncodeCall(found, as_list, pairs=True, dimensions=fields.dimensions)
     singles = [prompt for prompt in prompts if not isinstance(prompt, tuple)]
     requests = [
         vector_request(prompt, rid, fields.priority)
         for prompt, rid in zip(singles, rids, strict=True)
     ]
-    return EncodeCall(requests, as_list, fields.dimensions)
+    return EncodeCall(requests, as_list, dimensions=fields.dimensions)
 
 
 def _prompts(fields: _Body) -> tuple[list[str | tuple[str, str] | list[int]], bool]:
@@ -196,9 +233,9 @@ def check_dimensions(dimensions: int | None, info: ModelInfo) -> None:
             f"dimensions must be one of {', '.join(map(str, sizes))}, not {dimensions}",
             field="dimensions",
         )
-    if not 1 <= dimensions <= info.hidden_size:
+    if not 1 <= dimensions <= info.embedding_size:
         raise BadRequest(
-            f"dimensions must be 1 to {info.hidden_size}, not {dimensions}", field="dimensions"
+            f"dimensions must be 1 to {info.embedding_size}, not {dimensions}", field="dimensions"
         )
 
 
@@ -214,17 +251,33 @@ def vector_of(delta: Delta, dimensions: int | None = None) -> np.ndarray:
     return (wide / max(float(np.linalg.norm(wide)), 1e-12)).astype(np.float32)
 
 
+def relevance_of(delta: Delta, info: ModelInfo) -> list[float]:
+    """The scores of a pair of texts, as sentence-transformers' CrossEncoder gives them."""
+    values: list[float] = vector_of(delta).tolist()
+    assert info.pooling is not None
+    return list(map(sigmoid, values)) if info.pooling.sigmoid else values
+
+
+def sigmoid(x: float) -> float:
+    """1 / (1 + exp(-x)), for x of any size."""
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+
 class Encoded:
     """The results of a call, as they come."""
 
-    def __init__(self, call: EncodeCall) -> None:
+    def __init__(self, call: EncodeCall, info: ModelInfo) -> None:
         self._call = call
+        self._info = info
         self._results: list[dict[str, Any]] = [{} for _ in call.requests]
         self._started = time.monotonic()
 
     def add(self, index: int, delta: Delta) -> None:
         """Take in the delta of a request, which has only one."""
-        vector = vector_of(delta, self._call.dimensions).tolist()
+        if self._call.pairs:
+            vector = relevance_of(delta, self._info)
+        else:
+            vector = vector_of(delta, self._call.dimensions).tolist()
         self._results[index] = {
             "embedding": vector,
             "meta_info": {

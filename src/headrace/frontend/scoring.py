@@ -18,6 +18,8 @@ from headrace.frontend.encode import (
     TokenizerFor,
     packed,
     pair_requests,
+    relevance_of,
+    sigmoid,
     vector_of,
     vector_request,
 )
@@ -35,24 +37,38 @@ _AFTER = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 _ONE_TOKEN = SamplingParams(max_new_tokens=1, temperature=0.0, seed=0, ignore_eos=True)
 
 
-class Relevance:
-    """A query, its documents, and what is known of their relevance so far."""
+@dataclass(frozen=True)
+class Ranked:
+    """Documents to be ranked by how well they answer a query.
 
-    def __init__(
-        self, query: str, documents: Sequence[str], instruct: str, info: ModelInfo, words: Tokenizer
-    ) -> None:
+    `instruct`: the task, for models that are told one; "" for the usual one. `cut`: what is too
+    long is shortened, not refused; a generative reranker cannot.
+    """
+
+    query: str
+    documents: Sequence[str]
+    instruct: str = ""
+    cut: bool = False
+
+
+class Relevance:
+    """What is known of the relevance of documents so far."""
+
+    def __init__(self, ranked: Ranked, info: ModelInfo, words: Tokenizer) -> None:
         self.task = info.task
         self.prompt_tokens = 0
-        self._count = len(documents)
+        self._info = info
+        query, documents = ranked.query, ranked.documents
         self._deltas: dict[int, Delta] = {}
         if self.task == "embed":
             texts = [query, *documents]
-            self.requests = [vector_request(ids) for ids in words.encode_batch(texts)]
+            self.requests = [vector_request(text, cut=ranked.cut) for text in texts]
         elif self.task == "classify":
             _check_one_score(info)
-            self.requests = pair_requests([(query, text) for text in documents], words)
+            pairs = [(query, text) for text in documents]
+            self.requests = pair_requests(pairs, words, cut=ranked.cut)
         else:
-            self.requests = _questions(query, documents, instruct or INSTRUCT, words)
+            self.requests = _questions(query, documents, ranked.instruct or INSTRUCT, words)
 
     def add(self, index: int, delta: Delta) -> None:
         """Take in the delta of a request, which has only one."""
@@ -64,13 +80,13 @@ class Relevance:
         return self._deltas[index + (self.task == "embed")].prompt_tokens
 
     def scores(self) -> list[float]:
-        """Of each document: a probability, or the cosine of an embedding model."""
+        """Of each document: the cosine of an embedding model, else mostly a probability."""
         deltas = [self._deltas[index] for index in range(len(self.requests))]
         if self.task == "embed":
             query, *documents = (vector_of(delta).astype(np.float64) for delta in deltas)
             return [cosine(query, vector) for vector in documents]
         if self.task == "classify":
-            return [sigmoid(float(vector_of(delta)[0])) for delta in deltas]
+            return [relevance_of(delta, self._info)[0] for delta in deltas]
         return [sigmoid(yes - no) for yes, no in map(label_logprobs, deltas)]
 
 
@@ -192,11 +208,6 @@ def label_logprobs(delta: Delta) -> list[float]:
     """The log-probability of each label of a `label_request`."""
     assert delta.logprobs is not None
     return [value for _, value in delta.logprobs.ids[0] or ()]
-
-
-def sigmoid(x: float) -> float:
-    """1 / (1 + exp(-x)), for x of any size."""
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 
 
 def softmax(values: Sequence[float]) -> list[float]:

@@ -37,7 +37,7 @@ from headrace.core.messages import (
 )
 from headrace.core.model_info import ModelInfo
 from headrace.frontend.async_tokenizer import AsyncTokenizer
-from headrace.frontend.encode import for_model
+from headrace.frontend.encode import for_model, shortened
 from headrace.frontend.mailbox import Flight, Mailbox
 from headrace.frontend.measure import StepMeasure
 from headrace.frontend.peers import Peers
@@ -219,7 +219,9 @@ class TokenizerManager:
         for request in await self._texts.with_ids(requests):
             assert request.sampling.n == 1, "fan_out first"
             bos = self.tokenizer.bos_token_id if self.tokenizer else None
+            special = self.tokenizer.special_ids if self.tokenizer else frozenset[int]()
             fitting = for_model(continued(request, bos), self.info)
+            fitting = shortened(fitting, self.limits.max_request_tokens, special, truncate)
             checked = validate(fitting, self.info.vocab_size, self.limits, truncate)
             for check in self._checks:
                 await self._texts.apply(check, checked)

@@ -191,6 +191,11 @@ def fit(
         return ids, room
     wanted = 1 if max_new_tokens is None else max_new_tokens
     limit = "the model's context length" if longest == context else "the KV cache"
+    if max_new_tokens == 0:
+        raise TooLong(
+            f"The input ({count} tokens) is longer than {limit} ({longest} tokens).",
+            field="input_ids",
+        )
     raise TooLong(
         f"The input ({count} tokens) and max_new_tokens ({wanted}) add up to {count + wanted}; "
         f"the limit is {longest} tokens, {limit}.",

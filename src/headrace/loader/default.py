@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 from torch import Tensor
@@ -21,7 +22,8 @@ class DefaultModelLoader(BaseModelLoader):
         files = weight_files(Path(info.path))
         with logged_load(info, build):
             model = make_model(info, build)
-            model.load_weights(_with_progress(files, quiet=build.group.rank != 0))
+            weights = _with_progress(files, quiet=build.group.rank != 0)
+            model.load_weights(chain(weights, _dense_weights(info)))
         return model
 
 
@@ -31,6 +33,14 @@ def iterate_weights(files: WeightFiles) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in iterate_tensors(path):
             if files.wants(name, path):
                 yield name, tensor
+
+
+def _dense_weights(info: ModelInfo) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of sentence-transformers' Dense modules, named by their folders."""
+    for dense in info.pooling.dense if info.pooling else ():
+        for path in weight_files(Path(info.path) / dense.folder).paths:
+            for name, tensor in iterate_tensors(path):
+                yield f"{dense.folder}.{name}", tensor
 
 
 def _with_progress(files: WeightFiles, quiet: bool) -> Iterator[tuple[str, Tensor]]:

@@ -16,6 +16,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -68,12 +69,18 @@ def load_through(
 def snapshot_path(folder: Path, info: ModelInfo, build: Build, load_format: str) -> Path:
     """Where the snapshot of this checkpoint on this rank is, or would be."""
     checkpoint = Path(info.path)
-    files = sorted(path for path in checkpoint.iterdir() if path.is_file())
+    folders = [dense.folder for dense in info.pooling.dense] if info.pooling else []
+    files = sorted(
+        path
+        for folder in (checkpoint, *map(checkpoint.joinpath, folders))
+        for path in folder.iterdir()
+        if path.is_file()
+    )
     what = {
         "headrace": [__version__, _FORMAT, ops.packing()],
         "checkpoint": [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files],
         "config": info.hf,
-        "task": info.task,
+        "pooling": msgspec.to_builtins(info.pooling),
         "dtype": str(build.dtype),
         "quantization": build.quant.name,
         "format": load_format,

@@ -13,61 +13,33 @@ from headrace.core.plan import StateSpec
 from headrace.layers.batch import ForwardBatch
 from headrace.layers.build import Build
 
+_CAUSAL = {
+    "llama": "Llama Arcee Helium Mistral Ministral Qwen2 Qwen3 Phi3 InternLM2 InternLM3 Baichuan "
+    "SmolLM3 Granite MiniCPM Olmo Olmo2 Olmo3 Exaone4",
+    "gemma": "Gemma Gemma2 Gemma3 Glm Glm4",
+    "gpt": "GPTJ GPTNeoX OPT Falcon Phi StableLm Starcoder2 Nemotron Cohere Cohere2",
+    "moe": "Mixtral Qwen2Moe Qwen3Moe Olmoe GraniteMoe Glm4Moe Ernie4_5_Moe MiniMaxM2 Dbrx",
+}
+"""Module -> the families in it, each the class `<family>ForCausalLM`."""
+
+_POOLED = "Llama Mistral Qwen2 Qwen3"
+"""Families of `llama` whose checkpoints may have another head, or none."""
+
+_HEADS = ("Model", "ForSequenceClassification", "ForRewardModel")
+
 ARCHITECTURES = {
-    "LlamaForCausalLM": "llama:LlamaForCausalLM",
-    "ArceeForCausalLM": "llama:ArceeForCausalLM",
-    "HeliumForCausalLM": "llama:HeliumForCausalLM",
-    "MistralForCausalLM": "llama:MistralForCausalLM",
-    "MinistralForCausalLM": "llama:MinistralForCausalLM",
-    "Qwen2ForCausalLM": "llama:Qwen2ForCausalLM",
-    "Qwen3ForCausalLM": "llama:Qwen3ForCausalLM",
-    "Phi3ForCausalLM": "llama:Phi3ForCausalLM",
-    "InternLM2ForCausalLM": "llama:InternLM2ForCausalLM",
-    "InternLM3ForCausalLM": "llama:InternLM3ForCausalLM",
-    "BaichuanForCausalLM": "llama:BaichuanForCausalLM",
-    "SmolLM3ForCausalLM": "llama:SmolLM3ForCausalLM",
-    "GraniteForCausalLM": "llama:GraniteForCausalLM",
-    "MiniCPMForCausalLM": "llama:MiniCPMForCausalLM",
-    "OlmoForCausalLM": "llama:OlmoForCausalLM",
-    "Olmo2ForCausalLM": "llama:Olmo2ForCausalLM",
-    "Olmo3ForCausalLM": "llama:Olmo3ForCausalLM",
-    "Exaone4ForCausalLM": "llama:Exaone4ForCausalLM",
-    "GemmaForCausalLM": "gemma:GemmaForCausalLM",
-    "Gemma2ForCausalLM": "gemma:Gemma2ForCausalLM",
-    "Gemma3ForCausalLM": "gemma:Gemma3ForCausalLM",
-    "GlmForCausalLM": "gemma:GlmForCausalLM",
-    "Glm4ForCausalLM": "gemma:Glm4ForCausalLM",
-    "ChatGLMModel": "gemma:ChatGLMModel",
-    "ChatGLMForConditionalGeneration": "gemma:ChatGLMModel",
-    "GPTJForCausalLM": "gpt:GPTJForCausalLM",
-    "GPTNeoXForCausalLM": "gpt:GPTNeoXForCausalLM",
-    "OPTForCausalLM": "gpt:OPTForCausalLM",
-    "FalconForCausalLM": "gpt:FalconForCausalLM",
-    "PhiForCausalLM": "gpt:PhiForCausalLM",
-    "StableLmForCausalLM": "gpt:StableLmForCausalLM",
-    "Starcoder2ForCausalLM": "gpt:Starcoder2ForCausalLM",
-    "NemotronForCausalLM": "gpt:NemotronForCausalLM",
-    "CohereForCausalLM": "gpt:CohereForCausalLM",
-    "Cohere2ForCausalLM": "gpt:Cohere2ForCausalLM",
-    "MixtralForCausalLM": "moe:MixtralForCausalLM",
-    "Qwen2MoeForCausalLM": "moe:Qwen2MoeForCausalLM",
-    "Qwen3MoeForCausalLM": "moe:Qwen3MoeForCausalLM",
-    "OlmoeForCausalLM": "moe:OlmoeForCausalLM",
-    "GraniteMoeForCausalLM": "moe:GraniteMoeForCausalLM",
-    "Glm4MoeForCausalLM": "moe:Glm4MoeForCausalLM",
-    "Ernie4_5_MoeForCausalLM": "moe:Ernie4_5_MoeForCausalLM",
-    "MiniMaxM2ForCausalLM": "moe:MiniMaxM2ForCausalLM",
-    "DbrxForCausalLM": "moe:DbrxForCausalLM",
-    "GPT2LMHeadModel": "gpt:GPT2LMHeadModel",
+    f"{family}ForCausalLM": f"{module}:{family}ForCausalLM"
+    for module, families in _CAUSAL.items()
+    for family in families.split()
+}
+ARCHITECTURES |= {
+    f"{family}{head}": f"llama:{family}ForCausalLM" for family in _POOLED.split() for head in _HEADS
+}
+ARCHITECTURES |= {
     "BaiChuanForCausalLM": "llama:BaichuanForCausalLM",
-    "LlamaModel": "llama:LlamaForCausalLM",
-    "LlamaForSequenceClassification": "llama:LlamaForCausalLM",
-    "MistralModel": "llama:MistralForCausalLM",
-    "MistralForSequenceClassification": "llama:MistralForCausalLM",
-    "Qwen2Model": "llama:Qwen2ForCausalLM",
-    "Qwen2ForSequenceClassification": "llama:Qwen2ForCausalLM",
-    "Qwen3Model": "llama:Qwen3ForCausalLM",
-    "Qwen3ForSequenceClassification": "llama:Qwen3ForCausalLM",
+    "ChatGLMForConditionalGeneration": "gemma:ChatGLMModel",
+    "ChatGLMModel": "gemma:ChatGLMModel",
+    "GPT2LMHeadModel": "gpt:GPT2LMHeadModel",
     "BertModel": "encoder:Bert",
     "BertForSequenceClassification": "encoder:Bert",
     "RobertaModel": "encoder:Roberta",

@@ -22,7 +22,7 @@ from headrace.layers.embedding import VocabEmbedding
 from headrace.layers.linear import ColumnLinear, RowLinear
 from headrace.layers.norm import LayerNorm
 from headrace.layers.weights import load_targets
-from headrace.models.head import Head, SmallLinear
+from headrace.models.head import Head, HeadLayer, dense_layers
 from headrace.ops.meta import KvCache
 from headrace.quant.base import Part, Targets, cut_target, plain
 
@@ -37,12 +37,12 @@ ACTIVATIONS: dict[str, ops.Activation] = {
 class Family:
     """`prefix` of checkpoint names in models with a head; `offset`: the first position's row.
 
-    `head`: the classifier's layers, first to last; tanh follows all but the last.
+    `head`: a classifier's two layers.
     """
 
     prefix: str
     offset: int
-    head: tuple[str, ...]
+    head: tuple[str, str]
 
 
 class EncoderLayer:
@@ -91,17 +91,13 @@ class Encoder(ABC):
         hf, hidden = info.hf, info.hidden_size
         if hf.get("position_embedding_type", "absolute") != "absolute":
             raise LoadError("positions must be absolute", field="position_embedding_type")
-        assert info.pooling is not None
         self.made = self.family(info)
         self.words = VocabEmbedding(info.vocab_size, hidden, build)
         self.positions = torch.empty(int(hf["max_position_embeddings"]), hidden, dtype=build.dtype)
         self.types = torch.empty(int(hf.get("type_vocab_size", 1)), hidden, dtype=build.dtype)
         self.norm = LayerNorm(hidden, float(hf.get("layer_norm_eps", 1e-12)), build)
         self.layers = [EncoderLayer(info, build) for _ in range(info.num_layers)]
-        names = self.made.head if info.pooling.labels else ()
-        sizes = [hidden] * len(names) + [len(info.pooling.labels)]
-        pairs = zip(names, sizes[:-1], sizes[1:], strict=False)
-        self.head = Head([SmallLinear(*pair, bias=True) for pair in pairs], torch.tanh)
+        self.head = Head(_head_layers(self.made, info))
 
     @staticmethod
     @abstractmethod
@@ -175,6 +171,17 @@ class Roberta(Encoder):
         offset = int(info.hf.get("pad_token_id") or 0) + 1
         head = ("classifier.dense", "classifier.out_proj")
         return Family(prefix="roberta.", offset=offset, head=head)
+
+
+def _head_layers(family: Family, info: ModelInfo) -> list[HeadLayer]:
+    hidden, labels = info.hidden_size, len(info.pooling.labels) if info.pooling else 0
+    if not labels:
+        return dense_layers(info)
+    first, last = family.head
+    return [
+        HeadLayer(first, hidden, hidden, bias=True, activation="Tanh"),
+        HeadLayer(last, hidden, labels, bias=True),
+    ]
 
 
 def _activation(info: ModelInfo) -> ops.Activation:

@@ -1,4 +1,4 @@
-"""From a pooled hidden state to scores, in fp32: the heads of classifiers and reward models.
+"""From a pooled hidden state to a vector or scores, in fp32: classifiers, reward models, Dense.
 
 Small next to the network, so they are plain matrices that every rank holds.
 """
@@ -9,20 +9,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from headrace.core.errors import LoadError
+from headrace.core.model_info import ModelInfo
 from headrace.dist.topology import whole
 from headrace.quant.base import Targets, cut_target, plain
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "Identity": lambda x: x,
+    "Tanh": torch.tanh,
+    "ReLU": torch.relu,
+    "GELU": F.gelu,
+    "Sigmoid": torch.sigmoid,
+    "SiLU": F.silu,
+}
 
-class SmallLinear:
-    """x fp32 [n, in] -> [n, out]; `name` is what the checkpoint calls it."""
 
-    def __init__(self, name: str, in_size: int, out_size: int, *, bias: bool) -> None:
+class HeadLayer:
+    """x fp32 [n, in] -> [n, out]; `name` is what the checkpoint calls it.
+
+    `activation`: the name of a class of torch.nn.
+    """
+
+    def __init__(
+        self, name: str, in_size: int, out_size: int, *, bias: bool, activation: str = "Identity"
+    ) -> None:
         self.name = name
         self.weight = torch.empty(out_size, in_size)
         self.bias = torch.empty(out_size) if bias else None
+        self._activation = ACTIVATIONS[activation]
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return self._activation(F.linear(x, self.weight, self.bias))
 
     def targets(self) -> Targets:
         rows, columns = map(whole, self.weight.shape)
@@ -33,17 +50,14 @@ class SmallLinear:
 
 
 class Head:
-    """Layers with an activation between them; without layers, the identity."""
+    """Layers one after the other; without layers, the identity."""
 
-    def __init__(
-        self, layers: Sequence[SmallLinear], activation: Callable[[Tensor], Tensor]
-    ) -> None:
+    def __init__(self, layers: Sequence[HeadLayer]) -> None:
         self.layers = list(layers)
-        self.activation = activation
 
     def __call__(self, x: Tensor) -> Tensor:
-        for index, layer in enumerate(self.layers):
-            x = layer(self.activation(x) if index else x)
+        for layer in self.layers:
+            x = layer(x)
         return x
 
     def targets(self) -> Targets:
@@ -51,3 +65,22 @@ class Head:
         for layer in self.layers:
             found |= layer.targets()
         return found
+
+
+def dense_layers(info: ModelInfo) -> list[HeadLayer]:
+    """The Dense modules of sentence-transformers, whose tensors are named by their folders.
+
+    Raises:
+        LoadError: one does not fit what comes before it.
+    """
+    found, size = [], info.hidden_size
+    for dense in info.pooling.dense if info.pooling else ():
+        if dense.inputs != size:
+            raise LoadError(
+                f"{dense.folder} takes vectors of {dense.inputs}, not {size}", field="in_features"
+            )
+        size = dense.outputs
+        name = f"{dense.folder}.linear"
+        layer = HeadLayer(name, dense.inputs, size, bias=dense.bias, activation=dense.activation)
+        found.append(layer)
+    return found

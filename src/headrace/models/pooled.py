@@ -1,22 +1,22 @@
 """A decoder whose hidden states are pooled instead of turned into tokens.
 
-Any decoder family, without its vocabulary head, with the score head of a classifier or none. Knows
+Any decoder family without its vocabulary head, with the layers that follow pooling if any. Knows
 no pooling and no family.
 """
 
 from collections.abc import Iterable
 
 import msgspec
-import torch
 from torch import Tensor
 
 from headrace.core.model_info import ModelInfo
 from headrace.core.plan import StateSpec
+from headrace.core.pooling import REWARD
 from headrace.layers.batch import ForwardBatch
 from headrace.layers.build import Build
 from headrace.layers.weights import load_targets
 from headrace.models.decoder import Decoder
-from headrace.models.head import Head, SmallLinear
+from headrace.models.head import Head, HeadLayer, dense_layers
 
 _BASE = "model."
 
@@ -25,13 +25,10 @@ class PooledDecoder:
     """The `PooledModel` of a decoder-only `family`."""
 
     def __init__(self, family: type[Decoder], info: ModelInfo, build: Build) -> None:
-        assert info.pooling is not None
         # A tied head takes no memory and no tensor of the checkpoint.
         tied = msgspec.structs.replace(info, hf=info.hf | {"tie_word_embeddings": True})
         self.decoder = family(tied, build)
-        labels = len(info.pooling.labels)
-        score = SmallLinear("score", info.hidden_size, labels, bias=False)
-        self.head = Head([score] if labels else [], torch.relu)
+        self.head = Head(_head_layers(info))
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         return self.decoder.forward(batch)
@@ -54,9 +51,10 @@ class PooledDecoder:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Checkpoints saved without a head leave out the prefix of their base model."""
         targets = self.decoder.targets() | self.head.targets()
-        heads = ("score.", "lm_head.", _BASE)
+        known = (*self.head.targets(), "lm_head.", _BASE)
         named = (
-            (name if name.startswith(heads) else _BASE + name, tensor) for name, tensor in weights
+            (name if name.startswith(known) else _BASE + name, tensor)
+            for name, tensor in self.decoder.spec.layout.canonical(weights)
         )
         load_targets(targets, named, self._ignored)
 
@@ -66,3 +64,15 @@ class PooledDecoder:
 
     def _ignored(self, name: str) -> bool:
         return ".rotary_emb." in name or name == "lm_head.weight"
+
+
+def _head_layers(info: ModelInfo) -> list[HeadLayer]:
+    hidden, labels = info.hidden_size, len(info.pooling.labels) if info.pooling else 0
+    if not labels:
+        return dense_layers(info)
+    if info.architecture.endswith(REWARD):
+        return [
+            HeadLayer("score.0", hidden, hidden, bias=True, activation="ReLU"),
+            HeadLayer("score.2", hidden, labels, bias=True),
+        ]
+    return [HeadLayer("score", hidden, labels, bias=False)]

@@ -31,7 +31,7 @@ class FakeWorker:
         self._eos = frozenset(info.eos_token_ids)
         self._rows: dict[int, NewRow] = {}
         labels = info.pooling.labels if info.pooling else ()
-        self._pooled = bytes(4 * (len(labels) or info.hidden_size))
+        self._pooled = bytes(4 * (len(labels) or info.embedding_size))
 
     def launch(self, plan: StepPlan) -> "Future[StepResult]":
         """A future that is already done."""

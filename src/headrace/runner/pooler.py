@@ -4,6 +4,7 @@ Sums run over tokens in their order, in fp64, so neither chunking nor the batch 
 Keeps a state for each row whose prompt is not complete. Knows no requests.
 """
 
+import math
 from typing import Protocol
 
 import numpy as np
@@ -32,14 +33,14 @@ class Pooler:
 
     def take(self, chunk: Chunk, prompt_len: int, hidden: Tensor) -> ChunkResult:
         """The result of a chunk with hidden states [count, hidden]."""
-        state = self._advance(chunk, hidden)
+        before = self._rows.pop(chunk.row, None) if chunk.start else None
+        state = self._advance(before, chunk.start, hidden)
         if chunk.start + chunk.count < prompt_len:
+            self._rows[chunk.row] = state
             return ChunkResult()
-        self._rows.pop(chunk.row, None)
-        if self.pooling.how == "mean":
-            state = state / prompt_len
+        pooled = state / self._weight(prompt_len)
         # Alone, so that the batch cannot matter, and in torch's memory, whose alignment is fixed.
-        scored = self.model.scores(torch.from_numpy(state.astype(np.float32))[None].clone())
+        scored = self.model.scores(torch.from_numpy(pooled.astype(np.float32))[None].clone())
         vector = scored[0].numpy()
         if not np.isfinite(vector).all():
             return ChunkResult(error="the model's output is not finite (NaN)")
@@ -47,20 +48,28 @@ class Pooler:
             vector = normalized(vector)
         return ChunkResult(pooled=vector.astype("<f4").tobytes())
 
-    def _advance(self, chunk: Chunk, hidden: Tensor) -> np.ndarray:
-        """What is known of the row's vector after this chunk, fp64 [hidden]."""
+    def _advance(self, before: np.ndarray | None, start: int, hidden: Tensor) -> np.ndarray:
+        """What is known of a vector after the states of tokens from `start` on, fp64 [hidden]."""
         how = self.pooling.how
-        if how == "last":
+        if how == "lasttoken":
             return hidden[-1].double().numpy()
-        before = None if chunk.start == 0 else self._rows[chunk.row]
         if how == "cls":
-            state = hidden[0].double().numpy() if before is None else before
-        else:
-            values = hidden.double().numpy()
-            first = np.zeros(values.shape[1]) if before is None else before
-            state = np.add.reduce(np.concatenate((first[None], values)), axis=0)
-        self._rows[chunk.row] = state
-        return state
+            return hidden[0].double().numpy() if before is None else before
+        values = hidden.double().numpy()
+        if how == "weightedmean":
+            values = values * np.arange(start + 1, start + len(values) + 1)[:, None]
+        whole = values if before is None else np.concatenate((before[None], values))
+        joined: np.ndarray = (np.maximum if how == "max" else np.add).reduce(whole, axis=0)
+        return joined
+
+    def _weight(self, prompt_len: int) -> float:
+        """What a sum over the tokens is divided by."""
+        weights = {
+            "mean": float(prompt_len),
+            "mean_sqrt_len_tokens": math.sqrt(prompt_len),
+            "weightedmean": prompt_len * (prompt_len + 1) / 2,
+        }
+        return weights.get(self.pooling.how, 1.0)
 
 
 def normalized(vector: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from headrace.core.config import Config
 from headrace.core.errors import BadRequest, NotFound, Overloaded
 from headrace.core.messages import GenerateRequest, SamplingParams
 from headrace.core.model_info import ModelInfo
+from headrace.frontend.encode import check_task
 from headrace.frontend.sampling import native_defaults, openai_defaults
 from headrace.frontend.tokenizer_manager import TokenizerManager
 from headrace.server.sse import EventReply, WholeReply, Wire
@@ -113,6 +114,8 @@ class Context:
         if self.manager.templates is None:
             self.tokenizer("messages")
             raise BadRequest("messages: this server has no chat template", field="messages")
+        if not self.manager.templates.has_template:
+            check_task(self.info, "generate")  # says more than that there is no template
         return self.manager.templates
 
     def tokenizer(self, wanted_by: str) -> Tokenizer:

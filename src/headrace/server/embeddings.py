@@ -21,10 +21,11 @@ from headrace.frontend.encode import (
     check_dimensions,
     check_task,
     parse_encode,
+    sigmoid,
     vector_of,
     vector_request,
 )
-from headrace.frontend.scoring import sigmoid, softmax
+from headrace.frontend.scoring import softmax
 from headrace.server.context import Context, Job, Stamp
 from headrace.server.generation import answer, new_stamp, send, take
 from headrace.server.native import read_object
@@ -53,6 +54,8 @@ class EmbeddingBody(BaseModel):
     model: str | None = None
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Dimensions | None = None
+    # Not OpenAI's, but Jina's and others'.
+    truncate: bool | None = None
     priority: Int64 | None = None
     rid: RequestId | None = None
 
@@ -146,13 +149,13 @@ def parse_embeddings(raw: bytes, context: Context) -> Job:
     context.check_model(body.model)
     check_task(context.info, "embed")
     check_dimensions(body.dimensions, context.info)
-    prompts = inputs(body.input)
-    rids = [f"{body.rid}_{i}" if body.rid else "" for i in range(len(prompts))]
     requests = [
-        vector_request(prompt, rid, body.priority)
-        for prompt, rid in zip(prompts, rids, strict=True)
+        vector_request(
+            prompt, f"{body.rid}_{i}" if body.rid else "", body.priority, cut=bool(body.truncate)
+        )
+        for i, prompt in enumerate(inputs(body.input))
     ]
-    return Job(requests, Embeddings(body, len(prompts), context), ignored=ignored_fields(body))
+    return Job(requests, Embeddings(body, len(requests), context), ignored=ignored_fields(body))
 
 
 def parse_classify(raw: bytes, context: Context, stamp: Stamp) -> Job:
@@ -171,7 +174,7 @@ def parse_native(raw: bytes, context: Context) -> Job:
     call = parse_encode(body, context.tokenizer)
     check_dimensions(call.dimensions, context.info)
     ignored = [name for name, value in body.items() if name not in HONORED and value is not None]
-    return Job(call.requests, Encoded(call), ignored=ignored)
+    return Job(call.requests, Encoded(call, context.info), ignored=ignored)
 
 
 def parse_ollama(raw: bytes, context: Context, old: bool) -> Job:
@@ -183,30 +186,21 @@ def parse_ollama(raw: bytes, context: Context, old: bool) -> Job:
     field, given = ("prompt", body.prompt) if old else ("input", body.input)
     if given is None:
         raise BadRequest(f"{field}: Field required", field=field)
-    texts = [given] if isinstance(given, str) else given
-    tokenizer = context.tokenizer(field)
-    ids = tokenizer.encode_batch(texts)
-    if body.truncate is not False:
-        ids = [cut(tokens, context.context_length, tokenizer.special_ids) for tokens in ids]
-    requests = [vector_request(tokens) for tokens in ids]
+    # As Ollama does, nothing is made of nothing.
+    texts = ([given] if given else []) if isinstance(given, str) else given
+    requests = [vector_request(text, cut=body.truncate is not False) for text in texts]
     return Job(requests, OllamaEmbeddings(body, len(texts), old), ignored=ignored_fields(body))
 
 
-def inputs(given: Any) -> list[str] | list[list[int]]:
+def inputs(given: Any) -> list[str | list[int]]:
     """One entry per prompt; a flat list of ids is one prompt."""
     if not given:
         raise BadRequest("input: must not be empty", field="input")
-    prompts = [given] if isinstance(given, str) or isinstance(given[0], int) else given
+    one = isinstance(given, str) or isinstance(given[0], int)
+    prompts: list[str | list[int]] = [given] if one else given
     if not all(prompts):
         raise BadRequest("input: must not hold an empty prompt", field="input")
     return prompts
-
-
-def cut(ids: list[int], most: int, special: frozenset[int]) -> list[int]:
-    """At most `most` ids of a text; the special token at its end stays."""
-    if len(ids) <= most:
-        return ids
-    return [*ids[: most - 1], ids[-1]] if ids[-1] in special else ids[:most]
 
 
 class _Gathered:
@@ -302,7 +296,7 @@ class OllamaEmbeddings:
     def result(self) -> dict[str, Any]:
         vectors = [vector.tolist() for vector in self._found.vectors]
         if self._old:
-            return {"embedding": vectors[0]}
+            return {"embedding": vectors[0] if vectors else []}
         return {
             "model": self._model,
             "embeddings": vectors,

@@ -54,18 +54,30 @@ def routes(context: Context) -> APIRouter:
     return router
 
 
-async def answer(http: Request, context: Context, parse: Callable[[bytes], Job]) -> Response:
+async def answer(
+    http: Request, context: Context, parse: Callable[[bytes], Job], *, slow: bool = False
+) -> Response:
     """Serve one request from body to response."""
-    return await send(http, context, await take(http, context, parse))
+    return await send(http, context, await take(http, context, parse, slow=slow))
 
 
 async def take(
-    http: Request, context: Context, parse: Callable[[bytes], T], *, any_type: bool = False
+    http: Request,
+    context: Context,
+    parse: Callable[[bytes], T],
+    *,
+    any_type: bool = False,
+    slow: bool = False,
 ) -> T:
-    """What `parse` makes of the body of a request; a large one is parsed in a thread."""
+    """What `parse` makes of the body of a request.
+
+    A large one is parsed in a thread, and any if `slow`: when the work is not linear in its size.
+    """
     context.check_ready()
     raw = await read_body(http, context.config.serve.max_request_bytes, any_type=any_type)
-    return parse(raw) if len(raw) <= LARGE_BODY else await asyncio.to_thread(parse, raw)
+    if slow or len(raw) > LARGE_BODY:
+        return await asyncio.to_thread(parse, raw)
+    return parse(raw)
 
 
 async def send(http: Request, context: Context, job: Job) -> Response:

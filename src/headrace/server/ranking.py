@@ -13,7 +13,7 @@ from starlette.responses import Response
 from headrace.core.messages import Delta
 from headrace.frontend.encode import check_task
 from headrace.frontend.native import MAX_BATCH
-from headrace.frontend.scoring import LabelScores, Question, Relevance
+from headrace.frontend.scoring import LabelScores, Question, Ranked, Relevance
 from headrace.server.context import Context, Job, Stamp
 from headrace.server.generation import answer, new_stamp
 from headrace.server.schemas import (
@@ -48,6 +48,7 @@ class RerankBody(BaseModel):
     instruct: str | None = None
     top_n: Annotated[int, Field(ge=1)] | None = None
     return_documents: bool | None = None
+    truncate: bool | None = None
 
 
 class ScoreBody(BaseModel):
@@ -74,19 +75,19 @@ def routes(context: Context) -> APIRouter:
     @router.post("/v1/rerank", openapi_extra=body_of(RerankBody))
     async def rerank(http: Request) -> Response:
         """Documents by relevance, best first; a bare list, as SGLang's."""
-        return await answer(http, context, lambda raw: parse_rerank(raw, context, None))
+        return await answer(http, context, lambda raw: parse_rerank(raw, context, None), slow=True)
 
     @router.post("/v2/rerank", openapi_extra=body_of(RerankBody))
     @router.post("/rerank", openapi_extra=body_of(RerankBody))
     async def rerank_objects(http: Request) -> Response:
         """Documents by relevance, best first; Jina's and Cohere's object."""
         stamp = new_stamp("rerank-")
-        return await answer(http, context, lambda raw: parse_rerank(raw, context, stamp))
+        return await answer(http, context, lambda raw: parse_rerank(raw, context, stamp), slow=True)
 
     @router.post("/v1/score", openapi_extra=body_of(ScoreBody))
     async def score(http: Request) -> Response:
         """The probability of each label after query and item."""
-        return await answer(http, context, lambda raw: parse_score(raw, context))
+        return await answer(http, context, lambda raw: parse_score(raw, context), slow=True)
 
     return router
 
@@ -96,12 +97,15 @@ def parse_rerank(raw: bytes, context: Context, stamp: Stamp | None) -> Job:
     body = read(RerankBody, raw)
     context.check_model(body.model)
     texts = [item if isinstance(item, str) else item.text for item in body.documents]
-    words = context.tokenizer("query")
-    relevance = Relevance(body.query, texts, body.instruct or "", context.info, words)
+    ranked = Ranked(body.query, texts, body.instruct or "", cut=bool(body.truncate))
+    relevance = Relevance(ranked, context.info, context.tokenizer("query"))
     reply = Ranking(body, texts, relevance, context, stamp)
     ignored = ignored_fields(body)
-    if body.instruct and context.info.task != "generate":
+    generates = context.info.task == "generate"
+    if body.instruct and not generates:
         ignored.append("instruct")
+    if body.truncate and generates:
+        ignored.append("truncate")
     return Job(relevance.requests, reply, stamp.id if stamp else "", ignored)
 
 
