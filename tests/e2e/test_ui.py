@@ -15,7 +15,7 @@ import pytest
 
 from headrace.core.messages import Delta, FinishReason
 from headrace.core.pooling import Pooling
-from headrace.server import answers
+from headrace.server.speech import Speech
 from headrace.server.ui import MAX_WATCHERS
 from headrace.text.parsers.events import Arguments, Content, Reasoning, ToolCall
 from tests.e2e.conftest import API_KEY
@@ -177,9 +177,9 @@ def test_a_schema_and_wrong_settings(page, demo_server):
 
 
 def test_tools_are_answered_by_hand(page, monkeypatch):
-    monkeypatch.setattr(answers, "parser_for", lambda *_: LinesParser())
+    monkeypatch.setattr(Speech, "parser", lambda _: LinesParser())
     model = Model()
-    with serve(model) as url:
+    with serve(model, tool_call_parser="hermes") as url:
         model.turns = [
             [
                 Reasoning("I must look."),
@@ -207,13 +207,13 @@ def test_tools_are_answered_by_hand(page, monkeypatch):
 
 def test_what_a_model_writes_is_never_html(page):
     model = Model()
-    evil = '<img src=x onerror="window.hit = 1"><script>window.hit = 1</script>'
+    evil = "<img src=x onerror=window.hit=1><script>window.hit=1</script>"
     with serve(model, api_key=API_KEY) as url:
         model.turns = [[Content(evil)]]
         enter(page, url)
         page.uncheck("[name=tokens]")
         say(page, evil)
-        assert page.inner_text(".message.assistant .text") == evil
+        assert evil in page.inner_text(".message.assistant .text")
         page.click("#settings-reset")
     assert page.locator(".message img, .message script").count() == 0
     assert page.evaluate("window.hit") is None
@@ -258,7 +258,7 @@ def test_the_dashboard_draws_what_happens(page, demo_server):
     page.wait_for_selector("#tree .shared", state="attached")
     page.wait_for_timeout(2500)
     page.locator("#tree .shared").first.click()
-    assert re.search("miller.* … .*locked by \\d+ requests", page.inner_text("#tree-note"))
+    assert re.search("miller.* …: .*locked by \\d+ requests", page.inner_text("#tree-note"))
     picture(page, "dashboard-dark")
     for thread in (load, *others):
         thread.join()
@@ -302,7 +302,7 @@ def test_a_view_that_is_left_stops_listening(page, demo_server):
 
     try:
         page.click("nav >> text=Dashboard")
-        page.wait_for_selector("#tile-out:not(:text('–'))")
+        page.wait_for_selector("#live-about:has-text('request')")
         while taken_one_more():
             pass
         assert len(taken) == MAX_WATCHERS - 1

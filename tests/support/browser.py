@@ -1,6 +1,6 @@
 """Debian's (or any) Chromium, headless, for tests of the web page. Installs nothing.
 
-With HEADRACE_NEED_BROWSER=1, as .ci/run has it, tests fail where there is none, instead of skipping.
+With HEADRACE_NEED_BROWSER=1, as in .ci/run, tests fail where there is none, instead of skipping.
 """
 
 import os
