@@ -9,6 +9,7 @@ import re
 import threading
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -62,9 +63,9 @@ def page(context):
     assert len({url.split("/")[2] for url in urls}) == 1
 
 
-def picture(page, name):
+def picture(page, name, whole=False):
     if folder := os.environ.get("HEADRACE_UI_IMAGES"):
-        page.screenshot(path=f"{folder}/{name}.png")
+        page.screenshot(path=f"{folder}/{name}.png", full_page=whole)
 
 
 def enter(page, url):
@@ -112,7 +113,7 @@ def test_a_chat_is_streamed_with_its_tokens(page, demo_server):
     note = page.inner_text(".message.assistant .note")
     assert re.search(r"\d+ tokens in.* out · first token .* tokens/s", note)
     page.locator(".message.assistant .text").focus()
-    for _ in range(4):
+    for _ in range(6):
         page.keyboard.press("ArrowRight")
     assert page.locator(".alternatives li").count() in (5, 6)
     assert page.locator(".alternatives .chosen").count() == 1
@@ -121,7 +122,7 @@ def test_a_chat_is_streamed_with_its_tokens(page, demo_server):
     assert page.locator(".alternatives").count() == 0
     page.set_viewport_size(PHONE)
     page.emulate_media(color_scheme="dark")
-    tokens.nth(6).click()
+    tokens.nth(5).click()
     assert page.locator(".alternatives").is_visible() and fits(page)
     picture(page, "chat-phone-dark")
     page.set_viewport_size(DESKTOP)
@@ -240,28 +241,48 @@ def test_a_model_of_vectors_says_so_and_compares(page):
         assert "2 vectors of 3 numbers" in page.inner_text("#vectors-note")
 
 
+@contextmanager
+def load(server):
+    """Requests of many lengths with a prefix in common, until the block ends."""
+    post(server.url, "/slow_down", {"forward_sleep_time": 0.02})
+    ended = threading.Event()
+
+    def work(number):
+        sampling = {"max_new_tokens": 10 + 9 * number, "ignore_eos": True, "temperature": 0.7}
+        prompt = SHARED + QUESTIONS[number % len(QUESTIONS)]
+        while not ended.is_set():
+            server.generate(prompt, sampling)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(9)]
+    try:
+        for thread in threads:
+            thread.start()
+        yield
+    finally:
+        ended.set()
+        post(server.url, "/slow_down", {"forward_sleep_time": 0})
+        for thread in threads:
+            thread.join()
+
+
 def test_the_dashboard_draws_what_happens(page, demo_server):
     enter(page, demo_server.url)
     page.emulate_media(color_scheme="dark")
     page.click("nav >> text=Dashboard")
-    prompts = [SHARED + question for question in QUESTIONS]
-    sampling = {"max_new_tokens": 300, "ignore_eos": True, "temperature": 0.7}
-    demo_server.generate(prompts, sampling | {"max_new_tokens": 4})
-    load = threading.Thread(
-        target=lambda: [list(demo_server.generate(p, sampling, stream=True)) for p in prompts[:2]]
-    )
-    others = [
-        threading.Thread(target=demo_server.generate, args=(prompts, sampling)) for _ in range(2)
-    ]
-    for thread in (load, *others):
-        thread.start()
-    page.wait_for_selector("#tree .shared", state="attached")
-    page.wait_for_timeout(2500)
-    page.locator("#tree .shared").first.click()
-    assert re.search("miller.* …: .*locked by \\d+ requests", page.inner_text("#tree-note"))
-    picture(page, "dashboard-dark")
-    for thread in (load, *others):
-        thread.join()
+    with load(demo_server):
+        page.wait_for_selector("#tree .shared", state="attached")
+        page.wait_for_timeout(4000)
+        page.locator("#tree .shared").first.click()
+        note = page.inner_text("#tree-note")
+        assert re.search(r"miller.* …: .*locked by \d+ requests", note)
+        page.evaluate("scrollTo(0, 0)")
+        picture(page, "dashboard-dark", whole=True)
+        page.set_viewport_size(PHONE)
+        page.emulate_media(color_scheme="light")
+        page.wait_for_timeout(1200)
+        assert fits(page)
+        picture(page, "dashboard-phone-light")
+        page.set_viewport_size(DESKTOP)
     page.wait_for_timeout(1500)
     assert page.locator("#tree .node").count() > len(QUESTIONS)
     assert page.locator("#tree-rows tr").count() == page.locator("#tree .node").count()
@@ -277,12 +298,6 @@ def test_the_dashboard_draws_what_happens(page, demo_server):
     assert page.locator("#ttft rect").count() > 0 and page.locator("#itl rect").count() > 0
     assert "Half within" in page.inner_text("#itl-note")
     assert page.locator("#pages-legend dd").count() == 5
-    page.set_viewport_size(PHONE)
-    page.emulate_media(color_scheme="light")
-    page.wait_for_timeout(1200)
-    assert fits(page)
-    picture(page, "dashboard-phone-light")
-    page.set_viewport_size(DESKTOP)
 
 
 def test_a_view_that_is_left_stops_listening(page, demo_server):

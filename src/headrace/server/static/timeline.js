@@ -8,7 +8,7 @@ const BAR = 5;
 const LABEL = 15; // px above a lane
 const FOOT = 16; // px below the lowest
 const LANES = [
-  { share: 0.46, fields: [["prefill", "--accent"], ["cached", "--soft"]], label: (most) => counted(most, "prompt token") },
+  { share: 0.46, fields: [["prefill", "--fill"], ["cached", "--mid"]], label: (most) => counted(most, "prompt token") },
   { share: 0.27, fields: [["decode", "--grain"]], label: (most) => counted(most, "row") },
   { share: 0.27, fields: [["seconds", "--muted"]], label: duration },
 ];

@@ -29,7 +29,7 @@ export class Tree {
     layOut(this.nodes);
     const room = this.box.parentElement.clientWidth;
     const deepest = Math.max(...this.nodes.map((node) => node.end), 1);
-    const scale = Math.max(1, Math.min(3, (room - 2) / deepest));
+    const scale = Math.max(1, Math.min(5, (room - 2) / deepest));
     const rows = this.nodes.filter((node) => node.parent < 0).reduce((sum, node) => sum + node.rows, 0);
     this.box.setAttribute("width", Math.max(1, Math.round(deepest * scale)));
     this.box.setAttribute("height", Math.max(1, rows * ROW));
