@@ -71,6 +71,16 @@ def test_metrics_are_of_all_workers(server):
     assert [count() for _ in range(6)] == [before + 12] * 6
 
 
+def test_every_worker_feeds_the_dashboard(server):
+    generate(server, "seen", 1).close()
+    for _ in range(6):
+        with ask(server, "/ui/events") as answer:
+            lines = [answer.readline(), answer.readline(), answer.readline()]
+        seen = json.loads(lines[2].removeprefix(b"data: "))
+        assert sum(seen["ttft"]["counts"]) == seen["stats"]["requests_total"] > 0
+        assert seen["steps"]
+
+
 def test_keys_and_health_whoever_answers(server):
     for _ in range(8):
         assert server.status("/health") == server.status("/health_generate") == 200

@@ -15,7 +15,7 @@ from tests.pure.test_scheduler_properties import Client, make_scheduler
 
 def watch(scheduler, since=0):
     """The answer to "watch", over the wire and back."""
-    scheduler.submit(Control(1, "watch", since))
+    scheduler.submit(Control(1, "watch", {"since": since}))
     (reply,) = [m for m in scheduler.take() if isinstance(m, ControlReply)]
     return msgspec.msgpack.decode(msgspec.msgpack.encode(reply), type=ControlReply).data
 

@@ -30,8 +30,8 @@ class Watched(ScriptedManager):
     def _reply(self, message: Control) -> ControlReply:
         if message.verb != "watch":
             return super()._reply(message)
-        self.asked.append(message.since)
-        steps = [[message.since + 1, 0.5, 0.1, 7, 2, 1]]
+        self.asked.append(message.args["since"])
+        steps = [[message.args["since"] + 1, 0.5, 0.1, 7, 2, 1]]
         ids = self.tokenizer.encode("Hello", False)
         stats = {"running": STATS.running}
         data = {"stats": stats, "steps": steps, "tree": [[*NODE, ids]], "pages": {}, "fields": []}

@@ -11,10 +11,12 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
+import msgspec
 import uvicorn
 
 from headrace.core.config import Config, Limits
 from headrace.core.messages import Delta, FinishReason, GenerateRequest, unpack_ids
+from headrace.core.pooling import Pooling
 from headrace.server.app import build_app
 from headrace.text.chat import TemplateManager
 from headrace.text.parsers.events import Arguments, Content, Event, Reasoning, ToolCall
@@ -120,10 +122,11 @@ class Server(uvicorn.Server):
 
 
 @contextmanager
-def serve(model: Model, **options: object) -> Iterator[str]:
-    """The URL of a running server that answers with `model`."""
+def serve(model: Model, pooling: Pooling | None = None, **options: object) -> Iterator[str]:
+    """The URL of a running server that answers with `model`; with `pooling` it makes vectors."""
     config = Config.from_flat({"served_model_name": "tiny"} | options)
     manager = model.manager = ScriptedManager(config, model.script)
+    manager.info = msgspec.structs.replace(manager.info, pooling=pooling)
     manager.templates = TemplateManager({"default": TEMPLATE})
     manager.open(
         Limits(max_total_tokens=4096, max_running_requests=8, context_length=CONTEXT, page_size=16)

@@ -36,7 +36,7 @@ _TIMEOUT = 10.0
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
-    "img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "img-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'",
     "Cache-Control": "no-cache",  # ask, and hear 304: names do not change with their contents
     "Referrer-Policy": "no-referrer",
@@ -149,7 +149,7 @@ class Watch:
             self._steps.extend(data.pop("steps"))
             for node in data["tree"]:
                 node[-1] = self._text(node[-1])
-            metrics = self._manager.metrics
+            metrics = await self._manager.peers.metrics(self._manager.metrics)
             self._data = {
                 **data,
                 "ttft": _histogram(metrics.time_to_first_token),

@@ -3,11 +3,12 @@
 
 const KEY = "headrace-api-key";
 
-/** An answer that was an error; `status` is the HTTP status, 0 for one inside a stream. */
+/** An answer that was an error: its HTTP status (0: none, or inside a stream), and the field at fault. */
 export class ApiError extends Error {
-  constructor(message, status = 0) {
+  constructor(message, { status = 0, param = null } = {}) {
     super(message);
     this.status = status;
+    this.param = param;
   }
 }
 
@@ -20,12 +21,24 @@ export async function ask(path, { body, signal } = {}) {
   if (key) headers.Authorization = `Bearer ${key}`;
   if (body) headers["Content-Type"] = "application/json";
   const options = { headers, signal, method: body ? "POST" : "GET", body: body && JSON.stringify(body) };
-  const response = await fetch(path, options);
-  if (!response.ok) {
-    const error = await response.json().catch(() => null);
-    throw new ApiError(error?.error?.message ?? `The server answered ${response.status}.`, response.status);
-  }
+  const response = await fetch(path, options).catch((error) => {
+    if (signal?.aborted) throw error;
+    throw new ApiError("The server cannot be reached. Does it still run?");
+  });
+  if (!response.ok) throw await refusal(response);
   return response;
+}
+
+async function refusal(response) {
+  const { error } = (await response.json().catch(() => null)) ?? {};
+  const wait = response.headers.get("retry-after");
+  const text = error?.message ?? "It did not say why.";
+  return new ApiError(wait ? `${text} Try again in ${wait} s.` : text, { status: response.status, param: error?.param });
+}
+
+function lost(error) {
+  if (error.name === "AbortError") throw error;
+  throw new ApiError("The connection was lost.");
 }
 
 /** The JSON values of a response's events, until its end or "[DONE]". */
@@ -34,7 +47,7 @@ export async function* events(response) {
   let rest = "";
   try {
     for (;;) {
-      const { done, value } = await reader.read();
+      const { done, value } = await reader.read().catch(lost);
       if (done) return;
       const parts = (rest + value).split("\n\n");
       rest = parts.pop();
@@ -43,7 +56,7 @@ export async function* events(response) {
         const data = part.slice("data: ".length);
         if (data === "[DONE]") return;
         const parsed = JSON.parse(data);
-        if (parsed.error) throw new ApiError(parsed.error.message);
+        if (parsed.error) throw new ApiError(parsed.error.message, { param: parsed.error.param });
         yield parsed;
       }
     }

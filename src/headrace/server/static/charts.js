@@ -1,49 +1,54 @@
 // Small charts in SVG: a line over time, a histogram. Pure drawing; data comes ready.
 
-import { duration, svg } from "./dom.js";
+import { duration, number, svg } from "./dom.js";
 
-/** Draw `values` (oldest first) as a line over its area; `room` is how many fit. */
-export function drawLine(box, values, room) {
-  const top = Math.max(...values, 1e-9);
+/** Draw `values` (oldest first) as a line over its area; `room` is how many fit, `most` the top. */
+export function drawLine(box, values, room, most = 0) {
+  const top = Math.max(most, ...values.filter(Number.isFinite), 1e-9);
   const points = values.map((value, index) => {
-    const x = room - values.length + index;
-    return [x, 38 - (36 * value) / top];
+    const height = Number.isFinite(value) ? (33 * value) / top : 0;
+    return `${room - values.length + index},${(38.5 - height).toFixed(2)}`;
   });
-  const path = points.map(([x, y]) => `${x},${y.toFixed(2)}`).join(" L");
+  const path = points.join(" L");
   box.setAttribute("viewBox", `0 0 ${room - 1} 40`);
   box.setAttribute("preserveAspectRatio", "none");
   box.replaceChildren(
-    svg("path", { class: "spark-area", d: `M${points[0][0]},40 L${path} L${room - 1},40 Z` }),
+    svg("path", { class: "spark-area", d: `M${room - values.length},40 L${path} L${room - 1},40 Z` }),
     svg("path", { class: "spark-line", d: `M${path}` }),
   );
 }
 
-const WIDTH = 400;
-const HEIGHT = 128;
-const FLOOR = HEIGHT - 16;
+const TOP = 16; // px above the highest bar, for its share
+const FOOT = 18; // px below, for the bounds
+const LABEL = 52; // px that a bound needs
 
-/** Draw counts by bucket; only the span of buckets in use is shown. */
+/** Draw counts by bucket, each as wide as the others; only the span of buckets in use is shown. */
 export function drawHistogram(box, { bounds, counts }) {
-  box.setAttribute("viewBox", `0 0 ${WIDTH} ${HEIGHT}`);
-  box.replaceChildren(svg("line", { x1: 0, x2: WIDTH, y1: FLOOR, y2: FLOOR }));
+  const { width, height } = box.getBoundingClientRect();
+  const floor = height - FOOT;
+  box.replaceChildren(svg("line", { x1: 0, x2: width, y1: floor, y2: floor }));
   const used = counts.flatMap((count, index) => (count ? [index] : []));
-  if (!used.length) return;
+  if (!used.length || !width) return;
   const first = Math.max(0, used[0] - 1);
   const last = Math.min(counts.length - 1, used.at(-1) + 1);
-  const step = WIDTH / (last - first + 1);
-  const top = Math.max(...counts);
+  const step = Math.min(width / (last - first + 1), 64);
+  const left = (width - step * (last - first + 1)) / 2;
+  const most = Math.max(...counts);
+  const total = counts.reduce((sum, count) => sum + count, 0);
+  const every = Math.ceil(LABEL / step);
   for (let index = first; index <= last; index += 1) {
-    const x = (index - first) * step;
-    const height = (FLOOR - 14) * (counts[index] / top);
-    const bar = svg("rect", { x: x + 1, y: FLOOR - height, width: Math.max(1, step - 2), height, rx: 2 });
-    bar.append(svg("title", {}, `${bucketName(bounds, index)}: ${counts[index]}`));
+    const x = left + (index - first) * step;
+    const size = counts[index] ? Math.max(1, (floor - TOP) * (counts[index] / most)) : 0;
+    const share = (100 * counts[index]) / total;
+    const bar = svg("rect", { x: x + 1, y: floor - size, width: Math.max(1, step - 2), height: size, rx: Math.min(3, size / 2) });
+    bar.append(svg("title", {}, `${bucketName(bounds, index)}: ${number(counts[index])}, ${number(share)}%`));
     box.append(bar);
-    if (index < bounds.length && (index - first) % Math.ceil((last - first + 1) / 6) === 0) {
-      const label = svg("text", { x: x + step, y: HEIGHT - 3, "text-anchor": "middle" }, duration(bounds[index]));
-      box.append(label);
-    }
+    if (share >= 1 && step > 24) box.append(middle(x + step / 2, floor - size - 4, `${Math.round(share)}%`));
+    if (index < last && (index - first) % every === 0) box.append(middle(x + step, height - 4, duration(bounds[index])));
   }
 }
+
+const middle = (x, y, text) => svg("text", { x, y, "text-anchor": "middle" }, text);
 
 function bucketName(bounds, index) {
   if (index === 0) return `up to ${duration(bounds[0])}`;

@@ -3,35 +3,50 @@
 import { ask, events } from "./api.js";
 import { byId } from "./dom.js";
 import { AnswerView, said } from "./message.js";
-import { requestFields, startSettings, systemPrompt } from "./settings.js";
+import { insertExample, markWrong, requestFields, requireTool, startSettings, systemPrompt } from "./settings.js";
 
 const list = byId("messages");
+const scroller = byId("scroller");
+const prompt = byId("prompt");
 let history = []; // messages as the API takes them
 let views = []; // their elements, and that of a failed answer, in the same order
 let running = null; // AbortController of the answer in progress
 let withKey;
 
+/** What the examples of the empty page set, and ask. */
+const STARTERS = {
+  story: [() => {}, "Tell me a story about a fox."],
+  schema: [() => insertExample("schema"), "Invent a person."],
+  tools: [() => [insertExample("tools"), requireTool()], "How is the weather in Oslo?"],
+};
+
 /** Wire up the playground. `withKey` runs a call and asks for the API key where it is missing. */
 export function startChat(parts) {
   ({ withKey } = parts);
-  startSettings();
-  const prompt = byId("prompt");
+  startSettings(() => request([{ role: "user", content: prompt.value.trim() }]));
   byId("composer").addEventListener("submit", (event) => {
     event.preventDefault();
-    send(prompt);
+    send(prompt.value.trim());
   });
   prompt.addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
     event.preventDefault();
-    send(prompt);
+    send(prompt.value.trim());
   });
+  byId("view-chat").addEventListener("keydown", (event) => event.key === "Escape" && running?.abort());
   byId("stop").addEventListener("click", () => running?.abort());
   byId("fresh").addEventListener("click", clear);
   byId("again").addEventListener("click", tryAgain);
+  for (const button of document.querySelectorAll("[data-starter]")) {
+    const [set, question] = STARTERS[button.dataset.starter];
+    button.addEventListener("click", () => {
+      set();
+      send(question);
+    });
+  }
 }
 
-function send(prompt) {
-  const content = prompt.value.trim();
+function send(content) {
   if (!content || running) return;
   prompt.value = "";
   dropUnkept();
@@ -48,7 +63,7 @@ function show(view) {
   views.push(view);
   list.append(view);
   byId("welcome").hidden = true;
-  view.scrollIntoView({ block: "end" });
+  scroller.scrollTop = scroller.scrollHeight;
 }
 
 function clear() {
@@ -56,9 +71,10 @@ function clear() {
   for (const view of views) view.remove();
   history = [];
   views = [];
+  byId("settings-error").textContent = "";
   byId("welcome").hidden = false;
   byId("again").hidden = true;
-  byId("prompt").focus();
+  prompt.focus();
 }
 
 /** Forget what followed the last message of the user or a tool, and ask anew. */
@@ -74,36 +90,45 @@ function dropUnkept() {
   while (views.length > history.length) views.pop().remove();
 }
 
+/** The body of a request that continues the conversation with `more`. Throws like requestFields. */
+function request(more = []) {
+  const fields = requestFields();
+  const system = systemPrompt();
+  const messages = [...(system ? [{ role: "system", content: system }] : []), ...history, ...more];
+  // The call that was required has been made.
+  if (messages.at(-1)?.role === "tool" && fields.tool_choice === "required") delete fields.tool_choice;
+  return { ...fields, messages, stream: true, stream_options: { include_usage: true } };
+}
+
 /** Stream the answer to the conversation so far. */
 async function answer() {
-  let fields;
+  let body;
   byId("settings-error").textContent = "";
   try {
-    fields = requestFields();
+    body = request();
   } catch (error) {
-    byId("settings-box").open = true;
     byId("settings-error").textContent = error.message;
     byId("again").hidden = false;
+    markWrong(error.param);
     return;
   }
-  const system = systemPrompt();
-  const messages = [...(system ? [{ role: "system", content: system }] : []), ...history];
-  const view = new AnswerView(Boolean(fields.logprobs));
+  const view = new AnswerView(Boolean(body.logprobs));
   show(view.item);
   const mine = (running = new AbortController());
   setBusy(true);
-  const body = { ...fields, messages, stream: true, stream_options: { include_usage: true } };
   const got = { content: "", calls: [], began: performance.now() };
   try {
     await read(body, mine.signal, view, got);
   } catch (error) {
     if (mine.signal.aborted) got.reason = "stopped";
-    else view.fail(error.message);
+    else view.fail(error);
+    markWrong(error.param);
   }
   if (running === mine) setBusy((running = null));
   if (!view.item.isConnected) return; // the conversation was cleared
   view.finish(got);
   keep(view, got);
+  follow();
 }
 
 /** Follow the chunks of one answer; fills `got`. */
@@ -156,11 +181,18 @@ function keep(view, got) {
 function setBusy(busy) {
   byId("send").hidden = Boolean(busy);
   byId("stop").hidden = !busy;
+  byId("race").classList.toggle("flows", Boolean(busy));
   if (busy) byId("again").hidden = true;
 }
 
-/** Keep the end in sight, unless the reader has scrolled away from it. */
+let following = false;
+
+/** Keep the end in sight, unless the reader has scrolled away from it. At most once a frame. */
 function follow() {
-  const page = document.scrollingElement;
-  if (page.scrollHeight - page.scrollTop - innerHeight < 160) page.scrollTop = page.scrollHeight;
+  if (following) return;
+  following = true;
+  requestAnimationFrame(() => {
+    following = false;
+    if (scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 200) scroller.scrollTop = scroller.scrollHeight;
+  });
 }

@@ -1,32 +1,34 @@
-// The dashboard: listens to /ui/events while it is on screen and draws each second what comes.
+// The dashboard: listens to /ui/events while it is on screen and draws each second what comes. Keeps
+// one minute of counters and the last steps, nothing else.
 
 import { ApiError, ask, events } from "./api.js";
 import { drawHistogram, drawLine, quantile } from "./charts.js";
-import { byId, duration, el, number } from "./dom.js";
-import { drawTimeline } from "./timeline.js";
-import { drawTree, fillTable } from "./tree.js";
+import { byId, counted, duration, number } from "./dom.js";
+import { drawPages } from "./pages.js";
+import { Timeline } from "./timeline.js";
+import { Tree } from "./tree.js";
 
 const SECONDS = 60; // what the small lines and "the last minute" span
 const STEPS = 512;
 const RETRY_MS = 2000;
 const NODE_FIELDS = ["parent", "tokens", "locks", "hits", "hidden", "text"];
-const PAGE_USES = [
-  ["shared", "shared by requests"],
-  ["locked", "used, in the tree"],
-  ["private", "of one request"],
-  ["unused", "kept for later"],
-  ["free", "free"],
-];
 
 export class Dashboard {
   constructor({ withKey, showState }) {
     this.withKey = withKey;
     this.showState = showState;
     this.watching = null;
+    this.about = {};
     this.steps = [];
-    this.ticks = [];
+    this.ticks = []; // counters and histograms, one for each second
+    this.picture = null; // the pages and the tree of the last second
+    this.held = false;
+    this.timeline = new Timeline(byId("timeline"), byId("timeline-note"));
+    this.tree = new Tree(byId("tree"), byId("tree-note"), byId("tree-rows"));
     byId("span").addEventListener("change", () => this.#histograms());
-    new ResizeObserver(() => this.#draw()).observe(byId("view-live"));
+    byId("hold").addEventListener("click", () => this.#hold(!this.held));
+    this.width = 0;
+    new ResizeObserver(([{ contentRect }]) => this.#resized(contentRect.width)).observe(byId("view-live"));
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.#draw());
   }
 
@@ -46,52 +48,98 @@ export class Dashboard {
       try {
         const response = await this.withKey(() => ask("ui/events", { signal }));
         for await (const news of events(response)) this.#take(news);
-        if (!signal.aborted) this.showState("starting", "starting");
+        if (!signal.aborted) this.#lost("starting", "The server is starting, or going away.");
       } catch (error) {
         if (signal.aborted) return;
-        this.showState("lost", error instanceof ApiError ? error.message : "no connection");
+        this.#lost("lost", error.message);
+        if (!(error instanceof ApiError)) throw error;
+        if (!byId("locked").hidden) return;
       }
       await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
     }
   }
 
+  #lost(state, text) {
+    this.showState(state, state === "lost" ? "no connection" : state);
+    this.#notice(text);
+  }
+
+  #notice(text) {
+    const box = byId("live-note");
+    box.hidden = !text;
+    if (box.textContent !== text) box.textContent = text;
+  }
+
   #take(news) {
     this.showState(news.status, news.status);
-    if (!news.stats) return;
+    if (!news.stats) {
+      this.about = news;
+      return;
+    }
+    const { stats, ttft, itl, pages } = news;
+    this.#notice(stats.paused ? `Generation is paused; ${counted(stats.paused, "request")} held up.` : "");
     const last = this.ticks.at(-1);
-    if (last && news.stats.uptime < last.stats.uptime) this.steps = this.ticks = []; // a new server
-    const steps = news.steps.map((step) => named(news.fields, step));
-    this.steps = [...this.steps, ...steps].slice(-STEPS);
-    const tree = news.tree.map((node) => named(NODE_FIELDS, node));
-    this.ticks = [...this.ticks, { ...news, tree }].slice(-SECONDS - 1);
+    if (last && stats.uptime < last.stats.uptime) this.steps = this.ticks = []; // a new server
+    this.ticks = [...this.ticks, { stats, ttft, itl }].slice(-SECONDS - 1);
+    if (!this.held) {
+      this.steps = [...this.steps, ...news.steps.map((step) => named(news.fields, step))].slice(-STEPS);
+      this.picture = { pages, nodes: news.tree.map((node) => named(NODE_FIELDS, node)) };
+    }
+    this.#draw();
+  }
+
+  /** Keep steps, pages and tree as they are, to look at them. */
+  #hold(held) {
+    this.held = held;
+    byId("hold").setAttribute("aria-pressed", held);
+    byId("hold").textContent = held ? "Held: go on" : "Hold the picture";
+  }
+
+  #resized(width) {
+    if (width === this.width) return;
+    this.width = width;
     this.#draw();
   }
 
   #draw() {
     const now = this.ticks.at(-1);
     if (!now || !this.watching) return;
+    byId("race").classList.toggle("flows", now.stats.running > 0);
+    this.#facts(now.stats);
     this.#tiles(now.stats);
-    const sentence = drawTimeline(byId("timeline"), this.steps);
-    byId("timeline").setAttribute("aria-label", sentence);
-    byId("timeline-note").textContent = sentence;
-    drawPages(now.pages);
-    const svg = byId("tree");
-    byId("tree-note").textContent = drawTree(svg, now.tree, svg.parentElement.clientWidth);
-    fillTable(byId("tree-rows"), now.tree);
     this.#histograms();
+    if (!this.picture) return;
+    this.timeline.draw(this.steps);
+    drawPages(byId("pages"), byId("pages-legend"), this.picture.pages);
+    this.tree.draw(this.picture.nodes);
+  }
+
+  #facts(stats) {
+    const parts = [
+      `${this.about.model}, headrace ${this.about.version}`,
+      `up ${duration(stats.uptime)}`,
+      counted(stats.requests_total, "request"),
+      stats.aborted_total && `${number(stats.aborted_total)} aborted`,
+      stats.retracted_total && `${number(stats.retracted_total)} retracted`,
+      stats.evicted_tokens_total && `${number(stats.evicted_tokens_total)} tokens evicted`,
+    ];
+    byId("live-about").textContent = parts.filter(Boolean).join(" · ");
   }
 
   #tiles(stats) {
+    const each = (read) => this.ticks.map((tick) => read(tick.stats));
     this.#tile("out", rates(this.ticks, (s) => s.generated_tokens_total));
     this.#tile("in", rates(this.ticks, (s) => s.prompt_tokens_total));
-    this.#tile("running", this.ticks.map((tick) => tick.stats.running));
-    this.#tile("waiting", this.ticks.map((tick) => tick.stats.waiting));
+    this.#tile("cached", cachedShares(this.ticks), 100);
+    this.#tile("running", each((s) => s.running));
+    this.#tile("waiting", each((s) => s.waiting));
+    this.#tile("kv", each((s) => (100 * s.used_tokens) / s.max_total_tokens), 100);
     byId("tile-rows").textContent = `of ${number(stats.max_running_requests)}`;
   }
 
-  #tile(name, values) {
-    byId(`tile-${name}`).textContent = number(values.at(-1));
-    drawLine(byId(`spark-${name}`), values, SECONDS + 1);
+  #tile(name, values, top) {
+    byId(`tile-${name}`).textContent = Number.isFinite(values.at(-1)) ? number(values.at(-1)) : "–";
+    drawLine(byId(`spark-${name}`), values, SECONDS + 1, top);
   }
 
   #histograms() {
@@ -126,21 +174,13 @@ function rates(ticks, read) {
   return found;
 }
 
-/** `pages.shared` is a part of those in use: shown apart, so that the bar adds up. */
-function drawPages(pages) {
-  const shared = Math.min(pages.shared, pages.locked);
-  const sizes = { ...pages, shared, locked: pages.locked - shared };
-  byId("pages").replaceChildren(
-    ...PAGE_USES.filter(([use]) => use !== "free").map(([use]) => {
-      const part = el("i", { className: use });
-      part.style.flex = `0 0 ${(100 * sizes[use]) / pages.total}%`;
-      return part;
-    }),
-  );
-  byId("pages-legend").replaceChildren(
-    ...PAGE_USES.map(([use, text]) =>
-      el("div", {}, el("dt", { textContent: text }), el("dd", { textContent: number(sizes[use]) })),
-    ),
-  );
-  byId("pages").setAttribute("aria-label", PAGE_USES.map(([use, text]) => `${sizes[use]} pages ${text}`).join(", "));
+const WINDOW = 10; // seconds: requests are few, tokens come in lumps
+
+/** The share of prompt tokens that were cached, in percent over the last seconds; NaN without any. */
+function cachedShares(ticks) {
+  return ticks.map(({ stats }, index) => {
+    const before = ticks[Math.max(0, index - WINDOW)].stats;
+    const prompt = stats.prompt_tokens_total - before.prompt_tokens_total;
+    return (100 * (stats.cached_tokens_total - before.cached_tokens_total)) / prompt;
+  });
 }

@@ -1,16 +1,16 @@
 // One message on the page. An answer grows as its chunks come. Knows no network.
 
-import { duration, el, number } from "./dom.js";
+import { addText, copy, duration, el, number, showProblem } from "./dom.js";
 import { TokenView } from "./tokens.js";
 
-const NAMES = { user: "You", assistant: "Answer", tool: "Tool" };
+const NAMES = { user: "You", assistant: "Answer", tool: "Result of the tool" };
 
 /** A finished message of the user or of a tool. */
 export function said(role, text) {
   return el(
     "li",
     { className: `message ${role}` },
-    el("h2", { textContent: NAMES[role] }),
+    el("h2", { className: role === "tool" ? "" : "hidden", textContent: NAMES[role] }),
     el("div", { className: "text", textContent: text }),
   );
 }
@@ -19,17 +19,11 @@ export function said(role, text) {
 export class AnswerView {
   constructor(withTokens) {
     this.text = el("div", { className: "text" });
-    this.note = el("p", { className: "note" });
-    this.problem = el("p", { className: "error" });
+    this.foot = el("div", { className: "foot" });
+    this.problem = el("p", { className: "problem" });
     this.problem.setAttribute("role", "alert");
-    this.item = el(
-      "li",
-      { className: "message assistant waiting" },
-      el("h2", { textContent: NAMES.assistant }),
-      this.text,
-      this.note,
-      this.problem,
-    );
+    const heading = el("h2", { className: "hidden", textContent: NAMES.assistant });
+    this.item = el("li", { className: "message assistant waiting" }, heading, this.text, this.foot, this.problem);
     this.tokens = withTokens ? new TokenView(this.text) : null;
     this.reasoning = null;
   }
@@ -37,7 +31,7 @@ export class AnswerView {
   /** More content; `entries` are the log-probabilities of its tokens, if asked for. */
   addContent(text, entries) {
     if (this.tokens) this.tokens.add(entries);
-    else this.text.append(text);
+    else addText(this.text, text);
   }
 
   /** More reasoning, folded away; its tokens are shown there. */
@@ -45,37 +39,43 @@ export class AnswerView {
     if (!this.reasoning) {
       const box = el("div");
       const fold = el("details", { className: "reasoning" }, el("summary", { textContent: "Reasoning" }), box);
-      fold.style.position = "relative";
       this.text.before(fold);
       this.reasoning = { box, tokens: this.tokens && new TokenView(box) };
     }
     if (this.reasoning.tokens) this.reasoning.tokens.add(entries);
-    else this.reasoning.box.append(text);
+    else addText(this.reasoning.box, text);
   }
 
   /** The calls of a finished answer, each with a field for its result; `answered(results)` once. */
   askForResults(calls, answered) {
     const forms = calls.map((call) => callForm(call));
     const send = el("button", { type: "submit", className: "primary", textContent: "Send results" });
-    const form = el("form", {}, ...forms.map(({ box }) => box), el("p", { className: "row" }, send));
+    const row = el("p", { className: "row" }, send);
+    const form = el("form", {}, ...forms.map(({ box }) => box), row);
     form.addEventListener("submit", (event) => {
       event.preventDefault();
-      send.disabled = true;
+      row.remove();
       for (const { field } of forms) field.readOnly = true;
       answered(forms.map(({ field }) => field.value));
     });
-    this.note.before(form);
+    this.foot.before(form);
   }
 
   /** It has ended. */
   finish(measures) {
     this.item.classList.remove("waiting");
-    this.note.textContent = describe(measures);
+    const parts = [el("p", { className: "note", textContent: describe(measures) })];
+    if (measures.content) {
+      const button = el("button", { type: "button", className: "quiet", textContent: "Copy" });
+      button.addEventListener("click", () => copy(button, measures.content));
+      parts.push(button);
+    }
+    if (this.tokens && measures.first) parts.push(el("span", { className: "note scale" }, "sure", el("i"), "unsure"));
+    this.foot.replaceChildren(...parts);
   }
 
-  fail(message) {
-    this.item.classList.remove("waiting");
-    this.problem.textContent = message;
+  fail(error) {
+    showProblem(this.problem, error);
   }
 }
 
@@ -99,6 +99,8 @@ function pretty(text) {
   }
 }
 
+const REASONS = { length: "cut at max tokens", tool_calls: "calls a tool" };
+
 function describe({ usage, first, last, began, reason, ignored }) {
   const parts = [];
   if (usage) {
@@ -107,10 +109,9 @@ function describe({ usage, first, last, began, reason, ignored }) {
     parts.push(`${usage.completion_tokens} out`);
   }
   if (first) parts.push(`first token ${duration((first - began) / 1000)}`);
-  if (usage?.completion_tokens > 1 && last > first) {
-    parts.push(`${number(((usage.completion_tokens - 1) * 1000) / (last - first))} tokens/s`);
-  }
-  if (reason && reason !== "stop") parts.push(reason === "length" ? "cut at max tokens" : reason);
+  // Over the whole time: a browser that was busy sees all tokens at once.
+  if (usage?.completion_tokens && last) parts.push(`${number((usage.completion_tokens * 1000) / (last - began))} tokens/s`);
+  if (reason && reason !== "stop") parts.push(REASONS[reason] ?? reason);
   if (ignored) parts.push(`without effect: ${ignored}`);
   return parts.join(" · ");
 }
