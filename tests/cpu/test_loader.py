@@ -314,7 +314,7 @@ def test_files_module_needs_no_torch() -> None:
 @pytest.mark.slow
 def test_loader_and_models_need_no_transformers() -> None:
     code = (
-        "import headrace.loader.default, headrace.loader.dummy, headrace.models.dense, sys\n"
+        "import headrace.loader.default, headrace.loader.dummy, headrace.models.llama, sys\n"
         "print(sorted({'transformers', 'huggingface_hub'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
