@@ -22,11 +22,14 @@ install-test: .venv/installed-test
 demo: install
 	$(BIN)/headrace demo
 
-# Fast tests first, slow ones last.
+# Fast tests first, slow ones last; tests that start servers have the machine for themselves.
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 test: install-test
-	$(BIN)/python -m pytest -q tests/pure
-	$(BIN)/python -m pytest -q tests/cpu tests/e2e -m "not slow"
-	$(BIN)/python -m pytest -q tests -m slow
+	$(BIN)/python -m pytest -q $(PARALLEL) tests/pure
+	$(BIN)/python -m pytest -q $(PARALLEL) tests/cpu -m "not slow"
+	$(BIN)/python -m pytest -q tests/e2e -m "not slow"
+	$(BIN)/python -m pytest -q $(PARALLEL) tests/cpu -m slow
+	$(BIN)/python -m pytest -q tests/e2e -m slow
 
 check: install-test
 	$(BIN)/ruff check src tests tools
