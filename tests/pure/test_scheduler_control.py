@@ -191,7 +191,7 @@ def test_idle_sessions_are_closed(monkeypatch):
     monkeypatch.setattr(sessions, "MAX_TOKENS", 3)
     request = spec("r", [1, 2, 3, 4], session=SessionParams("b"))
     with pytest.raises(Overloaded, match="no room"):
-        found.extend(request)
+        found.extend(request, 100)
 
 
 # -- traces -----------------------------------------------------------------------------------

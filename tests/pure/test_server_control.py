@@ -78,7 +78,7 @@ def test_sessions_open_and_close():
     assert client.post("/close_session", json={"session_id": id}).status_code == 200
     assert client.post("/close_session", json={"session_id": id}).status_code == 400
     assert error(client.post("/open_session", json={"timeout": 0}))["param"] == "timeout"
-    assert client.post("/open_session", json={"streaming": True}).status_code == 501
+    assert client.post("/open_session", json={"streaming": True}).status_code == 400
     assert error(client.post("/close_session", json={}))["param"] == "session_id"
 
 
@@ -99,7 +99,7 @@ def test_generate_in_a_session():
     for other in ({"sampling_params": {"n": 2}}, {"return_prompt_token_ids": True}):
         body = {"text": "a", "session_params": {"id": "s"}, **other}
         assert client.post("/generate", json=body).status_code == 400
-    assert client.post("/generate", json={"text": "a", "session_id": "s"}).status_code == 501
+    assert client.post("/generate", json={"text": "a", "session_id": "s"}).status_code == 400
 
 
 def test_profile(tmp_path):
@@ -143,7 +143,7 @@ def test_configure_logging_logs_requests(caplog):
     assert client.post("/configure_logging", json={"log_level": "debug"}).status_code == 200
     assert logging.getLogger().level == logging.DEBUG
     assert client.post("/configure_logging", json={"log_level": "loud"}).status_code == 400
-    assert client.post("/configure_logging", json={"dump_requests_folder": "/x"}).status_code == 501
+    assert client.post("/configure_logging", json={"dump_requests_folder": "/x"}).status_code == 400
 
 
 def test_slow_down_and_freeze():

@@ -168,7 +168,7 @@ class Scheduler:
         try:
             for rid in self.sessions.displaced(spec):
                 self._abort(AbortRequest(rid, message="Replaced by another of its session."))
-            return self.sessions.extend(spec), None
+            return self.sessions.extend(spec, self.limits.max_request_tokens), None
         except HeadraceError as error:
             return spec, abort(error.message, error.status, error.kind)
 
