@@ -23,7 +23,8 @@ class ControlledManager(ScriptedManager):
 
     def _reply(self, message: Control) -> ControlReply:
         self.scheduler.submit(message)
-        (reply,) = self.scheduler.take()
+        reply, *counters = self.scheduler.take()
+        assert bool(counters) == (message.verb in ("pause", "continue"))
         return reply
 
 
