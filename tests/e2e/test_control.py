@@ -18,7 +18,8 @@ GREEDY = {"temperature": 0.0, "max_new_tokens": 24, "ignore_eos": True}
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
     folder = tmp_path_factory.mktemp("profiles")
-    with Engine(profile_dir=str(folder), max_total_tokens=4096, log_level="warning") as made:
+    options = {"max_total_tokens": 4096, "detokenizer_worker_num": 2, "log_level": "warning"}
+    with Engine(profile_dir=str(folder), **options) as made:
         yield made
 
 
