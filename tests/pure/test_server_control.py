@@ -1,5 +1,6 @@
 """Routes for operators, in front of a real scheduler: status codes, bodies, what they do."""
 
+import asyncio
 import json
 import logging
 
@@ -7,7 +8,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from headrace.core.config import Config
-from headrace.core.messages import Control, ControlReply
+from headrace.core.errors import BadRequest
+from headrace.core.messages import Control, ControlReply, GenerateRequest
 from headrace.server.app import build_app
 from tests.pure.test_scheduler import run, spec
 from tests.pure.test_scheduler_properties import make_scheduler
@@ -145,6 +147,20 @@ def test_configure_logging_logs_requests(caplog):
     assert logging.getLogger().level == logging.DEBUG
     assert client.post("/configure_logging", json={"log_level": "loud"}).status_code == 400
     assert client.post("/configure_logging", json={"dump_requests_folder": "/x"}).status_code == 400
+
+
+async def test_a_refused_request_leaves_the_log_as_it_is():
+    config = Config.from_flat({"model_path": "/m/tiny", "log_requests": True})
+    manager = ScriptedManager(config, lambda request: [])
+    request = GenerateRequest("r", text="hi")
+    first = asyncio.create_task(anext(manager.generate(request)))
+    while "r" not in manager.log._open:
+        await asyncio.sleep(0)
+    entry = manager.log._open["r"]
+    with pytest.raises(BadRequest, match="in use"):
+        await anext(manager.generate(request))
+    assert manager.log._open == {"r": entry}
+    first.cancel()
 
 
 def test_slow_down_and_freeze():
