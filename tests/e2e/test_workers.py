@@ -4,8 +4,11 @@ import json
 import re
 import signal
 import time
+import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import psutil
 import pytest
@@ -14,7 +17,8 @@ from tests.support.servers import Server, wait_for
 
 pytestmark = pytest.mark.slow
 
-KEY = {"Authorization": "Bearer k"}
+SECRET = "k-of-the-mill"
+KEY = {"Authorization": f"Bearer {SECRET}"}
 OPTIONS = ("--runner", "fake", "--tokenizer-worker-num", "2", "--detokenizer-worker-num", "2")
 
 
@@ -34,6 +38,40 @@ def generate(server: Server, rid: str, seed: int, **fields):
     )
 
 
+def long_streams(server: Server, name: str, count: int = 6, tokens: int = 900) -> list:
+    """Open streams, at the first tokens."""
+    sampling = {"max_new_tokens": tokens, "ignore_eos": True, "seed": 1}
+    streams = [
+        generate(server, f"{name}-{i}", 1, stream=True, sampling_params=sampling)
+        for i in range(count)
+    ]
+    for stream in streams:
+        stream.readline()
+    return streams
+
+
+def last_of(stream) -> dict:
+    """The last event of a stream that ends well."""
+    lines = [line for line in stream if line.startswith(b"data: ")]
+    assert lines.pop() == b"data: [DONE]\n"
+    return json.loads(lines[-1].removeprefix(b"data: "))
+
+
+def running(server: Server) -> int:
+    with ask(server, "/v1/loads") as answer:
+        return json.load(answer)["loads"][0]["num_running_reqs"]
+
+
+@contextmanager
+def slow(server: Server) -> Iterator[None]:
+    """Steps take long enough for something to happen between them."""
+    ask(server, "/slow_down", {"forward_sleep_time": 0.003}).close()
+    try:
+        yield
+    finally:
+        ask(server, "/slow_down", {"forward_sleep_time": 0}).close()
+
+
 def assert_nothing_is_left(server: Server, children: list[psutil.Process]) -> None:
     wait_for(lambda: not [child for child in children if child.is_running()], 10)
     wait_for(lambda: not server.folders(), 5)
@@ -42,10 +80,8 @@ def assert_nothing_is_left(server: Server, children: list[psutil.Process]) -> No
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     base = tmp_path_factory.mktemp("workers")
-    with Server(base, *OPTIONS, "--api-key", "k") as made:
+    with Server(base, *OPTIONS, "--api-key", SECRET, "--log-level", "debug") as made:
         yield made.wait_ready()
-        made.process.send_signal(signal.SIGTERM)
-        made.process.wait(20)
 
 
 def test_every_worker_gives_the_same_answers(server):
@@ -89,6 +125,25 @@ def test_every_worker_feeds_the_dashboard(server):
     assert [first_tokens() for _ in range(6)] == [before + 12] * 6
 
 
+def test_the_log_of_requests_is_of_all_workers(server):
+    settings = {"log_requests": True, "log_requests_level": 3, "log_requests_format": "json"}
+    ask(server, "/configure_logging", settings).close()
+    try:
+        wait_for(lambda: {"http-1", "http-2"} <= logged_by(server), 20)
+    finally:
+        ask(server, "/configure_logging", {"log_requests": False}).close()
+    assert SECRET not in server.text
+    with ask(server, "/server_info") as answer:
+        assert SECRET not in answer.read().decode()
+
+
+def logged_by(server: Server) -> set[str]:
+    """Who has logged requests, after some more of them."""
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: generate(server, f"l{i}", 1).close(), range(16)))
+    return set(re.findall(r'(http-\d) INFO {"event":"finished"', server.text))
+
+
 def test_keys_and_health_whoever_answers(server):
     for _ in range(8):
         assert server.status("/health") == server.status("/health_generate") == 200
@@ -98,22 +153,43 @@ def test_keys_and_health_whoever_answers(server):
 
 
 def test_aborts_reach_every_worker(server):
-    long = {"sampling_params": {"max_new_tokens": 100_000, "ignore_eos": True}, "stream": True}
-    ask(server, "/slow_down", {"forward_sleep_time": 0.002})
-    try:
-        long["sampling_params"]["max_new_tokens"] = 900
-        streams = [
-            ask(server, "/generate", {"text": "Hi", "rid": f"abort-{i}", **long}) for i in range(6)
-        ]
+    with slow(server):
+        streams = long_streams(server, "abort")
+        ask(server, "/abort_request", {"rid": "abort-"}).close()
         for stream in streams:
-            stream.readline()
-        ask(server, "/abort_request", {"rid": "abort-"})
+            assert last_of(stream)["meta_info"]["finish_reason"]["type"] == "abort"
+
+
+def test_a_client_that_leaves_frees_its_request(server):
+    with slow(server):
+        streams = long_streams(server, "leave")
+        wait_for(lambda: running(server) == 6, 5)
         for stream in streams:
-            lines = [line for line in stream if line.startswith(b"data: {")]
-            last = json.loads(lines[-1].removeprefix(b"data: "))
-            assert last["meta_info"]["finish_reason"]["type"] == "abort"
-    finally:
-        ask(server, "/slow_down", {"forward_sleep_time": 0})
+            stream.close()
+        wait_for(lambda: not running(server), 2)
+
+
+def test_a_rid_is_taken_on_every_worker(server):
+    with slow(server):
+        (stream,) = long_streams(server, "same", 1, tokens=300)
+        for _ in range(8):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                generate(server, "same-0", 2)
+            assert refused.value.code == 400 and b"in use" in refused.value.read()
+    assert last_of(stream)["meta_info"]["completion_tokens"] == 300
+
+
+@pytest.mark.parametrize("mode", ["retract", "in_place"])
+def test_a_pause_is_of_all_workers(server, mode):
+    (alone,) = map(last_of, long_streams(server, f"alone-{mode}", 1, tokens=300))
+    with slow(server):
+        streams = long_streams(server, mode, 4, tokens=300)
+        ask(server, "/pause_generation", {"mode": mode}).close()
+    assert server.status("/health") == server.status("/health_generate") == 200
+    wait_for(lambda: running(server) == (0 if mode == "retract" else 4), 5)
+    ask(server, "/continue_generation", {}).close()
+    for stream in streams:
+        assert last_of(stream)["output_ids"] == alone["output_ids"]
 
 
 def test_sessions_go_over_workers(server):
@@ -128,33 +204,33 @@ def test_sessions_go_over_workers(server):
     assert meta["prompt_tokens"] > 7 * 20
 
 
-def test_sigterm_lets_streams_end_and_leaves_nothing(tmp_path):
-    with Server(tmp_path, *OPTIONS) as server:
-        server.wait_ready()
-        children = list(server.children().values())
-        assert len(children) == 5
-        stream = generate(
-            server, "r", 1, stream=True, sampling_params={"max_new_tokens": 900, "ignore_eos": True}
-        )
-        stream.readline()
-        for process in (*children, server.process):
-            process.send_signal(signal.SIGTERM)
-        lines = [line for line in stream if line.startswith(b"data: ")]
-        assert lines[-1] == b"data: [DONE]\n"
-        assert server.process.wait(20) == 0, server.text
-        assert_nothing_is_left(server, children)
+def test_sigterm_lets_streams_end_and_leaves_nothing(server):
+    """The end of the server that the tests before had."""
+    children = list(server.children().values())
+    assert len(children) == 5
+    streams = long_streams(server, "end", 4)
+    for process in (*children, server.process):
+        process.send_signal(signal.SIGTERM)
+    for stream in streams:
+        assert last_of(stream)["meta_info"]["completion_tokens"] == 900
+    assert server.process.wait(20) == 0, server.text
+    assert_nothing_is_left(server, children)
+    assert SECRET not in server.text and "Traceback" not in server.text
 
 
-@pytest.mark.parametrize("victim", ["main", "http-1"])
+@pytest.mark.parametrize("victim", ["main", "scheduler"])
 def test_a_lost_process_takes_all_with_it(tmp_path, victim):
     with Server(tmp_path, *OPTIONS) as server:
         server.wait_ready()
         children = server.children()
         if victim == "main":
             server.process.kill()
+            server.process.wait()
         else:
+            ask(server, "/slow_down", {"forward_sleep_time": 0.01}).close()
+            streams = long_streams(server, "lost")
             children[f"headrace::{victim}"].kill()
+            assert all(b"process was lost" in stream.read() for stream in streams)
             assert server.process.wait(20) == 1
-            assert "The http-1 process was lost" in server.text
-        server.process.wait()
+            assert f"The {victim} process was lost" in server.text
         assert_nothing_is_left(server, list(children.values()))

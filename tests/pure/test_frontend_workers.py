@@ -15,6 +15,7 @@ from headrace.core.messages import (
 )
 from headrace.core.resolve import check_workers
 from headrace.engine.launch import launch, roles
+from headrace.frontend import peers
 from headrace.frontend.detokenizer import DetokenizerManager
 from headrace.frontend.peers import to_values, total
 from headrace.frontend.router import ByRequest, MultiTokenizerRouter
@@ -60,7 +61,10 @@ def test_all_news_of_a_request_takes_one_way():
         assert box[0].items and [d.rid for d in box[0].items] == [d.rid for d in box[2].items]
     seen = [delta.rid for box in boxes for delta in box[0].items]
     assert sorted(map(int, seen)) == list(range(20))
-    assert [sum(box[i].stats is not None for box in boxes) for i in range(3)] == [1, 1, 1]
+    outlet.send(Deltas([], STATS))
+    assert [len(box) for box in boxes] == [4, 3]
+    assert all(part.stats == STATS for part in boxes[0]), "the last counters come last"
+    assert all(part.stats is None for part in boxes[1])
 
 
 def test_a_rid_is_unique_among_frontends():
@@ -99,7 +103,7 @@ def test_metrics_add_up():
     assert found.e2e_latency.sum == pytest.approx(2.1)
 
 
-async def test_frontends_ask_each_other(tmp_path):
+async def test_frontends_ask_each_other(tmp_path, monkeypatch):
     folder = AddressFolder(tmp_path)
     options = config(tokenizer_worker_num=2)
     made = [
@@ -116,8 +120,11 @@ async def test_frontends_ask_each_other(tmp_path):
     async with asyncio.timeout(5):
         while not made[1].log.on:
             await asyncio.sleep(0.005)
-    for manager in made:
-        await manager.close()
+    monkeypatch.setattr(peers, "_PATIENCE", 0.05)
+    await made[1].close()
+    made[0].metrics.requests += 1
+    assert (await made[0].peers.metrics(made[0].metrics)).requests == 4, "the other's stay"
+    await made[0].close()
     folder.remove()
 
 

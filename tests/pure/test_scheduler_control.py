@@ -2,11 +2,12 @@
 
 import json
 
+import msgspec
 import numpy as np
 import pytest
 
 from headrace.core.errors import BadRequest, Overloaded
-from headrace.core.messages import AbortRequest, Control, SessionParams
+from headrace.core.messages import AbortRequest, Control, LogprobSpec, SessionParams
 from headrace.scheduler import sessions, trace
 from headrace.scheduler.control import PAUSE_MODES
 from headrace.scheduler.sessions import Sessions
@@ -94,6 +95,21 @@ def test_unknown_mode_and_slow_down_are_refused():
     assert ask(scheduler, "slow_down", seconds=None).ok and scheduler.slow_down == 0.0
 
 
+def test_arguments_of_the_wrong_type_are_refused():
+    scheduler = make_scheduler()
+    for verb, args in (
+        ("slow_down", {"seconds": "1"}),
+        ("open_session", {"capacity": None}),
+        ("start_profile", {"folder": "x", "num_steps": 1.5}),
+        ("pause", {"mode": 1}),
+        ("ping", {"other": 1}),
+        ("close_session", {}),
+    ):
+        reply = ask(scheduler, verb, **args)
+        assert not reply.ok and reply.data == {"status": 400}, verb
+    assert not scheduler.planner.paused and not scheduler.trace.on
+
+
 # -- sessions ---------------------------------------------------------------------------------
 
 
@@ -176,6 +192,85 @@ def test_a_failed_request_leaves_no_trace_in_its_session():
     assert scheduler.sessions._sessions["s"].nodes == {}
 
 
+def test_a_refused_replacement_drops_nothing():
+    scheduler = make_scheduler(pages=100)
+    ask(scheduler, "open_session", session_id="s", capacity=12)
+    run(scheduler, in_session("a", [1]), in_session("b", [2]))
+    run(scheduler, in_session("c", [2], "a"))
+    client = run(scheduler, in_session("d", [4] * 12, "a", replace=True))
+    assert "capacity_of_str_len" in client.finish["d"].message
+    assert set(scheduler.sessions._sessions["s"].nodes) == {"a", "b", "c"}
+
+
+def test_another_request_of_one_name_harms_nobody():
+    scheduler = make_scheduler(pages=100)
+    client = Client(scheduler)
+    ask(scheduler, "open_session", session_id="s")
+    scheduler.submit(in_session("a", [1, 2], most=9))
+    scheduler.step()
+    node = scheduler.sessions._sessions["s"].nodes["a"]
+    thief = in_session("a", [3])
+    scheduler.submit(msgspec.structs.replace(thief, origin=2))
+    (delta,) = scheduler.committer.deltas
+    assert delta.origin == 2 and "in use" in delta.finish.message
+    scheduler.committer.deltas = []
+    assert scheduler.sessions._sessions["s"].nodes["a"] is node
+    client.run()
+    assert context(scheduler, "a") == [1, 2, *client.out["a"]] and len(client.out["a"]) == 9
+
+
+def test_an_aborted_request_can_be_gone_on_from():
+    scheduler = make_scheduler(pages=100, page_size=4)
+    client = Client(scheduler)
+    ask(scheduler, "open_session", session_id="s")
+    scheduler.submit(in_session("a", 9, most=40))
+    for _ in range(8):
+        scheduler.step()
+    scheduler.submit(AbortRequest("a"))
+    scheduler.submit(in_session("b", [5], "a"))
+    client.run()
+    before = [*range(9), *client.out["a"]]
+    assert 9 < len(before) < 49 and client.last["b"].cached_tokens >= 8
+    assert client.out["b"] == expected(spec("b", [*before, 5], 3))
+
+
+@pytest.mark.parametrize("reopened", [False, True])
+def test_what_runs_survives_the_end_of_its_session(reopened):
+    scheduler = make_scheduler(pages=100)
+    client = Client(scheduler)
+    ask(scheduler, "open_session", session_id="s")
+    scheduler.submit(in_session("a", [1, 2], most=9))
+    scheduler.step()
+    assert ask(scheduler, "close_session", session_id="s").ok
+    if reopened:
+        ask(scheduler, "open_session", session_id="s")
+    client.run()
+    assert client.out["a"] == expected(spec("a", [1, 2], 9))
+    assert scheduler.sessions._tokens == 0
+    assert not reopened or scheduler.sessions._sessions["s"].nodes == {}
+
+
+def test_a_session_request_may_fill_the_context():
+    scheduler = make_scheduler(pages=10, page_size=4)
+    ask(scheduler, "open_session", session_id="s")
+    run(scheduler, in_session("a", 9, most=6))
+    client = run(scheduler, in_session("b", [1], "a", most=39, fill=True))
+    assert client.last["b"].prompt_tokens == 16 and len(client.out["b"]) == 24
+    client = run(scheduler, in_session("c", [1], "b", most=39, fill=True))
+    assert "needs 42 tokens" in client.finish["c"].message
+
+
+def test_prompt_logprobs_of_a_session_are_of_its_own_prompt():
+    scheduler = make_scheduler(pages=100)
+    ask(scheduler, "open_session", session_id="s")
+    run(scheduler, in_session("a", 9))
+    for start, tokens in ((0, [6, 7, 8]), (1, [7, 8])):
+        more = in_session(f"b{start}", [6, 7, 8], "a")
+        more = msgspec.structs.replace(more, logprobs=LogprobSpec(start=start))
+        found = run(scheduler, more).input_logprobs[more.rid]
+        assert found.tokens == tokens and len(found.values) == len(tokens)
+
+
 def test_idle_sessions_are_closed(monkeypatch):
     now = [0.0]
     found = Sessions(2, 10.0, lambda: now[0])
@@ -191,7 +286,7 @@ def test_idle_sessions_are_closed(monkeypatch):
     monkeypatch.setattr(sessions, "MAX_TOKENS", 3)
     request = spec("r", [1, 2, 3, 4], session=SessionParams("b"))
     with pytest.raises(Overloaded, match="no room"):
-        found.extend(request)
+        found.extend(request, 100)
 
 
 # -- traces -----------------------------------------------------------------------------------
@@ -210,8 +305,25 @@ def test_a_trace_has_every_step(tmp_path):
     assert sum(event["args"]["prefill_tokens"] for event in steps) >= 20
     for name in ("plan", "launch", "commit"):
         assert sum(event["name"] == name for event in events) == len(steps)
-    assert all(event["dur"] >= 0 for event in events if event["ph"] == "X")
+    check_trace((tmp_path / "one.trace.json").read_text())
     assert not ask(scheduler, "stop_profile").ok
+
+
+def check_trace(text: str) -> None:
+    """What the Trace Event Format asks of complete, counter and metadata events."""
+    events = json.loads(text)["traceEvents"]
+    ends: dict[tuple[int, int], float] = {}
+    for event in events:
+        assert event["ph"] in "XCM" and isinstance(event["name"], str)
+        assert isinstance(event["pid"], int) and isinstance(event["tid"], int)
+        if event["ph"] == "C":
+            assert all(isinstance(value, int) for value in event["args"].values())
+        if event["ph"] == "M":
+            assert event["name"] == "thread_name" and isinstance(event["args"]["name"], str)
+    for event in sorted((e for e in events if e["ph"] == "X"), key=lambda e: e["ts"]):
+        track = event["pid"], event["tid"]
+        assert event["dur"] >= 0 and event["ts"] >= ends.get(track, 0.0) - 1.0, "spans overlap"
+        ends[track] = event["ts"] + event["dur"]
 
 
 def test_a_trace_ends_by_itself(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Routes for operators, in front of a real scheduler: status codes, bodies, what they do."""
 
+import asyncio
 import json
 import logging
 
@@ -7,7 +8,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from headrace.core.config import Config
-from headrace.core.messages import Control, ControlReply
+from headrace.core.errors import BadRequest
+from headrace.core.messages import Control, ControlReply, GenerateRequest
 from headrace.server.app import build_app
 from tests.pure.test_scheduler import run, spec
 from tests.pure.test_scheduler_properties import make_scheduler
@@ -23,7 +25,8 @@ class ControlledManager(ScriptedManager):
 
     def _reply(self, message: Control) -> ControlReply:
         self.scheduler.submit(message)
-        (reply,) = self.scheduler.take()
+        reply, *counters = self.scheduler.take()
+        assert bool(counters) == (message.verb in ("pause", "continue"))
         return reply
 
 
@@ -78,7 +81,7 @@ def test_sessions_open_and_close():
     assert client.post("/close_session", json={"session_id": id}).status_code == 200
     assert client.post("/close_session", json={"session_id": id}).status_code == 400
     assert error(client.post("/open_session", json={"timeout": 0}))["param"] == "timeout"
-    assert client.post("/open_session", json={"streaming": True}).status_code == 501
+    assert client.post("/open_session", json={"streaming": True}).status_code == 400
     assert error(client.post("/close_session", json={}))["param"] == "session_id"
 
 
@@ -99,7 +102,7 @@ def test_generate_in_a_session():
     for other in ({"sampling_params": {"n": 2}}, {"return_prompt_token_ids": True}):
         body = {"text": "a", "session_params": {"id": "s"}, **other}
         assert client.post("/generate", json=body).status_code == 400
-    assert client.post("/generate", json={"text": "a", "session_id": "s"}).status_code == 501
+    assert client.post("/generate", json={"text": "a", "session_id": "s"}).status_code == 400
 
 
 def test_profile(tmp_path):
@@ -143,7 +146,21 @@ def test_configure_logging_logs_requests(caplog):
     assert client.post("/configure_logging", json={"log_level": "debug"}).status_code == 200
     assert logging.getLogger().level == logging.DEBUG
     assert client.post("/configure_logging", json={"log_level": "loud"}).status_code == 400
-    assert client.post("/configure_logging", json={"dump_requests_folder": "/x"}).status_code == 501
+    assert client.post("/configure_logging", json={"dump_requests_folder": "/x"}).status_code == 400
+
+
+async def test_a_refused_request_leaves_the_log_as_it_is():
+    config = Config.from_flat({"model_path": "/m/tiny", "log_requests": True})
+    manager = ScriptedManager(config, lambda request: [])
+    request = GenerateRequest("r", text="hi")
+    first = asyncio.create_task(anext(manager.generate(request)))
+    while "r" not in manager.log._open:
+        await asyncio.sleep(0)
+    entry = manager.log._open["r"]
+    with pytest.raises(BadRequest, match="in use"):
+        await anext(manager.generate(request))
+    assert manager.log._open == {"r": entry}
+    first.cancel()
 
 
 def test_slow_down_and_freeze():

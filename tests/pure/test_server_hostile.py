@@ -1,8 +1,10 @@
 """Bodies nobody should send: every answer is below 500 and has the one shape of errors."""
 
+import asyncio
 import json
 from typing import Any
 
+import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -11,6 +13,8 @@ from starlette.testclient import TestClient
 from headrace.core.config import Config
 from headrace.server.app import build_app
 from headrace.server.schemas import REFUSED, ChatRequest, CompletionRequest
+from headrace.text import template
+from headrace.text.chat import TemplateManager
 from tests.support.scripted_manager import ScriptedManager
 
 INTEGERS = (0, -1, 1, 2, 129, 455, 2**31, -(2**31) - 1, 2**63, 2**64, -(2**63) - 1, 10**400)
@@ -144,3 +148,28 @@ def test_known_traps(client, raw):
         "/v1/completions", content=raw, headers={"content-type": "application/json"}
     )
     assert answer.status_code == 400, answer.text
+
+
+async def test_a_template_without_end_holds_up_nobody(monkeypatch):
+    monkeypatch.setattr(template, "MAX_RENDER_SECONDS", 1.0)
+    config = Config.from_flat({"served_model_name": "tiny", "model_path": "/m/tiny"})
+    manager = ScriptedManager(config)
+    endless = "{% set r = range(9999) %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}"
+    manager.templates = TemplateManager({"default": endless})
+    app = build_app(manager, config, manager.info)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
+        body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
+        paths = ("/v1/chat/completions", "/v1/messages", "/api/chat", "/v1/responses")
+        slow = [
+            asyncio.create_task(client.post(path, json=body | {"model": "tiny", "input": "hi"}))
+            for path in paths
+        ]
+        answered = 0
+        while not all(task.done() for task in slow):
+            assert (await client.get("/ready")).status_code == 200
+            answered += 1
+            await asyncio.sleep(0.005)
+        assert answered > 10
+        for task in slow:
+            assert (await task).status_code == 400
+            assert "took more than 1 s" in (await task).text

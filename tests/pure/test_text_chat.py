@@ -303,19 +303,42 @@ def test_sizes_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
         "{% endfor %}",
         "{% macro f() %}{% for i in range(9999) %}{{ i }}{% endfor %}{% endmacro %}"
         "{% for i in range(99999) %}{% set x = f() %}{% endfor %}",
+        "{% set r = range(9999) %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}",
+        "{% set r = range(9999) %}{% for i in r %}{% for j in r if false %}{% endfor %}"
+        "{% endfor %}",
+        "{% set r = range(9999) %}{% for i in r %}{% for j in r %}{% if j < 0 %}{% break %}"
+        "{% endif %}{% continue %}{% endfor %}{% else %}{% endfor %}",
+        "{% set r = range(9999) %}{% for i in r recursive %}{% if loop.depth < 9 %}{{ loop(r) }}"
+        "{% endif %}{% endfor %}",
     ],
 )
 def test_time_is_limited(source, monkeypatch):
     monkeypatch.setattr(template_module, "MAX_RENDER_SECONDS", 0.05)
     with pytest.raises(BadRequest, match="took more than"):
         manager(source).render(USER)
+    monkeypatch.undo()
+    with template_module.patience(0.05), pytest.raises(template_module.TakesLong):
+        manager(source).render(USER)
+    assert manager("{{ messages[0].content }}").render(USER) == "x", "patience is back"
 
 
-@pytest.mark.parametrize("source", ["{{ 'a' * 10 ** 9 }}", "{{ 2 ** 10000000 }}"])
+DOUBLE = "{{% set n = namespace(s='aaaa') %}}{{% for i in range(99) %}}{}{{% endfor %}}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'a' * 10 ** 9 }}",
+        "{{ 2 ** 10000000 }}",
+        DOUBLE.format("{% set n.s = n.s ~ n.s %}"),
+        DOUBLE.format("{% set n.s = n.s + n.s %}"),
+    ],
+)
 def test_operators_are_limited(source):
     with pytest.raises(BadRequest, match="sandbox"):
         manager(source).render(USER)
-    assert manager("{{ '=' * 3 }}{{ 2 ** 3 }}{{ 2 * 1.5 }}").render(USER) == "===83.0"
+    plain = "{{ '=' * 3 }}{{ 2 ** 3 }}{{ 2 * 1.5 }}{{ 1 + 2 }}{{ 'a' + 'b' }}{{ 1 ~ none ~ x }}|"
+    assert manager(plain).render(USER) == "===83.03ab1None|"
 
 
 def test_text_loads_neither_torch_nor_transformers() -> None:

@@ -98,6 +98,8 @@ class SessionParams(msgspec.Struct, frozen=True, array_like=True, omit_defaults=
 
     `offset` keeps that many tokens of what came before (negative: all but so many; 0: all).
     `replace` drops what followed `rid`; `drop_previous_output` leaves out the output of `rid`.
+    `fill`: the output may fill the context (set by the tokenizer manager, which does not know how
+    much came before).
     """
 
     id: str
@@ -105,6 +107,7 @@ class SessionParams(msgspec.Struct, frozen=True, array_like=True, omit_defaults=
     offset: int = 0
     replace: bool = False
     drop_previous_output: bool = False
+    fill: bool = False
 
 
 class PoolSpec(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):

@@ -43,7 +43,13 @@ class Drain(msgspec.Struct, frozen=True, tag=True):
     """To an HTTP worker: finish what runs, take nothing more, and end."""
 
 
-Order = Serve | Drain
+class Fail(msgspec.Struct, frozen=True, tag=True):
+    """To an HTTP worker: another process was lost; answer everything with that, and end."""
+
+    error: str
+
+
+Order = Serve | Drain | Fail
 
 
 class Loading(msgspec.Struct, frozen=True, tag=True):

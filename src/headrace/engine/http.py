@@ -15,9 +15,9 @@ from types import FrameType
 import uvicorn
 
 from headrace.core.config import Config
-from headrace.core.errors import HeadraceError
+from headrace.core.errors import HeadraceError, WorkerLost
 from headrace.core.messages import SamplingParams
-from headrace.engine.boot import Drain, Serve
+from headrace.engine.boot import Drain, Fail, Serve
 from headrace.engine.launch import Launched
 from headrace.engine.stopwatch import process_age, table
 from headrace.frontend.encode import probe
@@ -67,15 +67,8 @@ async def serve_by_workers(launched: Launched, listener: socket.socket) -> None:
     try:
         await ending.first.wait()
         listener.close()  # clients that come now are refused, as the workers close theirs
-        if ending.failure is None and manager.ready.is_set():
-            drained = asyncio.to_thread(
-                launched.supervisor.drain, "http-", Drain(), DRAIN_SECONDS + 1.0
-            )
-            hurry = asyncio.create_task(ending.second.wait())
-            await asyncio.wait(
-                (hurry, asyncio.create_task(drained)), return_when=asyncio.FIRST_COMPLETED
-            )
-            hurry.cancel()
+        if manager.ready.is_set() or isinstance(ending.failure, WorkerLost):
+            await end_workers(launched, ending)
     finally:
         opening.cancel()
         launched.close()
@@ -83,6 +76,17 @@ async def serve_by_workers(launched: Launched, listener: socket.socket) -> None:
         await manager.close()
     if ending.failure is not None:
         raise ending.failure
+
+
+async def end_workers(launched: Launched, ending: "Ending") -> None:
+    """Let the HTTP workers finish what runs, or say why it fails; a second signal does not wait."""
+    lost = ending.failure
+    order = Drain() if lost is None else Fail(lost.message)
+    seconds = (DRAIN_SECONDS if lost is None else _LOST_SECONDS) + 1.0
+    drained = asyncio.to_thread(launched.supervisor.drain, "http-", order, seconds)
+    hurry = asyncio.create_task(ending.second.wait())
+    await asyncio.wait((hurry, asyncio.create_task(drained)), return_when=asyncio.FIRST_COMPLETED)
+    hurry.cancel()
 
 
 class Ending:

@@ -6,11 +6,13 @@ parent says so, and ends when the parent says so, after what runs. Signals are t
 
 import asyncio
 import socket
+import threading
 from collections.abc import Callable
 from types import FrameType
 
+from headrace.core.errors import WorkerLost
 from headrace.engine import parts
-from headrace.engine.boot import Boot, Order, Serve
+from headrace.engine.boot import Boot, Fail, Order, Serve
 from headrace.engine.http import HttpServer, uvicorn_config
 from headrace.frontend.tokenizer_manager import TokenizerManager
 from headrace.server.app import build_app
@@ -49,23 +51,28 @@ async def serve(
     listener = socket.socket(fileno=boot.listener)
     listener.setblocking(False)
     ready()
-    obeying = asyncio.create_task(obey(server, manager, next_order))
+    loop = asyncio.get_running_loop()
+
+    def listen() -> None:
+        while True:
+            loop.call_soon_threadsafe(obey, server, manager, next_order())
+
+    threading.Thread(target=listen, name="orders", daemon=True).start()
     try:
         await server.serve(sockets=[listener])
     finally:
-        obeying.cancel()
         await manager.close()
 
 
-async def obey(
-    server: WorkerServer, manager: TokenizerManager, next_order: Callable[[], Order]
-) -> None:
-    """Follow the orders of the parent, to the last one."""
-    while True:
-        order = await asyncio.to_thread(next_order)
-        if not isinstance(order, Serve):
-            server.drain()
-            return
+def obey(server: WorkerServer, manager: TokenizerManager, order: Order) -> None:
+    """Follow an order of the parent."""
+    if isinstance(order, Serve):
         manager.memory, manager.startup = order.memory, order.startup
         manager.open(order.limits)
         manager.ready.set()
+    elif isinstance(order, Fail):
+        error = WorkerLost(order.error)
+        manager.fail(error)
+        server.fail(error)
+    else:
+        server.drain()

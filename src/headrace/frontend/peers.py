@@ -24,7 +24,10 @@ class Peers:
         self._addresses = addresses
         self._senders: dict[int, Sender] = {}
         self._ids = itertools.count(1)
-        self._waiting: dict[int, tuple[list[PeerMetrics], asyncio.Event]] = {}
+        # By id of the question: who has not answered yet.
+        self._waiting: dict[int, tuple[set[int], asyncio.Event]] = {}
+        # What each has said last.
+        self._known: dict[int, dict[str, Any]] = {}
 
     def start(self) -> None:
         """Connect; on the loop of the manager."""
@@ -37,11 +40,11 @@ class Peers:
         self._senders = {}
 
     async def metrics(self, own: RequestMetrics) -> RequestMetrics:
-        """The sum of all frontends. One that does not answer in time is left out."""
+        """The sum of all frontends. One that does not answer in time counts as it was before."""
         if not self._senders:
             return own
-        id = next(self._ids)
-        answers, complete = self._waiting[id] = [], asyncio.Event()
+        id, complete = next(self._ids), asyncio.Event()
+        self._waiting[id] = set(self._senders), complete
         try:
             for sender in self._senders.values():
                 sender.send(PeerAsk(self._origin, id))
@@ -51,7 +54,7 @@ class Peers:
             pass
         finally:
             del self._waiting[id]
-        return total([to_values(own), *(answer.values for answer in answers)])
+        return total([to_values(own), *self._known.values()])
 
     def tell_logging(self, settings: dict[str, Any]) -> None:
         """Let the others log in the same way."""
@@ -65,10 +68,11 @@ class Peers:
 
     def hear(self, answer: PeerMetrics) -> None:
         """An answer came."""
+        self._known[answer.origin] = answer.values
         if (found := self._waiting.get(answer.id)) is not None:
-            answers, complete = found
-            answers.append(answer)
-            if len(answers) == len(self._senders):
+            missing, complete = found
+            missing.discard(answer.origin)
+            if not missing:
                 complete.set()
 
 

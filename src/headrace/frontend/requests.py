@@ -47,10 +47,14 @@ def fan_out(request: GenerateRequest) -> list[GenerateRequest]:
 
 
 def continued(request: GenerateRequest, bos: int | None) -> GenerateRequest:
-    """The request without a token of beginning if it goes on after another one of its session."""
-    if request.session is None or not request.session.rid or bos is None:
+    """What a request of a session becomes, since the scheduler puts in front what came before it:
+    one that goes on has no token of beginning, one without a limit of output is marked so."""
+    session = request.session
+    if session is None:
         return request
+    fill = request.sampling.max_new_tokens is None
+    request = msgspec.structs.replace(request, session=msgspec.structs.replace(session, fill=fill))
     ids = unpack_ids(request.ids)
-    if len(ids) < 2 or ids[0] != bos:
+    if not session.rid or bos is None or len(ids) < 2 or ids[0] != bos:
         return request
     return msgspec.structs.replace(request, ids=pack_ids(ids[1:]))

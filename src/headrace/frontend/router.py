@@ -45,13 +45,14 @@ class ByRequest:
         self._senders = senders
 
     def send(self, message: Outbound) -> None:
-        """Queue the parts of a step's news; its counters go with one of them."""
+        """Queue the parts of a step's news. Counters take the first way, so that the last ones
+        come last."""
         assert isinstance(message, Deltas)
         stats, count = message.stats, len(self._senders)
-        for number, items in _split(
-            message.items, lambda delta: zlib.crc32(delta.rid.encode()) % count
-        ).items():
-            self._senders[number].send(Deltas(items, stats))
+        parts = _split(message.items, lambda delta: zlib.crc32(delta.rid.encode()) % count)
+        for number, sender in enumerate(self._senders):
+            if number in parts or stats is not None:
+                sender.send(Deltas(parts.get(number, []), stats))
             stats = None
 
 

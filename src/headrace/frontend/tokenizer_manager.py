@@ -159,9 +159,9 @@ class TokenizerManager:
         When one request is refused, none is sent.
         """
         prepared = await self._prepare(requests)
-        if self.log.on:
-            self.log.received(requests, prepared)
         with self._send_off(prepared) as mailbox:
+            if self.log.on:
+                self.log.received(requests, prepared)
             left = len(prepared)
             while left:
                 for index, delta in await mailbox.take():

@@ -1,13 +1,12 @@
 """The scheduler's answers to control messages: one function for each verb.
 
 A verb takes the scheduler and the arguments of the message, and gives (text, data) of a reply; what
-it raises as a HeadraceError becomes a reply that is not ok. The caller checks types; ranges are
-checked here. Knows no HTTP.
+it raises as a HeadraceError becomes a reply that is not ok. Knows no HTTP.
 """
 
 import gc
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -18,7 +17,6 @@ from headrace.core.messages import Control, ControlReply
 if TYPE_CHECKING:
     from headrace.scheduler.scheduler import Scheduler
 
-Arguments = Mapping[str, Any]
 Answer = tuple[str, dict[str, Any]]
 
 PAUSE_MODES = ("abort", "retract", "in_place")
@@ -26,10 +24,29 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 MAX_SLOW_DOWN = 10.0
 
 
+class Arguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Those of all verbs; each reads its own. Seconds, except steps and tokens (`capacity`)."""
+
+    since: int = 0
+    mode: str = "abort"
+    session_id: str | None = None
+    capacity: int = 0
+    idle_seconds: float | None = None
+    folder: str = ""
+    name: str = ""
+    start_step: int | None = None
+    num_steps: int | None = None
+    seconds: float | None = None
+    level: str = ""
+
+
 def answer(scheduler: "Scheduler", message: Control) -> ControlReply:
     """Do what the message asks; never raises for a wrong argument."""
     try:
-        text, data = VERBS[message.verb](scheduler, message.args)
+        arguments = msgspec.convert(message.args, Arguments)
+        text, data = VERBS[message.verb](scheduler, arguments)
+    except msgspec.ValidationError as error:
+        return ControlReply(message.id, False, str(error), {"status": 400}, message.origin)
     except HeadraceError as error:
         return ControlReply(
             message.id, False, error.message, {"status": error.status}, message.origin
@@ -47,7 +64,7 @@ def _state(scheduler: "Scheduler", args: Arguments) -> Answer:
 
 def _watch(scheduler: "Scheduler", args: Arguments) -> Answer:
     """What a dashboard shows, with the steps after number `since`."""
-    return "", scheduler.reporter.watched(args.get("since", 0), scheduler.inflight)
+    return "", scheduler.reporter.watched(args.since, scheduler.inflight)
 
 
 def _flush_cache(scheduler: "Scheduler", args: Arguments) -> Answer:
@@ -67,7 +84,7 @@ def _flush_cache(scheduler: "Scheduler", args: Arguments) -> Answer:
 
 
 def _pause(scheduler: "Scheduler", args: Arguments) -> Answer:
-    mode = args.get("mode", "abort")
+    mode = args.mode
     if mode not in PAUSE_MODES:
         raise BadRequest(f"mode must be one of {', '.join(PAUSE_MODES)}, not {mode!r}")
     held = scheduler.pause(mode)
@@ -80,21 +97,17 @@ def _continue(scheduler: "Scheduler", args: Arguments) -> Answer:
 
 
 def _open_session(scheduler: "Scheduler", args: Arguments) -> Answer:
-    id = scheduler.sessions.open(
-        args.get("session_id"), args.get("capacity", 0), args.get("idle_seconds")
-    )
+    id = scheduler.sessions.open(args.session_id, args.capacity, args.idle_seconds)
     return "", {"session_id": id}
 
 
 def _close_session(scheduler: "Scheduler", args: Arguments) -> Answer:
-    scheduler.sessions.close(args["session_id"])
+    scheduler.sessions.close(args.session_id or "")
     return "Session closed.", {}
 
 
 def _start_profile(scheduler: "Scheduler", args: Arguments) -> Answer:
-    path = scheduler.trace.start(
-        args["folder"], args.get("name", ""), args.get("start_step"), args.get("num_steps")
-    )
+    path = scheduler.trace.start(args.folder, args.name, args.start_step, args.num_steps)
     return f"Profiling starts; the trace will be {path}.", {"path": path}
 
 
@@ -104,7 +117,7 @@ def _stop_profile(scheduler: "Scheduler", args: Arguments) -> Answer:
 
 
 def _slow_down(scheduler: "Scheduler", args: Arguments) -> Answer:
-    seconds = args.get("seconds") or 0.0
+    seconds = args.seconds or 0.0
     if not 0.0 <= seconds <= MAX_SLOW_DOWN:
         raise BadRequest(f"forward_sleep_time must be 0 to {MAX_SLOW_DOWN:g} s, not {seconds}")
     scheduler.slow_down = float(seconds)
@@ -112,7 +125,7 @@ def _slow_down(scheduler: "Scheduler", args: Arguments) -> Answer:
 
 
 def _log_level(scheduler: "Scheduler", args: Arguments) -> Answer:
-    level = args["level"]
+    level = args.level
     if level not in LOG_LEVELS:
         raise BadRequest(f"log_level must be one of {', '.join(LOG_LEVELS)}, not {level!r}")
     logging.getLogger().setLevel(level.upper())

@@ -319,6 +319,7 @@ class Planner:
             for request in self._rewritten
             if request.row >= 0
         ]
+        extras = [feature.attach(draft.chunks, draft.requests) for feature in self.features]
         self._steps += 1
         plan = StepPlan(
             step=self._steps,
@@ -327,12 +328,8 @@ class Planner:
             new_rows=draft.new_rows,
             pages=rewritten + draft.pages,
             copies=draft.copies,
-            extras=self._extras(draft),
+            extras=tuple(extra for extra in extras if extra is not None),
         )
         self._freed_rows = []
         self._rewritten = []
         return plan
-
-    def _extras(self, draft: Draft) -> tuple[Any, ...]:
-        found = (feature.attach(draft.chunks, draft.requests) for feature in self.features)
-        return tuple(extra for extra in found if extra is not None)

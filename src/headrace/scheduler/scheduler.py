@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 # Counters are sent along with deltas at most this often (seconds).
 _STATS_INTERVAL = 0.1
+# Verbs that change counters though no delta comes of them.
+_CHANGING = ("pause", "continue", "flush_cache")
 
 
 class Scheduler:
@@ -73,6 +75,7 @@ class Scheduler:
         self._replies: list[ControlReply] = []
         self._arrivals = 0
         self._stats_sent = 0.0
+        self._stats_due = False
 
     @property
     def idle(self) -> bool:
@@ -87,6 +90,7 @@ class Scheduler:
             self._abort(message)
         else:
             self._replies.append(answer(self, message))
+            self._stats_due |= message.verb in _CHANGING
 
     def step(self) -> bool:
         """Plan and launch, or commit, or both. False: nothing could be done."""
@@ -128,12 +132,12 @@ class Scheduler:
         """Everything to send since the last call."""
         out: list[Outbound] = list(self._replies)
         self._replies = []
-        deltas = self.committer.deltas
-        if deltas:
+        deltas, due = self.committer.deltas, self._stats_due
+        if deltas or due:
             now = self.clock()
             stats = None
-            if self.idle or now - self._stats_sent >= _STATS_INTERVAL:
-                stats, self._stats_sent = self.reporter.stats(), now
+            if due or self.idle or now - self._stats_sent >= _STATS_INTERVAL:
+                stats, self._stats_sent, self._stats_due = self.reporter.stats(), now, False
             out.append(Deltas(items=deltas, stats=stats))
             self.committer.deltas = []
         return out
@@ -168,7 +172,7 @@ class Scheduler:
         try:
             for rid in self.sessions.displaced(spec):
                 self._abort(AbortRequest(rid, message="Replaced by another of its session."))
-            return self.sessions.extend(spec), None
+            return self.sessions.extend(spec, self.limits.max_request_tokens), None
         except HeadraceError as error:
             return spec, abort(error.message, error.status, error.kind)
 

@@ -29,10 +29,11 @@ MAX_TOKENS = 1 << 26
 
 @dataclass
 class Node:
-    """One request. `tokens` are prompt and output together, int32; None until it has ended."""
+    """One request. `tokens` are prompt and output together, int32; None until `spec` has ended."""
 
     parent: str
     prompt_len: int
+    spec: GenerateRequest | None
     tokens: np.ndarray | None = None
 
 
@@ -101,7 +102,7 @@ class Sessions(Feature):
         self._tokens -= sum(map(_size, session.nodes.values()))
 
     def displaced(self, spec: GenerateRequest) -> list[str]:
-        """Drop what the request replaces; returns the rids that have to end first.
+        """The requests that have to end before this one replaces them, by rid.
 
         Raises:
             BadRequest: there is no such session or request.
@@ -115,16 +116,14 @@ class Sessions(Feature):
             )
         if not asked.replace:
             return []
-        dropped = session.below(asked.rid)
-        running = [rid for rid in dropped if session.nodes[rid].tokens is None]
-        for rid in dropped:
-            self._drop(session, rid)
-        if asked.rid and session.nodes[asked.rid].tokens is None:
-            running.append(asked.rid)
-        return running
+        found = [*session.below(asked.rid), *filter(None, [asked.rid])]
+        return [rid for rid in found if session.nodes[rid].tokens is None]
 
-    def extend(self, spec: GenerateRequest) -> GenerateRequest:
+    def extend(self, spec: GenerateRequest, longest: int) -> GenerateRequest:
         """The request with what came before it in front of its prompt, and remember it.
+
+        What it replaces is dropped. `logprobs.start` counts from its own prompt. `longest`: the
+        tokens that any request may have.
 
         Raises:
             BadRequest: what it goes on from has not ended, or the whole is too long.
@@ -132,6 +131,7 @@ class Sessions(Feature):
         """
         asked = _params(spec)
         session = self._get(asked.id, "session_params")
+        dropped = session.below(asked.rid) if asked.replace else []
         before = self._before(session, asked)
         new = unpack_ids(spec.ids)
         ids = np.concatenate([before, new]) if len(before) else new
@@ -143,26 +143,29 @@ class Sessions(Feature):
             )
         if self._tokens + len(ids) > MAX_TOKENS:
             raise Overloaded(f"sessions hold {self._tokens} tokens; there is no room for more")
-        if spec.rid in session.nodes:
+        if spec.rid in session.nodes and spec.rid not in dropped:
             raise BadRequest(
                 f"rid {spec.rid!r} is in use by another request of the session", field="rid"
             )
-        session.nodes[spec.rid] = Node(asked.rid, len(ids))
+        for rid in dropped:
+            self._tokens -= _size(session.nodes.pop(rid))
+        spec = _whole(spec, ids, len(before), longest)
+        session.nodes[spec.rid] = Node(asked.rid, len(ids), spec)
         session.used_at = self._clock()
-        return msgspec.structs.replace(spec, ids=pack_ids(ids))
+        return spec
 
     def on_finish(self, request: Request) -> None:
         """Keep what the request has come to; of one that failed, nothing."""
         asked = request.spec.session
         session = self._sessions.get(asked.id) if asked else None
         node = session.nodes.get(request.rid) if session else None
-        if session is None or node is None or node.tokens is not None:
-            return
+        if session is None or node is None or node.spec is not request.spec:
+            return  # it was refused, or its session is another one by now
         session.used_at = self._clock()
         if request.finish is not None and request.finish.status >= 400:
             del session.nodes[request.rid]
             return
-        node.tokens = request.tokens()
+        node.tokens, node.spec = request.tokens(), None
         self._tokens += len(node.tokens)
 
     def _before(self, session: Session, asked: SessionParams) -> np.ndarray:
@@ -188,9 +191,6 @@ class Sessions(Feature):
             raise BadRequest(f"{name}: there is no session {id!r}", field=name)
         return self._sessions[id]
 
-    def _drop(self, session: Session, rid: str) -> None:
-        self._tokens -= _size(session.nodes.pop(rid))
-
     def _close_idle(self) -> None:
         """Close what nobody used for its timeout."""
         now = self._clock()
@@ -203,6 +203,17 @@ class Sessions(Feature):
 def _params(spec: GenerateRequest) -> SessionParams:
     assert spec.session is not None
     return spec.session
+
+
+def _whole(spec: GenerateRequest, ids: np.ndarray, before: int, longest: int) -> GenerateRequest:
+    """The request with the prompt `ids`, of which the first `before` tokens are not its own."""
+    logprobs, sampling = spec.logprobs, spec.sampling
+    if logprobs is not None and logprobs.start >= 0:
+        logprobs = msgspec.structs.replace(logprobs, start=before + logprobs.start)
+    if _params(spec).fill:
+        room = max(1, longest - len(ids))
+        sampling = msgspec.structs.replace(sampling, max_new_tokens=room)
+    return msgspec.structs.replace(spec, ids=pack_ids(ids), logprobs=logprobs, sampling=sampling)
 
 
 def _size(node: Node) -> int:

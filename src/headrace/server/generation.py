@@ -1,7 +1,8 @@
 """The routes that generate: read the body, let an adapter understand it, send its answer.
 
 One path for all protocols; what differs is in the adapters. The body is bounded before it is
-parsed, and a large one is parsed in a thread so that other streams go on.
+parsed. A large one, or one whose chat template takes long, is parsed in a thread so that other
+streams go on; so an adapter may be asked twice.
 """
 
 import asyncio
@@ -20,10 +21,13 @@ from headrace.server.errors import TooLarge
 from headrace.server.ignored import warnings
 from headrace.server.schemas import ChatRequest, CompletionRequest, body_of
 from headrace.server.sse import EventReply, EventStream, to_json, whole
+from headrace.text.template import TakesLong, patience
 
 T = TypeVar("T")
 
 LARGE_BODY = 32 << 10
+# How long a chat template may hold up the event loop.
+ON_LOOP_SECONDS = 0.02
 
 
 def routes(context: Context) -> APIRouter:
@@ -75,9 +79,13 @@ async def take(
     """
     context.check_ready()
     raw = await read_body(http, context.config.serve.max_request_bytes, any_type=any_type)
-    if slow or len(raw) > LARGE_BODY:
-        return await asyncio.to_thread(parse, raw)
-    return parse(raw)
+    if not slow and len(raw) <= LARGE_BODY:
+        try:
+            with patience(ON_LOOP_SECONDS):
+                return parse(raw)
+        except TakesLong:
+            pass
+    return await asyncio.to_thread(parse, raw)
 
 
 async def send(http: Request, context: Context, job: Job) -> Response:

@@ -3,8 +3,8 @@
 The environment has the tags, filters and globals that transformers gives chat templates, so that
 the prompt is the same string. Templates come from model folders: the sandbox keeps them from
 running code, limits bound what they print and how long they take (looked at whenever a template
-prints, calls or reads an attribute). Does not know where templates come from or what a request
-looks like.
+prints, calls, reads an attribute or begins another round of a loop). Does not know where templates
+come from or what a request looks like.
 """
 
 import json
@@ -12,6 +12,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, Literal, NoReturn
 
@@ -21,12 +22,13 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
 
 from headrace.core.errors import BadRequest, LoadError
 
 MAX_TEMPLATE_CHARS = 1 << 20
 MAX_PROMPT_CHARS = 1 << 24
-MAX_RENDER_SECONDS = 10.0
+MAX_RENDER_SECONDS = 5.0
 _MAX_EXPONENT = 64
 
 # What expressions of a template raise when messages do not have the shape it expects.
@@ -59,7 +61,7 @@ class ChatTemplate:
         environment = _environment()
         try:
             tree = environment.parse(source)
-            self._compiled = environment.from_string(source)
+            self._compiled = environment.from_string(_Watched().visit(environment.parse(source)))
         except TemplateSyntaxError as error:
             raise LoadError(
                 f"the chat template has an error in line {error.lineno}: {error.message}"
@@ -77,7 +79,7 @@ class ChatTemplate:
         """The prompt. Whatever goes wrong is a `BadRequest` that says what the template did not
         like."""
         pieces, size = [], 0
-        _clock.deadline = time.monotonic() + MAX_RENDER_SECONDS
+        _clock.deadline = time.monotonic() + min(MAX_RENDER_SECONDS, _clock.patience)
         try:
             for piece in self._compiled.generate(variables):
                 size += len(piece)
@@ -114,38 +116,94 @@ class _GenerationTag(Extension):
         return nodes.Scope(body, lineno=line)
 
 
+class TakesLong(Exception):
+    """Rendering ran out of the patience of its caller, not out of its own limit."""
+
+
 class _Clock(threading.local):
     """When the rendering of this thread has to be over."""
 
     deadline = math.inf
+    patience = math.inf
 
 
 _clock = _Clock()
 
 
+@contextmanager
+def patience(seconds: float) -> Iterator[None]:
+    """Let templates that this thread renders raise `TakesLong` after so many seconds.
+
+    For an event loop, which can then have it rendered in a thread.
+    """
+    _clock.patience = seconds
+    try:
+        yield
+    finally:
+        _clock.patience = math.inf
+
+
 def _check_time() -> None:
-    if time.monotonic() > _clock.deadline:
-        raise BadRequest(
-            f"the chat template took more than {MAX_RENDER_SECONDS:g} s", field="messages"
-        )
+    if time.monotonic() <= _clock.deadline:
+        return
+    if _clock.patience < MAX_RENDER_SECONDS:
+        raise TakesLong
+    raise BadRequest(f"the chat template took more than {MAX_RENDER_SECONDS:g} s", field="messages")
+
+
+def _join(*parts: Any) -> str:
+    """What `~` makes."""
+    texts = [str(part) for part in parts]
+    _check_size(sum(map(len, texts)))
+    return "".join(texts)
+
+
+def _check_size(size: int) -> None:
+    if size > MAX_PROMPT_CHARS:
+        raise SecurityError(f"a value of {size} characters or items")
+
+
+class _Watched(NodeTransformer):
+    """Lets loops look at the clock and `~` at the size of what it makes."""
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:
+        self.generic_visit(node)
+        node.body.insert(0, nodes.ExprStmt(_own_call("check_time", [], node.lineno)))
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        return _own_call("join", node.nodes, node.lineno)
+
+
+def _own_call(name: str, args: list[nodes.Expr], line: int) -> nodes.Call:
+    """A call of a function of the environment, which templates cannot name."""
+    function = nodes.EnvironmentAttribute(name, lineno=line)
+    return nodes.Call(function, args, [], None, None, lineno=line)
 
 
 class _Environment(ImmutableSandboxedEnvironment):
     """The sandbox, with a limit of time, and of what one operator may make."""
 
-    intercepted_binops = frozenset(("*", "**"))
+    intercepted_binops = frozenset(("+", "*", "**"))
+    check_time = staticmethod(_check_time)
+    join = staticmethod(_join)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         sizes = [len(x) for x in (left, right) if isinstance(x, str | list | tuple)]
         counts = [x for x in (left, right) if isinstance(x, int)]
-        if sizes and counts and sizes[0] * counts[0] > MAX_PROMPT_CHARS:
-            raise SecurityError(f"a product of {sizes[0] * counts[0]} items")
+        if operator == "+":
+            _check_size(sum(sizes))
+        elif sizes and counts:
+            _check_size(sizes[0] * counts[0])
         if operator == "**" and counts and abs(counts[-1]) > _MAX_EXPONENT:
             raise SecurityError(f"a power of {counts[-1]}")
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         _check_time()
+        if obj is _check_time:
+            return None
         return super().call(context, obj, *args, **kwargs)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
