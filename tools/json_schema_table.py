@@ -85,14 +85,15 @@ def _matches(matcher: Any, text: str) -> bool:
 
 
 def writings(value: Any) -> Iterator[str]:
-    """JSON texts of a value: members in other orders, whole numbers without a fraction."""
+    """JSON texts of a value: members in other orders, whole numbers without a fraction; compact."""
     for variant in itertools.islice(_orders(_whole(value)), _MOST_ORDERS):
-        text = json.dumps(variant, ensure_ascii=False)
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            text = json.dumps(variant)
-        yield text
+        for separators in ((", ", ": "), (",", ":"))[: 1 + isinstance(value, list | dict)]:
+            text = json.dumps(variant, ensure_ascii=False, separators=separators)
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                text = json.dumps(variant, separators=separators)
+            yield text
 
 
 def _whole(value: Any) -> Any:

@@ -14,8 +14,8 @@ from headrace.cache.radix import RadixCache
 from headrace.core.config import Limits, ScheduleOptions
 from headrace.core.messages import AbortRequest, GenerateRequest, SamplingParams, pack_ids
 from headrace.grammar.compiler import Compiler
+from headrace.grammar.engine import Broken
 from headrace.grammar.gate import GrammarGate, NoGrammars
-from headrace.grammar.matcher import Broken
 from headrace.scheduler.commit import OutputRules
 from headrace.scheduler.scheduler import Scheduler
 from headrace.scheduler.space import Space

@@ -19,7 +19,7 @@ import numpy as np
 from headrace.bench import report
 from headrace.bench.flags import positive_int
 from headrace.grammar.compiler import Compiler
-from headrace.grammar.matcher import Matcher
+from headrace.grammar.engine import Matcher
 from headrace.grammar.vocabulary import Vocabulary, build_vocabulary, read_vocabulary
 from headrace.text.tokenizer import load_tokenizer
 

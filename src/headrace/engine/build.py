@@ -14,7 +14,7 @@ from headrace.core.config import Config, Limits
 from headrace.core.hardware import detect
 from headrace.core.messages import GenerateRequest, unpack_ids
 from headrace.core.model_info import ModelInfo
-from headrace.engine.parts import enforces_grammars, load_tokenizer_of
+from headrace.engine.parts import grammar_backend, load_tokenizer_of
 from headrace.grammar.gate import GrammarGate, NoGrammars
 from headrace.runner.fake import FakeWorker
 from headrace.scheduler.commit import OutputRules
@@ -69,8 +69,9 @@ def build_scheduler(config: Config, info: ModelInfo, progress: Callable[[str], N
 
 
 def build_grammar(config: Config, info: ModelInfo, tokenizer: Tokenizer | None) -> Feature:
-    """Structured output; its vocabulary is read in a thread while the weights load."""
-    if tokenizer is None or not enforces_grammars(config):
+    """Structured output; nothing large is read or imported before the first grammar comes."""
+    backend = grammar_backend(config)
+    if tokenizer is None or backend is None:
         return NoGrammars("this server enforces no grammars")
     from headrace.grammar.compiler import Compiler
     from headrace.grammar.source import special_tokens
@@ -79,6 +80,7 @@ def build_grammar(config: Config, info: ModelInfo, tokenizer: Tokenizer | None) 
     compiler = Compiler(
         lambda: read_vocabulary(tokenizer, info.vocab_size, info.eos_token_ids),
         special_tokens(tokenizer),
+        backend,
     )
     return GrammarGate(compiler)
 

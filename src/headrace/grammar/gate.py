@@ -20,7 +20,7 @@ from typing import Any
 from headrace.core.messages import FinishReason
 from headrace.core.plan import Chunk, TokenMasks
 from headrace.grammar.compiler import Compiler
-from headrace.grammar.matcher import Broken, Matcher
+from headrace.grammar.engine import Broken, Matcher
 from headrace.grammar.refusal import Refused
 from headrace.grammar.vocabulary import Vocabulary
 from headrace.scheduler.feature import Feature
@@ -218,8 +218,7 @@ class Output:
             return
         self._marker = b""
         rest = after.decode("utf-8", "replace").lstrip()
-        for piece in self._vocabulary.engine.greedy_tokenize(rest):
-            self.matcher.accept(piece)
+        self.matcher.write(rest)
 
     def masks(self, draft: Sequence[int]) -> list[bytes]:
         """The mask of the next token, and of the one after each drafted token.
