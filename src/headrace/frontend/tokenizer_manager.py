@@ -204,7 +204,11 @@ class TokenizerManager:
             assert request.sampling.n == 1, "fan_out first"
             checked = validate(request, self.info.vocab_size, self.limits, truncate)
             for check in self._checks:
-                await self._texts.apply(check, checked)
+                try:
+                    await self._texts.apply(check, checked)
+                except BadRequest:
+                    self.metrics.refused += 1
+                    raise
             if checked.sampling.seed is None:
                 seed = seeds.setdefault(checked.group or checked.rid, self._seeds.getrandbits(63))
                 sampling = msgspec.structs.replace(checked.sampling, seed=seed)

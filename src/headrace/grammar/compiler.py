@@ -30,7 +30,7 @@ _SEARCH_SECONDS = 0.5
 class Compiler:
     """Owns the threads, the cache, the vocabulary and the engine.
 
-    `on_compiled`: told in a thread how many seconds a compilation took, also one that refused.
+    `on_compiled` is told, in a thread, how many seconds a compilation took, also one that refused.
     """
 
     def __init__(
@@ -40,16 +40,15 @@ class Compiler:
         backend: Backend = LLGUIDANCE,
         *,
         kept: int = KEPT,
-        on_compiled: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self._threads = ThreadPoolExecutor(_THREADS, "grammar", initializer=_yield_to_others)
         self._read = read
         self._specials = specials
         self._backend = backend
         self._kept = kept
-        self._on_compiled = on_compiled
         self._made: Future[tuple[Vocabulary, Engine]] | None = None
         self._compiled: OrderedDict[tuple[str, str], Future[Matcher]] = OrderedDict()
+        self.on_compiled: Callable[[float], None] = lambda seconds: None
         self.hits = 0
         self.misses = 0
         self.evictions = 0
@@ -95,7 +94,7 @@ class Compiler:
         try:
             return self._compile(engine, field, text)
         finally:
-            self._on_compiled(time.monotonic() - began)
+            self.on_compiled(time.monotonic() - began)
 
     def _compile(self, engine: Engine, field: str, text: str) -> Matcher:
         program = self._backend.translate(field, text, self._specials)

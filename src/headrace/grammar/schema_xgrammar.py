@@ -17,7 +17,11 @@ from headrace.grammar.schema import Node
 
 # What a string of JSON can hold without an escape.
 PLAIN = regex.complement(((0, 0x1F), (0x22, 0x22), (0x5C, 0x5C), (0x7F, 0x7F), (0xD800, 0xDFFF)))
-MAX_COUNT = 10_000
+# What the engine takes seconds to compile.
+MAX_COUNT = 1000
+MAX_CONSTANTS = 5000
+MAX_COUNTED = 20
+MAX_PROPERTIES = 300
 _BYTE = "(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
 _HEX = "[0-9a-fA-F]"
 # The engine's own formats let some invalid values pass.
@@ -104,6 +108,9 @@ class _Writer:
         values = [node["const"]] if "const" in node else node["enum"]
         named = node.get("type", _EVERY_TYPE)
         types = [named] if isinstance(named, str) else named
+        if len(values) > MAX_CONSTANTS:
+            why = f"a list of more than {MAX_CONSTANTS} is not supported"
+            raise self.refuse(step(pointer, "enum"), why)
         fitting = [value for value in values if any(_is(value, kind) for kind in types)]
         if not fitting:
             raise self.refuse(pointer, "constants that are not of the type are not supported")
@@ -225,8 +232,14 @@ class _Writer:
             # A listed name, written with an escape, would be taken for another one.
             why = "other properties than those listed are not supported"
             raise self.refuse(step(pointer, "additionalProperties"), why)
+        counts = [name for name in ("minProperties", "maxProperties") if name in node]
+        if counts and len(listed) > MAX_COUNTED:
+            why = f"{counts[0]!r} next to more than {MAX_COUNTED} properties is not supported"
+            raise self.refuse(step(pointer, counts[0]), why)
         place = step(pointer, "properties")
-        return {name: node[name] for name in ("minProperties", "maxProperties") if name in node} | {
+        if len(listed) > MAX_PROPERTIES:
+            raise self.refuse(place, f"an object of more than {MAX_PROPERTIES} is not supported")
+        return {name: node[name] for name in counts} | {
             "properties": {
                 name: self.write(one, step(place, name)) for name, one in listed.items()
             },

@@ -66,6 +66,7 @@ class Reporter:
             new_token_ratio=planner.ratio.value,
             uptime=self._clock() - self._started,
             max_running_requests=planner.limits.max_running_requests,
+            **{key: value for one in planner.features for key, value in one.stats().items()},
         )
 
     def _prefilled(self, plan: StepPlan, tokens: int) -> None:
