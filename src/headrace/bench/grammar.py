@@ -28,11 +28,11 @@ _PERSON = {
     "properties": {
         "name": {"type": "string", "maxLength": 40},
         "age": {"type": "integer", "minimum": 0, "maximum": 150},
-        "email": {"type": "string", "format": "email"},
+        "id": {"type": "string", "format": "uuid"},
         "born": {"type": "string", "format": "date"},
         "address": {
             "type": "object",
-            "properties": {"street": {"type": "string"}, "zip": {"pattern": "^[0-9]{5}$"}},
+            "properties": {"street": {"type": "string"}, "zip": {"type": "string", "pattern": "^[0-9]{5}$"}},
             "required": ["street"],
             "additionalProperties": False,
         },

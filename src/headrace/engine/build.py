@@ -5,6 +5,7 @@ for the real one only.
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
 from headrace.cache.pages import PagePool
@@ -46,11 +47,11 @@ def build_scheduler(config: Config, info: ModelInfo, progress: Callable[[str], N
     Raises:
         LoadError: the checkpoint cannot be loaded, or does not fit into memory.
     """
-    progress("tokenizer")
-    tokenizer = load_tokenizer_of(config)
-    grammar = build_grammar(config, info, tokenizer)
     progress("weights and KV cache")
-    worker = _worker(config, info)
+    with ThreadPoolExecutor(1) as beside:
+        reading = beside.submit(load_tokenizer_of, config)
+        worker = _worker(config, info)
+        tokenizer = reading.result()
     progress("scheduler")
     scheduler = Scheduler(
         config.schedule,
@@ -63,7 +64,7 @@ def build_scheduler(config: Config, info: ModelInfo, progress: Callable[[str], N
             stream_interval=config.serve.stream_interval,
             decode_log_interval=config.observe.decode_log_interval,
         ),
-        features=(grammar,),
+        features=(build_grammar(config, info, tokenizer),),
     )
     return Built(scheduler, worker.limits, dict(worker.memory))
 
