@@ -32,7 +32,10 @@ _PERSON = {
         "born": {"type": "string", "format": "date"},
         "address": {
             "type": "object",
-            "properties": {"street": {"type": "string"}, "zip": {"type": "string", "pattern": "^[0-9]{5}$"}},
+            "properties": {
+                "street": {"type": "string"},
+                "zip": {"type": "string", "pattern": "^[0-9]{5}$"},
+            },
             "required": ["street"],
             "additionalProperties": False,
         },
