@@ -16,11 +16,19 @@ from headrace.core.config import Limits, ScheduleOptions
 from headrace.core.messages import AbortRequest, GenerateRequest, SamplingParams, pack_ids
 from headrace.grammar.compiler import Compiler
 from headrace.grammar.engine import Broken
-from headrace.grammar.gate import GrammarGate, NoGrammars
+from headrace.grammar.gate import GrammarGate, NoGrammars, Output
 from headrace.scheduler.commit import OutputRules
 from headrace.scheduler.scheduler import Scheduler
 from headrace.scheduler.space import Space
-from tests.support.grammars import EOS, VOCAB, MaskedRunner, choose, small_vocabulary, text_of
+from tests.support.grammars import (
+    EOS,
+    VOCAB,
+    MaskedRunner,
+    allowed,
+    choose,
+    small_vocabulary,
+    text_of,
+)
 
 VOCABULARY = small_vocabulary()
 GRAMMARS = [
@@ -288,6 +296,21 @@ def test_masks_of_drafts_and_rollback(compiler):
         assert matcher.mask() == mask
     with pytest.raises(Broken):
         matcher.accept(a)
+
+
+def test_masks_of_drafts_that_end_the_reasoning(compiler):
+    """What follows the marker has the grammar's mask, and nothing moves."""
+    token = {text: VOCABULARY.tokens.index(text) for text in (b'":', b"a", b"b", b"1")}
+    output = Output(compiler.compile("regex", "ab1").result().copy(), VOCABULARY, '":')
+    output.mask.set_result(output.next_mask())
+    marker, a, b, one = (token[text] for text in (b'":', b"a", b"b", b"1"))
+    masks = output.masks([one, marker, a, b])
+    assert masks[:2] == [VOCABULARY.no_end()] * 2 and output.reasoning
+    assert [allowed(mask, VOCAB).tolist() for mask in masks[2:]] == [[a], [b], [one]]
+    assert output.masks([EOS, a])[1:] == [VOCABULARY.no_end()] * 2
+    for drafted in (one, marker, a):
+        output.accept(drafted)
+    assert output.next_mask() == masks[3]
 
 
 def client_step(scheduler: Scheduler) -> None:

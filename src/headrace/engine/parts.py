@@ -108,8 +108,8 @@ def grammar_backend(config: Config) -> "Backend | None":
     found = BACKENDS[backend]
     if not found.installed:
         raise BadRequest(
-            f"--grammar-backend {backend} needs the package {found.package}: "
-            f"pip install 'headrace[{found.package}]'",
+            f"--grammar-backend {backend} needs {' and '.join(found.packages)}: "
+            f"pip install 'headrace[{found.name}]'",
             field="grammar_backend",
         )
     return found

@@ -86,11 +86,12 @@ class Backend(NamedTuple):
     translate: Callable[[str, str, Mapping[str, int]], str]
     """(field, text, special tokens by their text) -> the engine's own language; or `Refused`."""
     module: str
-    package: str
+    packages: tuple[str, ...]
+    """What must be installed; the first one is named in errors."""
 
     @property
     def installed(self) -> bool:
-        return importlib.util.find_spec(self.package) is not None
+        return all(importlib.util.find_spec(name) is not None for name in self.packages)
 
     def engine(self, vocabulary: Vocabulary) -> Engine:
         """Takes a part of a second for a large vocabulary."""
@@ -99,9 +100,12 @@ class Backend(NamedTuple):
 
 
 LLGUIDANCE = Backend(
-    "llguidance", source.translate, "headrace.grammar.engine_llguidance", "llguidance"
+    "llguidance", source.translate, "headrace.grammar.engine_llguidance", ("llguidance",)
 )
 XGRAMMAR = Backend(
-    "xgrammar", source_xgrammar.translate, "headrace.grammar.engine_xgrammar", "xgrammar"
+    "xgrammar",
+    source_xgrammar.translate,
+    "headrace.grammar.engine_xgrammar",
+    ("xgrammar", "tvm_ffi"),
 )
 BACKENDS = {"auto": LLGUIDANCE, "llguidance": LLGUIDANCE, "xgrammar": XGRAMMAR}

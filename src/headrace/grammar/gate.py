@@ -280,6 +280,8 @@ class Output:
         After a draft that the grammar forbids it does not matter: that draft is rejected.
         """
         found = [self.mask.result()]
+        if draft and self.reasoning:
+            return self._ahead(found, draft)
         try:
             for token in draft:
                 if self.reasoning or not self.matcher.fits(token):
@@ -289,6 +291,20 @@ class Output:
         except Broken:
             # It stays broken: the next token ends the request.
             logger.warning("a drafted token exceeds the limits of a grammar")
+        return found + found[:1] * (len(draft) + 1 - len(found))
+
+    def _ahead(self, found: list[bytes], draft: Sequence[int]) -> list[bytes]:
+        """`masks` while the marker may come with a drafted token; on a copy."""
+        other = Output(self.matcher.copy(), self._vocabulary, "")
+        other._marker, other._tail = self._marker, self._tail
+        try:
+            for token in draft:
+                if other.reasoning and token in self._vocabulary.eos:
+                    break
+                other.accept(token)
+                found.append(other.next_mask())
+        except Broken:
+            pass  # It is rejected, or ends the request when it comes.
         return found + found[:1] * (len(draft) + 1 - len(found))
 
     def finished(self, request: Request) -> bool:

@@ -54,6 +54,14 @@ class Times(NamedTuple):
     least: int
     most: int | None
 
+    @property
+    def mark(self) -> str:
+        """As all dialects write it."""
+        for mark, counts in _MARKS.items():
+            if counts == (self.least, self.most):
+                return mark
+        return f"{{{self.least},{'' if self.most is None else self.most}}}"
+
 
 class Search(NamedTuple):
     """One alternative of a whole pattern, and where it is anchored."""

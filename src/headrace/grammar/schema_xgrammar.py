@@ -270,9 +270,10 @@ def plain(tree: regex.Tree) -> str:
     """A tree as a regular expression, in the plainest syntax."""
     if isinstance(tree, regex.Characters):
         return f"[{''.join(f'{_code(low)}-{_code(high)}' for low, high in tree.ranges)}]"
+    if isinstance(tree, regex.Times) and isinstance(tree.inside, regex.Characters):
+        return f"{plain(tree.inside)}{tree.mark}"
     if isinstance(tree, regex.Times):
-        most = "" if tree.most is None else tree.most
-        return f"(?:{plain(tree.inside)}){{{tree.least},{most}}}"
+        return f"(?:{plain(tree.inside)}){tree.mark}"
     if isinstance(tree, regex.Sequence):
         return "".join(f"(?:{plain(part)})" for part in tree.parts)
     return "|".join(f"(?:{plain(branch)})" for branch in tree.branches)

@@ -139,8 +139,10 @@ def _tree(tree: regex.Tree) -> str:
     if isinstance(tree, regex.Characters):
         return f"[{''.join(f'{_code(low)}-{_code(high)}' for low, high in tree.ranges)}]"
     if isinstance(tree, regex.Times):
-        most = "" if tree.most is None else tree.most
-        return f"({_tree(tree.inside)}){{{tree.least},{most}}}"
+        inside = _tree(tree.inside)
+        return (
+            f"({inside}){tree.mark}" if isinstance(tree.inside, regex.Times) else inside + tree.mark
+        )
     if isinstance(tree, regex.Sequence):
         return f"({' '.join(map(_tree, tree.parts))})" if tree.parts else '""'
     return f"({' | '.join(map(_tree, tree.branches))})"
