@@ -17,6 +17,8 @@ install-test: .venv/installed-test
 
 .venv/installed-test: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,lint]"
+	# Without triton, which it asks for but does not need on a CPU.
+	$(BIN)/python -m pip install --quiet --no-deps "xgrammar>=0.2.8,<0.3" "apache-tvm-ffi>=0.1.11"
 	@touch $@
 
 demo: install

@@ -1,8 +1,9 @@
 """Runs the JSON Schema Test Suite through the grammars and tells what they accept.
 
-`python tools/json_schema_table.py` rewrites the table in docs/structured-output.md. For every
+`python tools/json_schema_table.py` rewrites the tables in docs/structured-output.md, one for each
+backend that is installed. For every
 schema: refused with a place, or compiled; then every instance, written in several ways, goes
-through a matcher byte by byte. Used by tests/pure/test_grammar_suite.py.
+through a matcher byte by byte. Used by tests of both backends.
 """
 
 import itertools
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from headrace.grammar.compiler import Compiler
+from headrace.grammar.engine import LLGUIDANCE, XGRAMMAR, Backend
 from headrace.grammar.refusal import Refused
 from headrace.grammar.vocabulary import Vocabulary, build_vocabulary
 
@@ -23,7 +25,6 @@ DRAFTS = {
     "draft2020-12": "https://json-schema.org/draft/2020-12/schema",
     "draft7": "http://json-schema.org/draft-07/schema#",
 }
-BEGIN, END = "<!-- suite: begin -->", "<!-- suite: end -->"
 _MOST_ORDERS = 24
 
 
@@ -46,9 +47,9 @@ def byte_vocabulary() -> Vocabulary:
     return build_vocabulary([*(bytes([i]) for i in range(256)), b""], {256: b"<eos>"}, [256])
 
 
-def run_suite(draft: str) -> Iterator[Outcome]:
+def run_suite(draft: str, backend: Backend = LLGUIDANCE) -> Iterator[Outcome]:
     """The outcome of every schema of a draft."""
-    compiler = Compiler(byte_vocabulary, {})
+    compiler = Compiler(byte_vocabulary, {}, backend)
     try:
         for line in (DATA / f"{draft}.jsonl").read_text(encoding="utf-8").splitlines():
             file, group, schema, tests = json.loads(line)
@@ -85,14 +86,15 @@ def _matches(matcher: Any, text: str) -> bool:
 
 
 def writings(value: Any) -> Iterator[str]:
-    """JSON texts of a value: members in other orders, whole numbers without a fraction."""
+    """JSON texts of a value: members in other orders, whole numbers without a fraction; compact."""
     for variant in itertools.islice(_orders(_whole(value)), _MOST_ORDERS):
-        text = json.dumps(variant, ensure_ascii=False)
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            text = json.dumps(variant)
-        yield text
+        for separators in ((", ", ": "), (",", ":"))[: 1 + isinstance(value, list | dict)]:
+            text = json.dumps(variant, ensure_ascii=False, separators=separators)
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                text = json.dumps(variant, separators=separators)
+            yield text
 
 
 def _whole(value: Any) -> Any:
@@ -145,15 +147,24 @@ def table(outcomes: list[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def written(text: str, new: str) -> str:
-    """A document with the part between the marks replaced."""
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{new}\n{END}{rest.split(END)[1]}"
+def written(text: str, new: str, backend: Backend = LLGUIDANCE) -> str:
+    """A document with the part between the marks of a backend replaced."""
+    begin, end = (f"<!-- {backend.name} suite: {edge} -->" for edge in ("begin", "end"))
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{new}\n{end}{rest.split(end)[1]}"
 
 
 def main() -> None:
-    outcomes = [one for draft in DRAFTS for one in run_suite(draft)]
-    DOCS.write_text(written(DOCS.read_text(encoding="utf-8"), table(outcomes)), encoding="utf-8")
+    for backend in (LLGUIDANCE, XGRAMMAR):
+        if backend.installed:
+            outcomes = [one for draft in DRAFTS for one in run_suite(draft, backend)]
+            text = DOCS.read_text(encoding="utf-8")
+            DOCS.write_text(written(text, table(outcomes), backend), encoding="utf-8")
+            tell(outcomes)
+
+
+def tell(outcomes: list[Outcome]) -> None:
+    """Print what deserves a look."""
     for one in outcomes:
         for kind, names in (("WRONG", one.wrong), ("missed", one.missed)):
             for name in names:

@@ -27,7 +27,7 @@ LAYERS: dict[str, set[str]] = {
     "loader": {"core", "ops", "dist", "quant", "layers", "models"},
     "scheduler": {"core", "cache", "metrics"},
     "runner": {"core", "ops", "dist", "layers", "loader"},
-    "grammar": {"core", "text", "scheduler", "ops"},
+    "grammar": {"core", "text", "metrics", "scheduler", "ops"},
     "frontend": {"core", "ipc", "text", "metrics"},
     "server": {"core", "frontend", "text", "metrics"},
     "engine": {

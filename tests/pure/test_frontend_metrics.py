@@ -30,6 +30,9 @@ def test_the_text_says_what_was_measured():
         max_total_tokens=200,
         prompt_tokens_total=40,
         cached_tokens_total=10,
+        grammar_waiting=4,
+        grammar_mask_counts=[0, 2, 1, *[0] * 12],
+        grammar_mask_seconds_total=0.25,
     )
     exporter = Exporter(lambda: Sources(stats, requests), {"model_name": 'a "model"'})
     families = {f.name: f for f in text_string_to_metric_families(exporter.render().decode())}
@@ -52,6 +55,11 @@ def test_the_text_says_what_was_measured():
     assert value(f"{ttft}_bucket", "0.02") == 1
     assert value(f"{ttft}_bucket", "+Inf") == value(f"{ttft}_count") == 2
     assert value(f"{ttft}_sum") == 300.015
+    assert value("num_grammar_queue_reqs") == 4
+    mask = "grammar_mask_time_seconds"
+    assert value(f"{mask}_bucket", "2e-05") == 2
+    assert (value(f"{mask}_count"), value(f"{mask}_sum")) == (3, 0.25)
+    assert value("grammar_compilation_time_seconds_count") == 0
     kinds = {metric.name.removesuffix("_total"): metric.kind for metric in CATALOG}
     assert {name: family.type for name, family in families.items()} == kinds
 

@@ -1,5 +1,6 @@
 """Grammars under random schedules: right tokens whatever is aborted, retracted or overlapped."""
 
+import threading
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -14,12 +15,20 @@ from headrace.cache.radix import RadixCache
 from headrace.core.config import Limits, ScheduleOptions
 from headrace.core.messages import AbortRequest, GenerateRequest, SamplingParams, pack_ids
 from headrace.grammar.compiler import Compiler
-from headrace.grammar.gate import GrammarGate, NoGrammars
-from headrace.grammar.matcher import Broken
+from headrace.grammar.engine import Broken
+from headrace.grammar.gate import GrammarGate, NoGrammars, Output
 from headrace.scheduler.commit import OutputRules
 from headrace.scheduler.scheduler import Scheduler
 from headrace.scheduler.space import Space
-from tests.support.grammars import EOS, VOCAB, MaskedRunner, choose, small_vocabulary, text_of
+from tests.support.grammars import (
+    EOS,
+    VOCAB,
+    MaskedRunner,
+    allowed,
+    choose,
+    small_vocabulary,
+    text_of,
+)
 
 VOCABULARY = small_vocabulary()
 GRAMMARS = [
@@ -214,6 +223,8 @@ def test_a_slow_compilation_times_out():
     client = Client(scheduler).run(5)
     assert client.finish["slow"].status == 400
     assert "longer than" in client.finish["slow"].message
+    stats = scheduler.reporter.stats()
+    assert (stats.grammar_timeouts_total, stats.grammar_aborted_total) == (1, 1)
     assert client.finish["free"].type in ("stop", "length")
     compiler.close()
     release.shutdown()
@@ -233,6 +244,7 @@ def test_a_late_mask_holds_its_own_row_only(compiler):
     assert "masked" not in client.finish
     client.run()
     assert client.out["masked"] == expected(compiler, spec("masked", {"regex": "[abc]{4}"}))
+    assert scheduler.reporter.stats().grammar_late_masks_total > 0
 
 
 class SlowThreads(ThreadPoolExecutor):
@@ -286,6 +298,21 @@ def test_masks_of_drafts_and_rollback(compiler):
         matcher.accept(a)
 
 
+def test_masks_of_drafts_that_end_the_reasoning(compiler):
+    """What follows the marker has the grammar's mask, and nothing moves."""
+    token = {text: VOCABULARY.tokens.index(text) for text in (b'":', b"a", b"b", b"1")}
+    output = Output(compiler.compile("regex", "ab1").result().copy(), VOCABULARY, '":')
+    output.mask.set_result(output.next_mask())
+    marker, a, b, one = (token[text] for text in (b'":', b"a", b"b", b"1"))
+    masks = output.masks([one, marker, a, b])
+    assert masks[:2] == [VOCABULARY.no_end()] * 2 and output.reasoning
+    assert [allowed(mask, VOCAB).tolist() for mask in masks[2:]] == [[a], [b], [one]]
+    assert output.masks([EOS, a])[1:] == [VOCABULARY.no_end()] * 2
+    for drafted in (one, marker, a):
+        output.accept(drafted)
+    assert output.next_mask() == masks[3]
+
+
 def client_step(scheduler: Scheduler) -> None:
     scheduler.step()
     time.sleep(0.001)
@@ -298,5 +325,57 @@ def test_compiled_grammars_are_kept_and_bounded():
     compiler.compile("regex", "b")
     compiler.compile("regex", "c")
     assert compiler.compile("regex", "a") is not first
-    assert (compiler.hits, compiler.misses) == (1, 4)
+    assert (compiler.hits, compiler.misses, compiler.evictions) == (1, 4, 2)
     compiler.close()
+
+
+def test_the_vocabulary_is_read_for_the_first_grammar():
+    """In a thread, once; who asks for no grammar never causes it, nor waits for it."""
+    read: list[str] = []
+    go = threading.Event()
+
+    def slowly():
+        read.append(threading.current_thread().name)
+        assert go.wait(10)
+        return VOCABULARY
+
+    compiler = Compiler(slowly, {})
+    scheduler = make_scheduler(GrammarGate(compiler))
+    scheduler.submit(spec("free", {}))
+    Client(scheduler).run()
+    assert read == []
+    for number in range(3):
+        scheduler.submit(spec(f"g{number}", {"regex": "a" * (number + 1)}))
+    scheduler.submit(spec("free", {}))
+    client = Client(scheduler)
+    until = time.monotonic() + 10
+    while "free" not in client.finish and time.monotonic() < until:
+        client.step()
+    assert set(client.finish) == {"free"}
+    go.set()
+    client.run()
+    compiler.close()
+    assert len(read) == 1 and read[0].startswith("grammar")
+    assert [text_of(VOCABULARY, client.out[f"g{n}"]) for n in range(3)] == ["a", "aa", "aaa"]
+
+
+def test_what_the_metrics_tell():
+    compiler = Compiler(lambda: VOCABULARY, {}, kept=1)
+    scheduler = make_scheduler(GrammarGate(compiler))
+    compiler.compile("regex", "[ab]{3}").result()
+    for rid, pattern in (("a", "[ab]{3}"), ("b", "("), ("c", "[ab]{3}")):
+        scheduler.submit(spec(rid, {"regex": pattern}))
+    scheduler.submit(spec("free", {}))
+    waiting = scheduler.reporter.stats().grammar_waiting
+    client = Client(scheduler).run()
+    compiler.close()
+    stats = scheduler.reporter.stats()
+    assert (waiting, stats.grammar_waiting) == (3, 0)
+    assert stats.grammar_requests_total == 3
+    assert (stats.grammar_cache_hits_total, stats.grammar_cache_misses_total) == (1, 3)
+    assert stats.grammar_cache_evictions_total == 2
+    assert (stats.grammar_aborted_total, stats.grammar_timeouts_total) == (1, 0)
+    # One was compiled before the gate listened.
+    assert sum(stats.grammar_compile_counts) >= 2
+    assert sum(stats.grammar_mask_counts) >= len(client.out["a"]) + len(client.out["c"])
+    assert stats.grammar_mask_seconds_total > 0

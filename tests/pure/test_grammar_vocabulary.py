@@ -49,6 +49,13 @@ def test_outputs_are_what_was_asked_for(kind, padding):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_all_tokens_at_once(kind):
+    tokenizer = load(kind)
+    size = tokenizer.vocab_size + 3000
+    assert list(tokenizer.all_token_bytes(size)) == [tokenizer.token_bytes(i) for i in range(size)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_forced_text_is_written_exactly(kind):
     """Also where the tokenizer would put a space in front."""
     tokenizer = load(kind)

@@ -179,7 +179,7 @@ class RunOptions:
     grammar_backend: str = option(
         "auto",
         "What enforces JSON schemas, regular expressions and grammars; none refuses them.",
-        choices=("auto", "llguidance", "none"),
+        choices=("auto", "llguidance", "xgrammar", "none"),
     )
 
 

@@ -281,7 +281,10 @@ class Delta(Message, frozen=True, array_like=True):
 
 
 class SchedulerStats(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
-    """Counters (…_total) and gauges of one scheduler, cheap enough to send often."""
+    """Counters (…_total) and gauges of one scheduler, cheap enough to send often.
+
+    `..._counts` are those of a histogram with the bounds of metrics/record.
+    """
 
     running: int = 0
     waiting: int = 0
@@ -301,6 +304,18 @@ class SchedulerStats(msgspec.Struct, frozen=True, array_like=True, omit_defaults
     uptime: float = 0.0
     max_running_requests: int = 0
     paused: int = 0
+    grammar_waiting: int = 0
+    grammar_requests_total: int = 0
+    grammar_cache_hits_total: int = 0
+    grammar_cache_misses_total: int = 0
+    grammar_cache_evictions_total: int = 0
+    grammar_aborted_total: int = 0
+    grammar_timeouts_total: int = 0
+    grammar_late_masks_total: int = 0
+    grammar_compile_counts: list[int] = []
+    grammar_compile_seconds_total: float = 0.0
+    grammar_mask_counts: list[int] = []
+    grammar_mask_seconds_total: float = 0.0
 
 
 class Deltas(Message, frozen=True, array_like=True):

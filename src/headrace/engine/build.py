@@ -5,6 +5,7 @@ for the real one only.
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
 from headrace.cache.pages import PagePool
@@ -14,7 +15,7 @@ from headrace.core.config import Config, Limits
 from headrace.core.hardware import detect
 from headrace.core.messages import GenerateRequest, unpack_ids
 from headrace.core.model_info import ModelInfo
-from headrace.engine.parts import enforces_grammars, load_tokenizer_of
+from headrace.engine.parts import grammar_backend, load_tokenizer_of
 from headrace.grammar.gate import GrammarGate, NoGrammars
 from headrace.runner.fake import FakeWorker
 from headrace.scheduler.commit import OutputRules
@@ -46,11 +47,11 @@ def build_scheduler(config: Config, info: ModelInfo, progress: Callable[[str], N
     Raises:
         LoadError: the checkpoint cannot be loaded, or does not fit into memory.
     """
-    progress("tokenizer")
-    tokenizer = load_tokenizer_of(config)
-    grammar = build_grammar(config, info, tokenizer)
     progress("weights and KV cache")
-    worker = _worker(config, info)
+    with ThreadPoolExecutor(1) as beside:
+        reading = beside.submit(load_tokenizer_of, config)
+        worker = _worker(config, info)
+        tokenizer = reading.result()
     progress("scheduler")
     scheduler = Scheduler(
         config.schedule,
@@ -63,14 +64,15 @@ def build_scheduler(config: Config, info: ModelInfo, progress: Callable[[str], N
             stream_interval=config.serve.stream_interval,
             decode_log_interval=config.observe.decode_log_interval,
         ),
-        features=(grammar,),
+        features=(build_grammar(config, info, tokenizer),),
     )
     return Built(scheduler, worker.limits, dict(worker.memory))
 
 
 def build_grammar(config: Config, info: ModelInfo, tokenizer: Tokenizer | None) -> Feature:
-    """Structured output; its vocabulary is read in a thread while the weights load."""
-    if tokenizer is None or not enforces_grammars(config):
+    """Structured output; nothing large is read or imported before the first grammar comes."""
+    backend = grammar_backend(config)
+    if tokenizer is None or backend is None:
         return NoGrammars("this server enforces no grammars")
     from headrace.grammar.compiler import Compiler
     from headrace.grammar.source import special_tokens
@@ -79,6 +81,7 @@ def build_grammar(config: Config, info: ModelInfo, tokenizer: Tokenizer | None) 
     compiler = Compiler(
         lambda: read_vocabulary(tokenizer, info.vocab_size, info.eos_token_ids),
         special_tokens(tokenizer),
+        backend,
     )
     return GrammarGate(compiler)
 

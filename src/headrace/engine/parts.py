@@ -17,6 +17,7 @@ from headrace.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from headrace.frontend.tokenizer_manager import RequestCheck
+    from headrace.grammar.engine import Backend
     from headrace.text.chat import TemplateManager
 
 DEMO_NAME = "headrace-demo"
@@ -85,15 +86,17 @@ def request_checks(config: Config, tokenizer: Tokenizer | None) -> "list[Request
     """What features refuse before a request is sent."""
     from headrace.grammar.check import GrammarCheck
 
-    return [GrammarCheck(tokenizer, enabled=enforces_grammars(config))]
+    return [GrammarCheck(tokenizer, grammar_backend(config))]
 
 
-def enforces_grammars(config: Config) -> bool:
-    """Whether this server has structured output: it takes a model and a tokenizer.
+def grammar_backend(config: Config) -> "Backend | None":
+    """What enforces grammars here, if anything: it takes a model and a tokenizer.
 
     Raises:
         BadRequest: it was asked for by name and cannot be had.
     """
+    from headrace.grammar.engine import BACKENDS
+
     backend = config.run.grammar_backend
     missing = ""
     if config.model.skip_tokenizer_init:
@@ -102,7 +105,16 @@ def enforces_grammars(config: Config) -> bool:
         missing = "a model, which --runner fake leaves out"
     if missing and backend not in ("auto", "none"):
         raise BadRequest(f"--grammar-backend {backend} needs {missing}", field="grammar_backend")
-    return backend != "none" and not missing
+    if backend == "none" or missing:
+        return None
+    found = BACKENDS[backend]
+    if not found.installed:
+        raise BadRequest(
+            f"--grammar-backend {backend} needs {' and '.join(found.packages)}: "
+            f"pip install 'headrace[{found.name}]'",
+            field="grammar_backend",
+        )
+    return found
 
 
 def with_tokenizer_ends(info: ModelInfo, tokenizer: Tokenizer | None) -> ModelInfo:

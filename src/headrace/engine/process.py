@@ -32,7 +32,11 @@ from headrace.ipc.channels import Receiver
 
 # What takes long to import, by role and runner; needed in any case.
 _EARLY = {
-    ("scheduler", "model"): ("torch", "headrace.runner.worker", "headrace.engine.build"),
+    ("scheduler", "model"): (
+        "headrace.engine.lean_torch",
+        "headrace.runner.worker",
+        "headrace.engine.build",
+    ),
     ("scheduler", "fake"): ("headrace.engine.build",),
     ("detokenizer", "model"): ("headrace.frontend.detokenizer",),
     ("detokenizer", "fake"): ("headrace.frontend.detokenizer",),

@@ -224,7 +224,11 @@ class TokenizerManager:
             fitting = shortened(fitting, self.limits.max_request_tokens, special, truncate)
             checked = validate(fitting, self.info.vocab_size, self.limits, truncate)
             for check in self._checks:
-                await self._texts.apply(check, checked)
+                try:
+                    await self._texts.apply(check, checked)
+                except BadRequest:
+                    self.metrics.refused += 1
+                    raise
             if checked.sampling.seed is None:
                 seed = seeds.setdefault(checked.group or checked.rid, self._seeds.getrandbits(63))
                 sampling = msgspec.structs.replace(checked.sampling, seed=seed)

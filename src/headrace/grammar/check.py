@@ -8,8 +8,9 @@ from functools import lru_cache
 
 from headrace.core.errors import BadRequest
 from headrace.core.messages import GenerateRequest
+from headrace.grammar.engine import Backend
 from headrace.grammar.refusal import Refused
-from headrace.grammar.source import special_tokens, translate
+from headrace.grammar.source import special_tokens
 from headrace.text.tokenizer import Tokenizer
 
 _REMEMBERED = 16
@@ -18,13 +19,14 @@ _REMEMBERED = 16
 class GrammarCheck:
     """Raises BadRequest for a request whose grammar cannot be enforced."""
 
-    def __init__(self, tokenizer: Tokenizer | None, *, enabled: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, backend: Backend | None) -> None:
         specials = special_tokens(tokenizer)
-        self._enabled = enabled
+        self._enabled = backend is not None
 
         @lru_cache(_REMEMBERED)
         def understood(field: str, text: str) -> None:
-            translate(field, text, specials)
+            if backend is not None:
+                backend.translate(field, text, specials)
 
         self._understood = understood
 

@@ -18,6 +18,8 @@ from typing import Any, NoReturn
 from headrace.grammar.refusal import Refused
 
 MAX_DEPTH = 100
+# The set of all characters, as a regular expression.
+ANY = "(?s:.)"
 _TOKEN = re.compile(
     r"""(?P<space>(?:[\s]|\#[^\n]*)+)|(?P<rule>[\w-]+)(?=\s*::=)|(?P<name>[\w-]+)|(?P<is>::=)"""
     r"""|(?P<text>"(?:[^"\\\n]|\\.)*")|(?P<set>\[\^?(?:[^\]\\\n]|\\.)*\])"""
@@ -42,7 +44,19 @@ class _Token:
 
 
 def to_lark(text: str, field: str = "ebnf", prefix: str = "") -> tuple[str, list[str]]:
-    """(the start symbol, rules in Lark); every symbol begins with `prefix`.
+    """(the start symbol, rules in Lark); every symbol begins with `prefix`. Raises `Refused`."""
+    rules = read(text, field)
+    regular = _regular({name: set(_names(node)) for name, (node, _) in rules.items()})
+    symbols = {
+        name: (f"{prefix}T{number}".upper() if name in regular else f"{prefix}r{number}".lower())
+        for number, name in enumerate(rules)
+    }
+    lines = [f"{symbols[name]}: {_write(node, symbols)}" for name, (node, _) in rules.items()]
+    return symbols["root"], lines
+
+
+def read(text: str, field: str) -> dict[str, tuple[Node, str]]:
+    """Every rule with the line where it begins.
 
     Raises:
         Refused: not in the notation above, or a name without a rule; names the line.
@@ -56,13 +70,7 @@ def to_lark(text: str, field: str = "ebnf", prefix: str = "") -> tuple[str, list
                 raise Refused(field, f"the rule {name} uses {other}, which is not defined", line)
     if not _ends(rules):
         raise Refused(field, "the rule root never ends", rules["root"][1])
-    regular = _regular({name: set(_names(node)) for name, (node, _) in rules.items()})
-    symbols = {
-        name: (f"{prefix}T{number}".upper() if name in regular else f"{prefix}r{number}".lower())
-        for number, name in enumerate(rules)
-    }
-    lines = [f"{symbols[name]}: {_write(node, symbols)}" for name, (node, _) in rules.items()]
-    return symbols["root"], lines
+    return rules
 
 
 def literal(text: str) -> str:
@@ -145,7 +153,7 @@ class _Parser:
         if token.kind == "name":
             return ("name", token.text)
         if token.text == ".":
-            return ("set", "(?s:.)")
+            return ("set", ANY)
         if token.text != "(":
             self._fail(token, f"nothing to repeat before {token.text}")
         inside = self._alternatives(depth + 1)

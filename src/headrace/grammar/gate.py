@@ -11,6 +11,7 @@ so a retracted request resumes with it. No torch.
 
 import logging
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -20,9 +21,10 @@ from typing import Any
 from headrace.core.messages import FinishReason
 from headrace.core.plan import Chunk, TokenMasks
 from headrace.grammar.compiler import Compiler
-from headrace.grammar.matcher import Broken, Matcher
+from headrace.grammar.engine import Broken, Matcher
 from headrace.grammar.refusal import Refused
 from headrace.grammar.vocabulary import Vocabulary
+from headrace.metrics.record import MASK_SECONDS, SECONDS, Histogram
 from headrace.scheduler.feature import Feature
 from headrace.scheduler.request import Request
 
@@ -60,6 +62,8 @@ class GrammarGate(Feature):
         self._compile_seconds = compile_seconds
         self._plan_waits = plan_waits
         self._clock = clock
+        self._counts = Counts()
+        compiler.on_compiled = self._counts.compiled
         self._outputs: dict[int, Output] = {}
         self._compiling: dict[int, tuple[Request, Future[Matcher], float]] = {}
         # Filled by threads, too.
@@ -73,6 +77,7 @@ class GrammarGate(Feature):
 
     def check(self, request: Request) -> str | None:
         for field, text in request.spec.sampling.grammars:
+            self._counts.requests += 1
             made = self._compiler.compile(field, text)
             self._compiling[request.seq] = (request, made, self._clock() + self._compile_seconds)
         return None
@@ -91,6 +96,7 @@ class GrammarGate(Feature):
         if self._plan_until is None:
             self._plan_until = now + self._plan_waits
         wait([output.mask], timeout=max(0.0, self._plan_until - now))
+        self._counts.late += not output.ready
         return not output.ready
 
     def attach(self, chunks: Sequence[Chunk], requests: Sequence[Request]) -> TokenMasks | None:
@@ -134,6 +140,15 @@ class GrammarGate(Feature):
         self._plan_until = None
         return [self._ended.popleft() for _ in range(len(self._ended))]
 
+    def stats(self) -> dict[str, Any]:
+        compiler = self._compiler
+        return self._counts.stats() | {
+            "grammar_waiting": len(self._compiling),
+            "grammar_cache_hits_total": compiler.hits,
+            "grammar_cache_misses_total": compiler.misses,
+            "grammar_cache_evictions_total": compiler.evictions,
+        }
+
     # -- parts --------------------------------------------------------------------------------
 
     def _look_at_compilers(self) -> None:
@@ -144,6 +159,7 @@ class GrammarGate(Feature):
             elif now > deadline:
                 field = request.spec.sampling.grammars[0][0]
                 why = f"{field}: compiling took longer than {self._compile_seconds:g} s"
+                self._counts.timeouts += 1
                 self._end(request, why, 400)
             else:
                 continue
@@ -166,8 +182,15 @@ class GrammarGate(Feature):
 
     def _prepare(self, request: Request, output: "Output") -> None:
         """Compute the next mask in the background."""
-        output.mask = self._threads.submit(output.next_mask)
+        output.mask = self._threads.submit(lambda: self._timed(output))
         output.mask.add_done_callback(lambda done: self._late_error(request, done))
+
+    def _timed(self, output: "Output") -> bytes:
+        """In a thread."""
+        began = time.perf_counter()
+        found = output.next_mask()
+        self._counts.masked(time.perf_counter() - began)
+        return found
 
     def _late_error(self, request: Request, done: "Future[bytes]") -> None:
         """In a thread: a mask that cannot be computed ends its request. Appending is atomic."""
@@ -176,10 +199,41 @@ class GrammarGate(Feature):
             self._end(request, f"{field}: {error}", 400)
 
     def _end(self, request: Request, message: str, status: int) -> None:
+        self._counts.aborted += 1
         kind = "BadRequestError" if status == 400 else "InternalServerError"
         self._ended.append(
             (request, FinishReason("abort", message=message, status=status, kind=kind))
         )
+
+
+class Counts:
+    """What the metrics tell of grammars; times come from threads."""
+
+    def __init__(self) -> None:
+        self.requests = self.aborted = self.timeouts = self.late = 0
+        self._compile, self._mask = Histogram(SECONDS), Histogram(MASK_SECONDS)
+        self._lock = threading.Lock()
+
+    def compiled(self, seconds: float) -> None:
+        with self._lock:
+            self._compile.observe(seconds)
+
+    def masked(self, seconds: float) -> None:
+        with self._lock:
+            self._mask.observe(seconds)
+
+    def stats(self) -> dict[str, Any]:
+        """Fields of `SchedulerStats`."""
+        return {
+            "grammar_requests_total": self.requests,
+            "grammar_aborted_total": self.aborted,
+            "grammar_timeouts_total": self.timeouts,
+            "grammar_late_masks_total": self.late,
+            "grammar_compile_counts": list(self._compile.counts),
+            "grammar_compile_seconds_total": self._compile.sum,
+            "grammar_mask_counts": list(self._mask.counts),
+            "grammar_mask_seconds_total": self._mask.sum,
+        }
 
 
 class Output:
@@ -218,8 +272,7 @@ class Output:
             return
         self._marker = b""
         rest = after.decode("utf-8", "replace").lstrip()
-        for piece in self._vocabulary.engine.greedy_tokenize(rest):
-            self.matcher.accept(piece)
+        self.matcher.write(rest)
 
     def masks(self, draft: Sequence[int]) -> list[bytes]:
         """The mask of the next token, and of the one after each drafted token.
@@ -227,6 +280,8 @@ class Output:
         After a draft that the grammar forbids it does not matter: that draft is rejected.
         """
         found = [self.mask.result()]
+        if draft and self.reasoning:
+            return self._ahead(found, draft)
         try:
             for token in draft:
                 if self.reasoning or not self.matcher.fits(token):
@@ -236,6 +291,20 @@ class Output:
         except Broken:
             # It stays broken: the next token ends the request.
             logger.warning("a drafted token exceeds the limits of a grammar")
+        return found + found[:1] * (len(draft) + 1 - len(found))
+
+    def _ahead(self, found: list[bytes], draft: Sequence[int]) -> list[bytes]:
+        """`masks` while the marker may come with a drafted token; on a copy."""
+        other = Output(self.matcher.copy(), self._vocabulary, "")
+        other._marker, other._tail = self._marker, self._tail
+        try:
+            for token in draft:
+                if other.reasoning and token in self._vocabulary.eos:
+                    break
+                other.accept(token)
+                found.append(other.next_mask())
+        except Broken:
+            pass  # It is rejected, or ends the request when it comes.
         return found + found[:1] * (len(draft) + 1 - len(found))
 
     def finished(self, request: Request) -> bool:

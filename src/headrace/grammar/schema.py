@@ -8,12 +8,14 @@ root counts: unused definitions may hold anything. Where the engine is laxer tha
 
 import json
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import unquote
 
 from headrace.grammar import patterns
 from headrace.grammar.refusal import Refused, step
+from headrace.grammar.traits import TYPES, Traits
 
 MAX_DEPTH = 100
 MAX_NODES = 20_000
@@ -22,7 +24,12 @@ MAX_PROPERTIES_SQUARED = 1_500_000
 # At most one space, or one line end with its indentation: output cannot get lost in white space.
 WHITESPACE = r"(\x20|\r?\n[\x20\t]{0,64})?"
 
-_TYPES = frozenset(["null", "boolean", "integer", "number", "string", "array", "object"])
+# Without \\u: a name written with it would not be recognized as one of `properties`. What only \\u
+# can write must not be asked for then: the engine would leave it out.
+_ESCAPES = 'nrbtf\\"'
+_CONTROL = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
+_CONTROL_ESCAPE = re.compile(r"\\x[01]|\\x7[fF]|\\u00[01]|\\u007[fF]|\\[ux]\{|\\[cv0]")
+
 _ANNOTATIONS = frozenset(
     [
         "$comment", "$defs", "definitions", "title", "description", "default",
@@ -48,15 +55,19 @@ def prepare(text: str, field: str = "json_schema") -> Node:
     return prepare_value(parse(text, field), field)
 
 
-def prepare_value(schema: Any, field: str, at: str = "") -> Node:
-    """`prepare` of a parsed schema that stands at the JSON Pointer `at`; changes it in place."""
+def prepare_value(schema: Any, field: str, at: str = "", *, exclusive: bool = False) -> Node:
+    """`prepare` of a parsed schema that stands at the JSON Pointer `at`; changes it in place.
+
+    `exclusive`: whether exclusive bounds stay as they are.
+    """
     check_depth(schema, field)
     if schema is True:
         schema = {}
     if not isinstance(schema, dict):
         raise Refused(field, f"a schema is an object, not {_name(schema)}", f"#{at}")
+    rewriter = _Rewriter(schema, field, at, exclusive)
     try:
-        _Rewriter(schema, field, at).run()
+        rewriter.run()
     except RecursionError:
         raise Refused(field, "is nested too deep") from None
     schema["x-guidance"] = {
@@ -64,6 +75,7 @@ def prepare_value(schema: Any, field: str, at: str = "") -> Node:
         "whitespace_pattern": WHITESPACE,
         "lenient": False,
         "coerce_one_of": False,
+        **({"json_allowed_escapes": _ESCAPES} if rewriter.open else {}),
     }
     return schema
 
@@ -103,6 +115,16 @@ def _children(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
+def _texts(value: Any) -> Iterator[str]:
+    """Every string in a value, names included."""
+    if isinstance(value, str):
+        yield value
+    for child in _children(value):
+        yield from _texts(child)
+    if isinstance(value, dict):
+        yield from value
+
+
 def _name(value: Any) -> str:
     names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean"}
     return names.get(type(value), "null" if value is None else "a number")
@@ -111,16 +133,30 @@ def _name(value: Any) -> str:
 class _Rewriter:
     """Walks one schema; every reachable node once."""
 
-    def __init__(self, root: Node, field: str, at: str) -> None:
+    def __init__(self, root: Node, field: str, at: str, exclusive: bool) -> None:
         self.root = root
+        self.exclusive = exclusive
         self.field = field
         self.at = at
         self.old_draft = any(name in str(root.get("$schema", "")) for name in _OLD_DRAFTS)
         self.seen: set[int] = set()
         self.properties_squared = 0
+        # Whether an object may have others than its listed properties; where \\u would be needed.
+        self.open = False
+        self.control = ""
 
     def run(self) -> None:
         self.walk(self.root, self.at)
+        if self.open and self.control:
+            raise self.refuse(
+                self.control,
+                "control characters are supported where no object has properties beyond the listed",
+            )
+
+    def written(self, text: str, place: str) -> None:
+        """Note a text that the output may have to hold."""
+        if _CONTROL.search(text):
+            self.control = self.control or place
 
     def refuse(self, pointer: str, why: str) -> Refused:
         return Refused(self.field, why, f"#{pointer}")
@@ -180,7 +216,7 @@ class _Rewriter:
         self.schemas(node, keyword, place)
         branches = node[keyword]
         if len(branches) > 1:
-            traits = [_Traits(self.follow(branch)) for branch in branches]
+            traits = [Traits(self.follow(branch)) for branch in branches]
             for index, trait in enumerate(traits):
                 if not all(trait.excludes(other) for other in traits[:index]):
                     raise self.refuse(
@@ -197,7 +233,9 @@ class _Rewriter:
         self.properties_squared += len(value) ** 2
         if self.properties_squared > MAX_PROPERTIES_SQUARED:
             raise self.refuse(place, "too many properties in one schema")
+        self.open = self.open or node.get("additionalProperties") is not False
         for name, child in value.items():
+            self.written(name, step(place, name))
             self.walk(child, step(place, name))
 
     def pattern_properties(self, node: Node, keyword: str, place: str) -> None:
@@ -212,6 +250,7 @@ class _Rewriter:
         node[keyword] = self.translated(node[keyword], place)
 
     def translated(self, pattern: str, place: str) -> str:
+        self.written(pattern if not _CONTROL_ESCAPE.search(pattern) else "\0", place)
         try:
             return patterns.translate(pattern)
         except patterns.UnknownSyntax as error:
@@ -236,8 +275,8 @@ class _Rewriter:
     def kind(self, node: Node, keyword: str, place: str) -> None:
         value = node[keyword]
         names = value if isinstance(value, list) else [value]
-        if not names or not all(isinstance(name, str) and name in _TYPES for name in names):
-            raise self.refuse(place, f"must be one or more of {', '.join(sorted(_TYPES))}")
+        if not names or not all(isinstance(name, str) and name in TYPES for name in names):
+            raise self.refuse(place, f"must be one or more of {', '.join(sorted(TYPES))}")
 
     def count(self, node: Node, keyword: str, place: str) -> None:
         value = node[keyword]
@@ -245,6 +284,9 @@ class _Rewriter:
             value = node[keyword] = int(value)
         if type(value) is not int or not 0 <= value < 2**31:
             raise self.refuse(place, "must be a whole number from 0 to 2147483647")
+        if keyword == "minProperties" and value > max(1, _certain(node)):
+            # A name that comes twice would count twice.
+            raise self.refuse(place, "more than 1 is supported where only listed names may come")
 
     def number(self, node: Node, keyword: str, place: str) -> None:
         value = node[keyword]
@@ -252,6 +294,10 @@ class _Rewriter:
             raise self.refuse(place, "must be a number")
         if keyword == "multipleOf" and value <= 0:
             raise self.refuse(place, "must be greater than 0")
+        if keyword.startswith("exclusive") and not self.exclusive and node.get("type") != "integer":
+            # The engine lets -1 pass in the range from -1.5 to -1, exclusive.
+            del node[keyword]
+            _restrict(node, _inclusive(keyword, value))
 
     def names(self, node: Node, keyword: str, place: str) -> None:
         value = node[keyword]
@@ -261,9 +307,12 @@ class _Rewriter:
     def values(self, node: Node, keyword: str, place: str) -> None:
         if not isinstance(node[keyword], list) or not node[keyword]:
             raise self.refuse(place, "must be a non-empty array")
+        self.any_value(node, keyword, place)
 
     def any_value(self, node: Node, keyword: str, place: str) -> None:
         """Everything is allowed here."""
+        for text in _texts(node[keyword]):
+            self.written(text, place)
 
     def off(self, node: Node, keyword: str, place: str) -> None:
         """Keywords that cannot be enforced, but whose `false` asks for nothing."""
@@ -320,51 +369,19 @@ def _restrict(node: Node, more: Node) -> None:
         node.update(more)
 
 
-class _Traits:
-    """What tells a schema's values from those of another: their types, constant properties."""
-
-    def __init__(self, node: Any) -> None:
-        self.types: set[str] = set(_TYPES)
-        self.constants: dict[str, set[str]] = {}
-        if not isinstance(node, dict):
-            return
-        given = node.get("type")
-        named = [given] if isinstance(given, str) else given
-        self.types = _constant_types(node) or set(named or _TYPES)
-        if "number" in self.types:
-            self.types.add("integer")
-        if self.types == {"object"} and isinstance(node.get("properties"), dict):
-            required = node.get("required", [])
-            for name in required if isinstance(required, list) else []:
-                values = _constants(node["properties"].get(name))
-                if values:
-                    self.constants[name] = values
-
-    def excludes(self, other: "_Traits") -> bool:
-        """True when no value can fit both."""
-        if not self.types & other.types:
-            return True
-        if self.types != {"object"} or other.types != {"object"}:
-            return False
-        return any(
-            not values & other.constants[name]
-            for name, values in self.constants.items()
-            if name in other.constants
-        )
+def _inclusive(keyword: str, value: float) -> Node:
+    """An exclusive bound as an inclusive one that the engine can tell from it."""
+    margin = max(abs(value) * 1e-12, 1e-15)
+    low = keyword == "exclusiveMinimum"
+    return {"minimum": value + margin} if low else {"maximum": value - margin}
 
 
-def _constants(node: Any) -> set[str]:
-    """The strings that a schema allows, if it lists nothing else."""
-    if not isinstance(node, dict):
-        return set()
-    values = [node["const"]] if "const" in node else node.get("enum") or []
-    return set(values) if all(isinstance(value, str) for value in values) else set()
-
-
-def _constant_types(node: Node) -> set[str]:
-    names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
-    values = [node["const"]] if "const" in node else node.get("enum") or []
-    return {names.get(type(value), "number") for value in values}
+def _certain(node: Node) -> float:
+    """How many properties of different names an object is sure to have, if it has so many."""
+    if node.get("additionalProperties") is False and not node.get("patternProperties"):
+        return math.inf
+    required = node.get("required")
+    return len({str(name) for name in required}) if isinstance(required, list) else 0
 
 
 Handler = Callable[[_Rewriter, Node, str, str], None]

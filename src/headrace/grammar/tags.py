@@ -35,18 +35,22 @@ def to_lark(text: str, specials: Mapping[str, int]) -> str:
     Raises:
         Refused: not one of the forms above; names the place.
     """
+    writer = _Writer(specials)
+    start = writer.write(*read(text), last=True)
+    return "\n".join(["%llguidance {}", f"start: {start}", *writer.rules])
+
+
+def read(text: str) -> tuple[Any, str]:
+    """(the tree of formats, its place); the older form as a tree. Raises `Refused`."""
     value = schema.parse(text, FIELD)
     schema.check_depth(value, FIELD)
     if not isinstance(value, dict):
         raise Refused(FIELD, "must be an object")
-    writer = _Writer(specials)
     if "structures" in value:
-        start = writer.write(_modern(value), "", last=True)
-    elif "format" in value:
-        start = writer.write(value["format"], "/format", last=True)
-    else:
-        raise Refused(FIELD, "needs 'format', or 'structures' and 'triggers'")
-    return "\n".join(["%llguidance {}", f"start: {start}", *writer.rules])
+        return _modern(value), ""
+    if "format" in value:
+        return value["format"], "/format"
+    raise Refused(FIELD, "needs 'format', or 'structures' and 'triggers'")
 
 
 def _modern(value: Format) -> Format:

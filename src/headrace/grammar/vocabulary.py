@@ -1,14 +1,13 @@
-"""The vocabulary of a model as the engine needs it: the bytes of every token.
+"""The vocabulary of a model as the engines need it: the bytes of every token.
 
 Bytes come from our own tokenizer, so a mask allows exactly what the detokenizer will write. Special
 tokens and ends of sequence stand for no text: only a grammar that names one lets it pass. Reading a
-large vocabulary takes seconds, so it is done once, in a thread, while the weights load.
+large vocabulary takes a good part of a second, so it is done once, in a thread, for the first
+request that needs it. No engine.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-
-from llguidance import LLTokenizer
 
 from headrace.text.tokenizer import Tokenizer
 
@@ -19,13 +18,20 @@ Encode = Callable[[str], list[int]]
 class Vocabulary:
     """`size` is the width of the logits, `words` that of a mask in int32.
 
-    Without any end of sequence the engine gets one beyond the logits, which can never be sampled.
+    `tokens`: the text of every token, empty where it never matches. `special`: how special tokens
+    are written. Without any end of sequence an engine gets one beyond the logits (`ends`), which
+    can never be sampled.
     """
 
-    engine: LLTokenizer
-    size: int
-    eos: frozenset[int]
     tokens: Sequence[bytes]
+    special: Mapping[int, bytes]
+    eos: frozenset[int]
+    ends: Sequence[int]
+    encode: Encode | None = None
+
+    @property
+    def size(self) -> int:
+        return len(self.tokens)
 
     @property
     def words(self) -> int:
@@ -33,7 +39,7 @@ class Vocabulary:
 
     def text_of(self, token: int) -> bytes:
         """What the token adds to the text, special tokens as they are written."""
-        return self.engine.decode_bytes([token]) if not self.tokens[token] else self.tokens[token]
+        return self.special.get(token) or self.tokens[token]
 
     def no_end(self) -> bytes:
         """A mask that allows everything but the ends of sequence."""
@@ -43,37 +49,11 @@ class Vocabulary:
         return bytes(mask)
 
 
-class _Source:
-    """What the engine asks of a tokenizer. Where text is forced, it takes the usual tokens for it.
-
-    They must be exactly this text, or masks would be wrong: sentencepiece puts a space in front.
-    """
-
-    is_tokenizer_wrapper = True
-    bos_token_id = None
-
-    def __init__(
-        self, tokens: list[bytes], special: list[int], eos: int, encode: Encode | None
-    ) -> None:
-        self.tokens = tokens
-        self.special_token_ids = special
-        self.eos_token_id = eos
-        self.greedy: Encode | None = None
-        self._encode = encode
-
-    def __call__(self, text: str) -> list[int]:
-        if self._encode is not None:
-            ids = self._encode(text)
-            if b"".join(self.tokens[token] for token in ids) == text.encode():
-                return ids
-        return self.greedy(text) if self.greedy is not None else []
-
-
 def read_vocabulary(tokenizer: Tokenizer, size: int, eos_token_ids: Sequence[int]) -> Vocabulary:
     """The vocabulary of a model with logits of width `size`."""
     ids = tokenizer.special_ids.union(eos_token_ids)
     special = {token: special_name(tokenizer, token) for token in ids if token < size}
-    tokens = [b"" if token in special else tokenizer.token_bytes(token) for token in range(size)]
+    tokens = list(tokenizer.all_token_bytes(size))
 
     def encode(text: str) -> list[int]:
         ids = tokenizer.encode(text, add_special_tokens=False)
@@ -95,13 +75,7 @@ def build_vocabulary(
 ) -> Vocabulary:
     """From the text of every token (empty: never allowed) and the names of special ones."""
     eos = [token for token in eos_token_ids if token < len(tokens)]
-    named = [special.get(token, text) for token, text in enumerate(tokens)]
-    ids = sorted(special)
-    if not eos:
-        named.append(b"<|end|>")
-        ids.append(len(tokens))
-    ends = eos or [len(tokens)]
-    source = _Source(named, ids, ends[0], encode)
-    engine = LLTokenizer(source, n_vocab=len(named), eos_token=ends)  # type: ignore[arg-type]
-    source.greedy = engine.greedy_tokenize
-    return Vocabulary(engine, len(tokens), frozenset(eos), tokens)
+    texts = list(tokens)
+    for token in special:
+        texts[token] = b""
+    return Vocabulary(texts, special, frozenset(eos), eos or [len(texts)], encode)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from headrace.core.messages import SchedulerStats
-from headrace.metrics.record import Histogram, RequestMetrics
+from headrace.metrics.record import MASK_SECONDS, SECONDS, Histogram, RequestMetrics
 
 # Every name begins with it.
 PREFIX = "headrace_"
@@ -47,6 +47,12 @@ CATALOG: tuple[Metric, ...] = (
         "counter",
         "Requests that ended without their answer.",
         lambda s: s.requests.aborted,
+    ),
+    Metric(
+        "headrace_num_refused_requests_total",
+        "counter",
+        "Requests with a grammar that cannot be enforced, refused before they were sent.",
+        lambda s: s.requests.refused,
     ),
     Metric(
         "headrace_prompt_tokens_total",
@@ -201,6 +207,71 @@ CATALOG: tuple[Metric, ...] = (
         "counter",
         "Steps of the model.",
         lambda s: s.scheduler.steps_total,
+    ),
+    # structured output
+    Metric(
+        "headrace_num_grammar_queue_reqs",
+        "gauge",
+        "Requests that wait until their grammar is compiled.",
+        lambda s: s.scheduler.grammar_waiting,
+    ),
+    Metric(
+        "headrace_num_grammar_total",
+        "counter",
+        "Requests with a grammar that reached the scheduler.",
+        lambda s: s.scheduler.grammar_requests_total,
+    ),
+    Metric(
+        "headrace_grammar_compilation_time_seconds",
+        "histogram",
+        "To compile a grammar, also one that was refused then.",
+        lambda s: Histogram.of(
+            SECONDS, s.scheduler.grammar_compile_counts, s.scheduler.grammar_compile_seconds_total
+        ),
+    ),
+    Metric(
+        "headrace_num_grammar_cache_hit_total",
+        "counter",
+        "Grammars found among the compiled ones.",
+        lambda s: s.scheduler.grammar_cache_hits_total,
+    ),
+    Metric(
+        "headrace_num_grammar_cache_miss_total",
+        "counter",
+        "Grammars that had to be compiled.",
+        lambda s: s.scheduler.grammar_cache_misses_total,
+    ),
+    Metric(
+        "headrace_num_grammar_cache_evicted_total",
+        "counter",
+        "Compiled grammars that were dropped for newer ones.",
+        lambda s: s.scheduler.grammar_cache_evictions_total,
+    ),
+    Metric(
+        "headrace_num_grammar_aborted_total",
+        "counter",
+        "Requests that ended because of their grammar.",
+        lambda s: s.scheduler.grammar_aborted_total,
+    ),
+    Metric(
+        "headrace_num_grammar_timeout_total",
+        "counter",
+        "Requests that ended since compiling their grammar took too long.",
+        lambda s: s.scheduler.grammar_timeouts_total,
+    ),
+    Metric(
+        "headrace_grammar_mask_time_seconds",
+        "histogram",
+        "To compute the mask of one token.",
+        lambda s: Histogram.of(
+            MASK_SECONDS, s.scheduler.grammar_mask_counts, s.scheduler.grammar_mask_seconds_total
+        ),
+    ),
+    Metric(
+        "headrace_num_grammar_late_mask_total",
+        "counter",
+        "Times that a request missed a step because its mask was not ready.",
+        lambda s: s.scheduler.grammar_late_masks_total,
     ),
     Metric(
         "headrace_uptime_seconds", "gauge", "Age of the scheduler.", lambda s: s.scheduler.uptime

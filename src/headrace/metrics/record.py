@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200)
 STEP_SECONDS = (0.0002, 0.0005, *SECONDS[:14])
+MASK_SECONDS = (0.00001, 0.00002, 0.00005, 0.0001, *STEP_SECONDS[:10])
 TOKENS = tuple(float(1 << power) for power in range(18))
 
 
@@ -19,6 +20,14 @@ class Histogram:
         self.bounds = bounds
         self.counts = [0] * (len(bounds) + 1)
         self.sum = 0.0
+
+    @classmethod
+    def of(cls, bounds: Sequence[float], counts: Sequence[int], total: float) -> "Histogram":
+        """One that was counted elsewhere; no counts at all stand for zeros."""
+        found = cls(bounds)
+        found.counts = list(counts) or found.counts
+        found.sum = total
+        return found
 
     def observe(self, value: float, times: int = 1) -> None:
         """Count `value` as often as `times`."""
@@ -32,6 +41,7 @@ class RequestMetrics:
     def __init__(self) -> None:
         self.requests = 0
         self.aborted = 0
+        self.refused = 0
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self.generation_tokens = 0

@@ -1,6 +1,6 @@
 """The two protocols of the scheduler: the runner below it and the features beside it.
 
-A feature is an object that answers ten questions; each has an answer that changes nothing, so a
+A feature is an object that answers eleven questions; each has an answer that changes nothing, so a
 feature overrides only what it needs. Knows no feature by name.
 """
 
@@ -67,3 +67,7 @@ class Feature:
     def poll(self) -> Sequence[tuple[Request, FinishReason]]:
         """Requests that its background work has ended, with the reason."""
         return ()
+
+    def stats(self) -> dict[str, Any]:
+        """What it has counted: fields of `SchedulerStats`."""
+        return {}

@@ -13,7 +13,7 @@ special tokens; we keep the ids the model was trained with.
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ _OTHER_FORMS = (
 )
 # Decoders whose output for one token depends on the tokens around it.
 _CONTEXTUAL_DECODERS = {"BPEDecoder", "CTC"}
+# Tokens decoded at once when all are asked for: some milliseconds.
+_BATCH = 2048
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -125,6 +127,17 @@ class Tokenizer:
         if piece is None:
             piece = self._pieces[token_id] = self._contribution(self._anchor, token_id)
         return piece
+
+    def all_token_bytes(self, size: int) -> Iterator[bytes]:
+        """`token_bytes` of the ids 0 .. size - 1, many at a time; lets other threads run."""
+        offset = len(self.decode(self._anchor, skip_special_tokens=False))
+        for start in range(0, size, _BATCH):
+            ids = range(start, min(size, start + _BATCH))
+            pairs = [[*self._anchor, token_id] for token_id in ids]
+            texts = self.backend.decode_batch(pairs, skip_special_tokens=False)
+            for token_id, text in zip(ids, texts, strict=True):
+                piece = text[offset:]
+                yield self._raw_bytes(token_id) if "\ufffd" in piece else piece.encode()
 
     def first_token_bytes(self, token_id: int) -> bytes:
         """What the token gives at the start of a text, where some decoders drop a space."""
