@@ -14,7 +14,7 @@ _MAGIC = '<tool_call>\n{"name": "magic_function", "arguments": {"input": 3}}\n</
 _NO_ARGUMENTS = '<tool_call>\n{"name": "magic_function_no_args", "arguments": {}}\n</tool_call>'
 _CUSTOMER = (
     '<tool_call>\n{"name": "unicode_customer", "arguments": '
-    '{"customer_name": "你好啊集团", "description": "技术公司"}}\n</tool_call>'
+    '{"customer_name": "你好啊集团 こんにちは株式会社", "description": "技术公司"}}\n</tool_call>'
 )
 RULES = {
     "magic_function(3)": _MAGIC,

@@ -62,8 +62,3 @@ def test_partial(client):
     seen = list(ask(client, instructor.Partial[Wheel], 5, stream=True))
     assert len(seen) > 2
     assert Wheel.model_validate(seen[-1].model_dump())
-
-
-def test_iterable(client):
-    found = list(ask(client, list[Part], 6))
-    assert all(isinstance(part, Part) for part in found)

@@ -7,8 +7,6 @@ from langchain_tests.integration_tests import ChatModelIntegrationTests
 
 from tests.sdk.conftest import API_KEY, MODEL
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
-
 
 class _Standard(ChatModelIntegrationTests):
     """What both protocols have in common."""

@@ -19,6 +19,7 @@ from headrace.core.messages import Delta, GenerateRequest, SamplingParams, unpac
 from headrace.frontend.sampling import read_sampling
 from headrace.server.context import Context
 from headrace.server.speech import THINKING_NAMES, Speech, speech_of
+from headrace.text.messages import read_arguments
 from headrace.text.parsers.events import Arguments, Content, Event, OutputParser, Reasoning
 
 
@@ -149,13 +150,8 @@ class Segment:
         return "".join(self._pieces)
 
     def arguments(self) -> dict[str, Any]:
-        """The arguments of a call. What a length limit has cut is kept under `partial_json`."""
-        text = self.text or "{}"
-        try:
-            value = orjson.loads(text)
-        except orjson.JSONDecodeError:
-            return {"partial_json": text}
-        return value if isinstance(value, dict) else {"partial_json": text}
+        """The arguments of a call; see `read_arguments`."""
+        return read_arguments(self.text)
 
 
 class Piece(msgspec.Struct, frozen=True):

@@ -25,7 +25,7 @@ from headrace.server.schemas import (
 from headrace.server.speech import THINKING_NAMES, Speech, speech_of
 from headrace.server.spoken import Spoken, part_of
 from headrace.server.sse import SLOT, event, split_event, to_json
-from headrace.server.tools import check_choice, check_tools
+from headrace.server.tools import offered
 from headrace.text.parsers.events import Content
 
 _OWN_FIELDS = {"self", "messages", "tools", "add_generation_prompt", "continue_final_message"}
@@ -41,8 +41,7 @@ def parse(raw: bytes, context: Context, stamp: Stamp) -> Job:
     body = read(ChatRequest, raw)
     refuse_unsupported(body)
     context.check_model(body.model)
-    tools = check_tools(body.tools)
-    choice = check_choice(body.tool_choice, tools)
+    tools, choice = offered(body.tools, body.tool_choice)
     ids = prompt_ids(body, context) if body.input_ids is None else body.input_ids
     stamp = stamp._replace(id=body.rid or stamp.id)
     ignored = ignored_fields(body)
@@ -71,8 +70,7 @@ def prompt_ids(body: ChatRequest | TokenizeRequest, context: Context) -> list[in
     """
     if not body.messages:
         raise BadRequest("messages: must hold at least one message", field="messages")
-    tools = check_tools(body.tools)
-    choice = check_choice(body.tool_choice, tools)
+    tools, choice = offered(body.tools, body.tool_choice)
     tokenizer = context.tokenizer("messages")
     prompt = context.templates.render(
         body.messages,
