@@ -3,7 +3,6 @@
 `make test-sdk` runs this folder; its packages would pin others of the main venv.
 """
 
-import inspect
 from collections.abc import Iterator
 
 import pytest
@@ -50,10 +49,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept = [item for item in items if _fits(item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
-    for item in kept:
-        # Clients keep connections; they must not outlive the loop they were made in.
-        if inspect.iscoroutinefunction(getattr(item, "obj", None)):
-            item.add_marker(pytest.mark.asyncio(loop_scope="module"))
 
 
 def _fits(item: pytest.Item) -> bool:
@@ -69,3 +64,5 @@ def pytest_configure(config: pytest.Config) -> None:
     """The marks of langchain-tests that belong to plug-ins we do not need."""
     for name in ("benchmark", "vcr", "codspeed"):
         config.addinivalue_line("markers", f"{name}: of langchain-tests")
+    # A module's mark that gives all its async tests one loop is told for every other test.
+    config.addinivalue_line("filterwarnings", "ignore:The test .* is marked with")

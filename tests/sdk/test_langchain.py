@@ -7,6 +7,9 @@ from langchain_tests.integration_tests import ChatModelIntegrationTests
 
 from tests.sdk.conftest import API_KEY, MODEL
 
+# The client keeps connections, which must not outlive the loop they were made in.
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
 
 class _Standard(ChatModelIntegrationTests):
     """What both protocols have in common."""
