@@ -1,4 +1,4 @@
-"""The table of tested packages in docs/protocols.md has the versions that `make test-sdk` installs."""
+"""The table of tested packages in docs/protocols.md has the versions that tests/sdk pins."""
 
 import json
 import re
