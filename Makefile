@@ -42,7 +42,7 @@ $(SDK)/installed: .venv/installed-test tests/sdk/requirements.txt tests/sdk/node
 
 # Real client packages against a real server: LangChain, LiteLLM, instructor, lm-eval, Node.
 test-sdk: $(SDK)/installed
-	LITELLM_LOCAL_MODEL_COST_MAP=True $(SDK)/bin/python -m pytest -q tests/sdk
+	LITELLM_LOCAL_MODEL_COST_MAP=True $(SDK)/bin/python -m pytest -q -n 2 --dist loadfile tests/sdk
 
 check: install-test
 	$(BIN)/ruff check src tests tools

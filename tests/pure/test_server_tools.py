@@ -172,7 +172,7 @@ def test_parse_helper():
 
 def test_strict_tools_that_cannot_be_enforced_are_told():
     tool = {"type": "function", "function": {"name": "now", "strict": True}}
-    server = Server(NOW, tool_call_parser="gpt-oss")
+    server = Server(NOW, tool_call_parser="none")
     answer = server.post(tools=[tool], parallel_tool_calls=False)
     assert answer.headers["x-headrace-ignored"] == "tools.strict,parallel_tool_calls"
 

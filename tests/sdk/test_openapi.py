@@ -12,14 +12,18 @@ import pytest
 
 from tests.support.servers import Server
 
-EXAMPLES = 12
+# Per route, beside thousands of boundary values that do not depend on it.
+EXAMPLES = 5
+OPTIONS = (
+    *("--runner", "fake", "--enable-response-store", "--log-level", "warning"),
+    *("--context-length", "256", "--preferred-sampling-params", '{"max_new_tokens": 4}'),
+)
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("openapi")
-    options = ("--runner", "fake", "--enable-response-store", "--log-level", "warning")
-    with Server(folder, *options, "--batch-store", str(folder / "batches.db")) as running:
+    with Server(folder, *OPTIONS, "--batch-store", str(folder / "batches.db")) as running:
         yield running.wait_ready()
 
 
