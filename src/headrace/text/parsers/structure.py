@@ -67,8 +67,7 @@ def _callable(tools: list[dict[str, Any]], choice: str | dict[str, Any]) -> list
 
 def _call(dialect: str, function: dict[str, Any], forced: bool) -> Format:
     """The tag of one tool."""
-    follows = forced or function.get("strict")
-    return _TAGS[dialect](function["name"], _followed(function, forced) if follows else None)
+    return _TAGS[dialect](function["name"], _followed(function, forced))
 
 
 def enforces(dialect: str, choice: str | dict[str, Any]) -> bool:
@@ -126,7 +125,7 @@ def _harmony(functions: list[dict[str, Any]], forced: bool, answer: Any) -> Form
                 f"{harmony.CHANNEL}commentary to=functions.{function['name']} "
                 f"{harmony.CONSTRAIN}json{harmony.MESSAGE}"
             ),
-            _json(_followed(function, forced)),
+            _json(_followed(function, forced) or ANY_OBJECT),
         )
         for function in functions
     ]
@@ -139,9 +138,10 @@ def _harmony(functions: list[dict[str, Any]], forced: bool, answer: Any) -> Form
 
 
 def _followed(function: dict[str, Any], forced: bool) -> Any:
-    """The schema that the arguments of a call must follow."""
-    follows = forced or function.get("strict")
-    return (follows and function.get("parameters")) or ANY_OBJECT
+    """The schema that the arguments of a call must follow, None if they are free."""
+    if not forced and not function.get("strict"):
+        return None
+    return function.get("parameters") or ANY_OBJECT
 
 
 def _harmony_message(channel: str) -> Format:
