@@ -2,7 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install install-test demo test check bench-smoke docs clean
+# Client packages that pin others of .venv live in a venv over it, see tests/sdk.
+SDK := .venv-sdk
+
+.PHONY: install install-test demo test test-sdk check bench-smoke docs clean
 
 install: .venv/installed
 
@@ -33,6 +36,19 @@ test: install-test
 	$(BIN)/python -m pytest -q $(PARALLEL) tests/cpu -m slow
 	$(BIN)/python -m pytest -q tests/e2e -m slow
 
+$(SDK)/installed: .venv/installed-test tests/sdk/requirements.txt tests/sdk/node/package-lock.json
+	$(PYTHON) -m venv --without-pip $(SDK)
+	$(BIN)/python -c "import sysconfig as s; print(f'import site; site.addsitedir({s.get_path(\"purelib\")!r})')" \
+	  > "$$($(SDK)/bin/python -c 'import sysconfig as s; print(s.get_path("purelib"))')/main.pth"
+	$(BIN)/python -m pip --python $(SDK)/bin/python install --quiet --no-deps --no-compile \
+	  -r tests/sdk/requirements.txt
+	PATH="$(CURDIR)/$(SDK)/bin:$$PATH" npm ci --prefix tests/sdk/node --ignore-scripts --no-audit --no-fund --silent
+	@touch $@
+
+# Real client packages against a real server: LangChain, LiteLLM, instructor, lm-eval, Node.
+test-sdk: $(SDK)/installed
+	LITELLM_LOCAL_MODEL_COST_MAP=True $(SDK)/bin/python -m pytest -q -n 2 --dist loadfile tests/sdk
+
 check: install-test
 	$(BIN)/ruff check src tests tools
 	$(BIN)/ruff format --check src tests tools
@@ -49,4 +65,4 @@ docs: install
 	$(BIN)/python tools/make_docs.py
 
 clean:
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv $(SDK) tests/sdk/node/node_modules build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

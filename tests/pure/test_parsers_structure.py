@@ -3,10 +3,14 @@
 import itertools
 import json
 import random
+import re
+from contextlib import closing
 from typing import Any
 
 import pytest
 
+from headrace.grammar.compiler import Compiler
+from headrace.grammar.vocabulary import build_vocabulary
 from headrace.text.parsers import (
     TOOL_DIALECTS,
     dialect_of_calls,
@@ -16,6 +20,7 @@ from headrace.text.parsers import (
     structure,
 )
 from headrace.text.parsers.events import Arguments, Content, ToolCall
+from headrace.text.parsers.harmony import MARKERS
 from tests.support.transcripts import TOOLS
 
 DIALECTS = sorted(set(TOOL_DIALECTS.values()))
@@ -136,9 +141,51 @@ def test_free_choice_is_constrained_only_for_strict_tools_or_one_call():
     kinds = [tag["content"]["type"] for tag in free["tags"]]
     assert kinds == ["any_text", "any_text", "sequence"]
     assert structure("hermes", TOOLS, "auto", parallel=False)["format"]["stop_after_first"]
-    assert structure("gpt-oss", [STRICT], "auto") is None
-    assert not enforces("gpt-oss", "auto") and enforces("gpt-oss", "required")
-    assert structure("", [STRICT], "auto") is None
+    assert structure("gpt-oss", TOOLS, "auto") is None
+    assert enforces("gpt-oss", "auto")
+    assert structure("", [STRICT], "auto") is None and not enforces("", "auto")
+
+
+CHANNEL, CONTINUE = "<|channel|>", "<|end|><|start|>assistant"
+PICK = f"{CHANNEL}commentary to=functions.pick <|constrain|>json<|message|>"
+RIGHT, WRONG = '{"kind":"a","code":"12","at":{}}', '{"kind":"z","code":"12","at":{}}'
+SAID = (
+    f"{CHANNEL}final<|message|>Hello, I am to=functions.pick",
+    f"{CHANNEL}analysis<|message|>Hm.{CONTINUE}{CHANNEL}final<|message|>Hi",
+    f"{CHANNEL}analysis<|message|>Hm.{CONTINUE}{PICK}{RIGHT}",
+    f"{CHANNEL}commentary<|message|>I pick.{CONTINUE}{PICK}{RIGHT}",
+    f'{CHANNEL}commentary to=functions.now <|constrain|>json<|message|>{{"any": 1}}',
+)
+UNSAID = (f"{PICK}{WRONG}", f"{CHANNEL}analysis<|message|>Hm.{CONTINUE}{PICK}{WRONG}")
+
+
+@pytest.fixture(scope="module")
+def harmony_words():
+    """The bytes and the marks of gpt-oss; (words, vocabulary)."""
+    marks = [mark.encode() for mark in MARKERS]
+    plain = [bytes([byte]) for byte in range(256)]
+    vocabulary = build_vocabulary(
+        plain + [b""] * len(marks), dict(enumerate(marks, 256)), (256 + marks.index(b"<|call|>"),)
+    )
+    return re.compile(b"|".join(map(re.escape, marks)) + b"|(?s:.)"), marks, vocabulary
+
+
+def test_strict_tools_of_gpt_oss(harmony_words):
+    """An answer, a preamble and other tools stay free; the strict tool follows its schema."""
+    word, marks, vocabulary = harmony_words
+    tag = structure("gpt-oss", [*TOOLS, STRICT], "auto")
+    names = {mark: 256 + number for number, mark in enumerate(MARKERS)}
+    with closing(Compiler(lambda: vocabulary, names)) as compiler:
+        grammar = compiler.compile("structural_tag", json.dumps(tag)).result()
+
+    def follows(text: str) -> bool:
+        matcher = grammar.copy()
+        words = word.findall(text.encode())
+        ids = [256 + marks.index(one) if one in marks else one[0] for one in words]
+        return all(matcher.fits(id) for id in ids) and matcher.complete
+
+    assert [follows(text) for text in SAID] == [True] * len(SAID)
+    assert [follows(text) for text in UNSAID] == [False] * len(UNSAID)
 
 
 def test_an_answer_has_its_own_schema():

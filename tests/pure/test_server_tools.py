@@ -26,6 +26,14 @@ CALL = (
     '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris", "days": 3}}\n</tool_call>'
 )
 NOW = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+
+
+def allowed(*names: str, mode: str = "auto") -> dict[str, Any]:
+    """OpenAI's tool_choice that narrows the tools."""
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
 THOUGHT = "<think>\nWhich city?\n</think>\n\n"
 TEMPLATE = "{% if tools %}tools {% endif %}{{ messages[0].content }}"
 STOP = FinishReason("stop", matched=3)
@@ -164,7 +172,7 @@ def test_parse_helper():
 
 def test_strict_tools_that_cannot_be_enforced_are_told():
     tool = {"type": "function", "function": {"name": "now", "strict": True}}
-    server = Server(NOW, tool_call_parser="gpt-oss")
+    server = Server(NOW, tool_call_parser="none")
     answer = server.post(tools=[tool], parallel_tool_calls=False)
     assert answer.headers["x-headrace-ignored"] == "tools.strict,parallel_tool_calls"
 
@@ -366,6 +374,10 @@ def test_ids_are_those_of_the_model_or_fit_its_template():
         ({"tool_choice": {"type": "function", "function": {"name": "nope"}}}, "tool_choice"),
         ({"tool_choice": {"type": "function"}}, "tool_choice"),
         ({"tool_choice": {"function": {"name": "now"}}}, "tool_choice"),
+        ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
+        ({"tool_choice": allowed("now", mode="never")}, "tool_choice"),
+        ({"tool_choice": allowed()}, "tool_choice"),
+        ({"tool_choice": allowed("nope")}, "tool_choice"),
         ({"parallel_tool_calls": "maybe"}, "parallel_tool_calls"),
         ({"separate_reasoning": 5}, "separate_reasoning"),
     ],
@@ -390,6 +402,18 @@ def test_forced_calls_are_enforced_or_refused(choice):
         assert '"now' in server.manager.seen[-1].sampling.structural_tag.replace("\\", "")
         finish = answer.json()["choices"][0]["finish_reason"]
         assert finish == ("stop" if choice is NAMED else "tool_calls")
+
+
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_allowed_tools_are_the_only_ones(mode):
+    server = Server(NOW)
+    server.manager.templates = TemplateManager({"default": "{{ tools | tojson }}"})
+    answer = server.post(tool_choice=allowed("now", mode=mode))
+    assert answer.json()["choices"][0]["finish_reason"] == "tool_calls"
+    seen = server.manager.seen[-1]
+    prompt = server.manager.tokenizer.decode(unpack_ids(seen.ids).tolist())
+    assert [tool["function"]["name"] for tool in json.loads(prompt)] == ["now"]
+    assert (seen.sampling.structural_tag is not None) == (mode == "required")
 
 
 @pytest.mark.parametrize("dialect", ["hermes", "qwen3_coder", "gemma4", "none"])

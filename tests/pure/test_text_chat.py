@@ -215,8 +215,35 @@ def test_tool_call_arguments_take_the_form_the_template_prints(arguments: Any) -
     assert call["function"]["arguments"] == arguments  # the caller's messages are not changed
 
 
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        ('{"city": "Ro', '{"partial_json": "{\\"city\\": \\"Ro"}'),
+        ("[1]", '{"partial_json": "[1]"}'),
+        ("", "{}"),
+        ("null", "{}"),
+        ("[" * 100_000, '{"partial_json": "' + "[" * 100_000 + '"}'),
+    ],
+)
+def test_broken_arguments_of_a_past_call_stay_readable(arguments: str, shown: str) -> None:
+    messages = call_with(arguments)
+    template = "{{ messages[0].tool_calls[0].function.arguments | tojson }}"
+    assert manager(template).render(messages) == shown
+    walked = (
+        "{% for k, v in messages[0].tool_calls[0].function.arguments.items() %}{{ v }}{% endfor %}"
+    )
+    assert manager(walked).render(messages) == ("" if shown == "{}" else arguments)
+    assert (
+        manager(chat_templates.TEXT_ARGUMENTS)
+        .render([{"role": "assistant", "content": "", "tool_calls": messages[0]["tool_calls"]}])
+        .startswith("f\n```json\n" + arguments)
+    )
+
+
 def call_with(arguments: Any) -> list[dict[str, Any]]:
-    return [{"role": "assistant", "tool_calls": [{"function": {"arguments": arguments}}]}]
+    return [
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+    ]
 
 
 @pytest.mark.parametrize(
@@ -238,8 +265,6 @@ def call_with(arguments: Any) -> list[dict[str, Any]]:
             "string",
         ),
         ([{"role": "user", "x": object()}], "messages[0]", "object, which is not JSON"),
-        (call_with("{"), "messages[0].tool_calls[0].function.arguments", "not JSON"),
-        (call_with("[1]"), "messages[0].tool_calls[0].function.arguments", "JSON object"),
         (
             [{"role": "assistant", "tool_calls": [3]}],
             "messages[0].tool_calls[0].function",

@@ -100,6 +100,11 @@ class _Body(msgspec.Struct, frozen=True):
     session_params: _Session | list[_Session | None] | None = None
 
 
+def native_schema() -> dict[str, Any]:
+    """The JSON Schema of a body, but for what `sampling_params` holds."""
+    return msgspec.json.schema_components((_Body,))[1]["_Body"]
+
+
 def parse_generate(body: Mapping[str, Any], defaults: SamplingParams) -> GenerateCall:
     """The requests that a native body describes; ranges are checked by the tokenizer manager.
 

@@ -19,6 +19,7 @@ from headrace.core.messages import Delta, GenerateRequest, SamplingParams, unpac
 from headrace.frontend.sampling import read_sampling
 from headrace.server.context import Context
 from headrace.server.speech import THINKING_NAMES, Speech, speech_of
+from headrace.text.messages import read_arguments
 from headrace.text.parsers.events import Arguments, Content, Event, OutputParser, Reasoning
 
 
@@ -26,8 +27,9 @@ class Chat(msgspec.Struct, frozen=True):
     """A conversation in OpenAI's form, whichever protocol it came in.
 
     `choice` is OpenAI's tool_choice, `parallel`: more than one call may be made. `variables` go to
-    the template. `continues`: the last message is to be gone on with. `schema`: the answer must be
-    JSON of this JSON Schema.
+    the template. `continues`: the last message is to be gone on with; `opens`: the prompt ends
+    with the head of an answer, None for the usual. `schema`: the answer must be JSON of this JSON
+    Schema.
     """
 
     messages: list[dict[str, Any]]
@@ -35,6 +37,7 @@ class Chat(msgspec.Struct, frozen=True):
     choice: str | dict[str, Any] = "auto"
     variables: dict[str, Any] = {}
     continues: bool = False
+    opens: bool | None = None
     schema: dict[str, Any] | None = None
     parallel: bool = True
 
@@ -64,6 +67,7 @@ def prompt_ids(chat: Chat, context: Context) -> list[int]:
     prompt = context.templates.render(
         chat.messages,
         tools=chat.usable_tools or None,
+        add_generation_prompt=chat.opens,
         continue_final_message=chat.continues,
         **chat.variables,
     )
@@ -79,12 +83,22 @@ def listen(
     Raises:
         Unsupported: this server cannot enforce what must be.
     """
+    request, speech, unenforced = understand(chat, request, context)
+    return request, Answer(parser_for(speech), speech.bound_id), unenforced
+
+
+def understand(
+    chat: Chat, request: GenerateRequest, context: Context, *, separate: bool = True
+) -> tuple[GenerateRequest, Speech, list[str]]:
+    """`listen`, but how answers are to be read instead of one answer. `separate`: reasoning is to
+    be told from content."""
     speech = speech_of(
         context,
         unpack_ids(request.ids).tolist(),
         tools=chat.tools,
         choice=chat.choice,
         thinking=chat.thinking,
+        separate=separate,
         continues=chat.continues,
     )
     sampling = with_schema(speech.visible(request.sampling, context), chat.schema)
@@ -92,7 +106,7 @@ def listen(
     request = msgspec.structs.replace(
         request, sampling=sampling, reasoning_end=speech.reasoning_end
     )
-    return request, Answer(parser_for(speech), speech.bound_id), unenforced
+    return request, speech, unenforced
 
 
 def parser_for(speech: Speech) -> OutputParser:
@@ -149,13 +163,8 @@ class Segment:
         return "".join(self._pieces)
 
     def arguments(self) -> dict[str, Any]:
-        """The arguments of a call. What a length limit has cut is kept under `partial_json`."""
-        text = self.text or "{}"
-        try:
-            value = orjson.loads(text)
-        except orjson.JSONDecodeError:
-            return {"partial_json": text}
-        return value if isinstance(value, dict) else {"partial_json": text}
+        """The arguments of a call; see `read_arguments`."""
+        return read_arguments(self.text)
 
 
 class Piece(msgspec.Struct, frozen=True):

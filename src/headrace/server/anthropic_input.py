@@ -11,10 +11,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from headrace.core.errors import BadRequest, Unsupported
+from headrace.server import shapes
 from headrace.server.answers import Chat, call_of, json_text, text_only, thinking_variables, tool_of
-from headrace.server.schemas import Count, Int64, Prompts, ignored_fields
-
-Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
+from headrace.server.schemas import Count, Int64, Objects, Prompts, ignored_fields
 
 
 class Thinking(BaseModel):
@@ -59,9 +58,9 @@ class CountRequest(BaseModel):
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     model: str | None = None
-    messages: Objects
+    messages: Annotated[Objects, shapes.AnthropicMessages]
     system: str | Objects | None = None
-    tools: Objects | None = None
+    tools: Annotated[Objects, shapes.AnthropicTools] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None

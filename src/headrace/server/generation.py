@@ -19,7 +19,7 @@ from headrace.server import native, openai_chat, openai_completions
 from headrace.server.context import Context, Job, Stamp
 from headrace.server.errors import TooLarge
 from headrace.server.ignored import warnings
-from headrace.server.schemas import ChatRequest, CompletionRequest, body_of
+from headrace.server.schemas import NATIVE, ChatRequest, CompletionRequest, body_of
 from headrace.server.sse import EventReply, EventStream, to_json, whole
 from headrace.text.template import TakesLong, patience
 
@@ -35,7 +35,7 @@ def routes(context: Context) -> APIRouter:
     router = APIRouter()
 
     @router.put("/generate", include_in_schema=False)
-    @router.post("/generate", openapi_extra=body_of(None))
+    @router.post("/generate", openapi_extra=body_of(NATIVE))
     async def generate(http: Request) -> Response:
         """SGLang's native route: text or input_ids with sampling_params."""
         return await answer(http, context, lambda raw: native.parse(raw, context))

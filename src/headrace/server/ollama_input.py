@@ -9,11 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from headrace.core.errors import BadRequest, Unsupported
 from headrace.core.messages import SamplingParams
 from headrace.frontend.sampling import read_sampling
+from headrace.server import shapes
 from headrace.server.answers import Chat, call_of, json_text, thinking_variables
 from headrace.server.context import Context
-from headrace.server.schemas import Count, TokenIds, ignored_fields
+from headrace.server.schemas import Count, Objects, TokenIds, ignored_fields
 
-Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 _ROLES = ("system", "user", "assistant", "tool")
 # Ollama's name of a sampling field -> ours. Other options set up a model, or are not built.
 _OPTIONS = {
@@ -59,8 +59,8 @@ class CommonBody(BaseModel):
 class ChatBody(CommonBody):
     """POST /api/chat."""
 
-    messages: Objects | None = None
-    tools: Objects | None = None
+    messages: Annotated[Objects, shapes.OllamaMessages] | None = None
+    tools: Annotated[Objects, shapes.ChatTools] | None = None
 
 
 class GenerateBody(CommonBody):

@@ -11,6 +11,7 @@ from typing import Any
 from headrace.core.errors import BadRequest
 from headrace.core.messages import Delta, GenerateRequest, LogprobSpec, pack_ids
 from headrace.frontend.requests import fan_out
+from headrace.server.answers import Chat, prompt_ids, understand
 from headrace.server.choices import Choices, Gathered, finish_fields
 from headrace.server.context import Context, Job, Stamp
 from headrace.server.logprobs import chat_logprobs
@@ -22,10 +23,10 @@ from headrace.server.schemas import (
     read,
     refuse_unsupported,
 )
-from headrace.server.speech import THINKING_NAMES, Speech, speech_of
+from headrace.server.speech import THINKING_NAMES, Speech
 from headrace.server.spoken import Spoken, part_of
 from headrace.server.sse import SLOT, event, split_event, to_json
-from headrace.server.tools import check_choice, check_tools
+from headrace.server.tools import offered
 from headrace.text.parsers.events import Content
 
 _OWN_FIELDS = {"self", "messages", "tools", "add_generation_prompt", "continue_final_message"}
@@ -41,47 +42,36 @@ def parse(raw: bytes, context: Context, stamp: Stamp) -> Job:
     body = read(ChatRequest, raw)
     refuse_unsupported(body)
     context.check_model(body.model)
-    tools = check_tools(body.tools)
-    choice = check_choice(body.tool_choice, tools)
-    ids = prompt_ids(body, context) if body.input_ids is None else body.input_ids
+    chat = chat_of(body)
+    ids = prompt_ids(chat, context) if body.input_ids is None else body.input_ids
     stamp = stamp._replace(id=body.rid or stamp.id)
     ignored = ignored_fields(body)
     if body.tools and body.input_ids is None and not context.templates.supports_tools:
         ignored.append("tools")
-    variables = _variables(body)
-    speech = speech_of(
-        context,
-        ids,
-        tools=tools,
-        choice=choice,
-        thinking=all(variables.get(name, True) for name in THINKING_NAMES),
-        separate=body.separate_reasoning is not False,
-        continues=bool(body.continue_final_message),
+    request = _request(body, ids, stamp.id, context)
+    request, speech, unenforced = understand(
+        chat, request, context, separate=body.separate_reasoning is not False
     )
-    request, unenforced = _request(body, ids, stamp.id, context, speech)
     reply = (ChatEvents if body.stream else ChatResult)(body, ids, context, stamp, speech)
     return Job(fan_out(request), reply, stamp.id, ignored + unenforced)
 
 
-def prompt_ids(body: ChatRequest | TokenizeRequest, context: Context) -> list[int]:
-    """Messages and tools through the chat template, as token ids.
+def chat_of(body: ChatRequest | TokenizeRequest) -> Chat:
+    """The conversation of a body.
 
     Raises:
-        BadRequest: the template cannot take these messages; names the message.
+        BadRequest: names the field.
     """
-    if not body.messages:
-        raise BadRequest("messages: must hold at least one message", field="messages")
-    tools = check_tools(body.tools)
-    choice = check_choice(body.tool_choice, tools)
-    tokenizer = context.tokenizer("messages")
-    prompt = context.templates.render(
-        body.messages,
-        tools=tools if tools and choice != "none" else None,
-        add_generation_prompt=body.add_generation_prompt,
-        continue_final_message=bool(body.continue_final_message),
-        **_variables(body),
+    tools, choice = offered(body.tools, body.tool_choice)
+    return Chat(
+        body.messages or [],
+        tools,
+        choice,
+        variables=_variables(body),
+        continues=bool(body.continue_final_message),
+        opens=body.add_generation_prompt,
+        parallel=not isinstance(body, ChatRequest) or body.parallel_tool_calls is not False,
     )
-    return tokenizer.encode(prompt, add_special_tokens=False)
 
 
 def _variables(body: ChatRequest | TokenizeRequest) -> dict[str, Any]:
@@ -101,28 +91,19 @@ def _variables(body: ChatRequest | TokenizeRequest) -> dict[str, Any]:
     return variables
 
 
-def _request(
-    body: ChatRequest, ids: list[int], rid: str, context: Context, speech: Speech
-) -> tuple[GenerateRequest, list[str]]:
-    """The request, and the names of fields that cannot be honored."""
+def _request(body: ChatRequest, ids: list[int], rid: str, context: Context) -> GenerateRequest:
     if body.top_logprobs and not body.logprobs:
         raise BadRequest("top_logprobs: needs logprobs to be true", field="top_logprobs")
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    sampling = sampling_params(body, context.openai_sampling, context.max_tokens(asked, None))
-    sampling, unenforced = speech.constrained(
-        speech.visible(sampling, context), context, body.parallel_tool_calls is not False
-    )
-    request = GenerateRequest(
+    return GenerateRequest(
         rid=rid,
         ids=pack_ids(ids),
-        sampling=sampling,
+        sampling=sampling_params(body, context.openai_sampling, context.max_tokens(asked, None)),
         stream=bool(body.stream),
         logprobs=LogprobSpec(top=body.top_logprobs or 0) if body.logprobs else None,
         priority=body.priority,
         namespace=namespace_of(body),
-        reasoning_end=speech.reasoning_end,
     )
-    return request, unenforced
 
 
 class _Answer:

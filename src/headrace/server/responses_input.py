@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from headrace.core.errors import BadRequest, Unsupported
+from headrace.server import shapes
 from headrace.server.answers import Chat, call_of, json_text, text_only, thinking_variables, tool_of
-from headrace.server.schemas import Count, Int64, Prompts, RequestId, ignored_fields
+from headrace.server.schemas import Count, Int64, Objects, Prompts, RequestId, ignored_fields
 
-Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 LOGPROBS = "message.output_text.logprobs"
 _ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
 _TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
@@ -59,7 +59,7 @@ class ResponsesRequest(BaseModel):
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     model: str | None = None
-    input: str | Objects
+    input: str | Annotated[Objects, shapes.Items]
     instructions: str | None = None
     previous_response_id: str | None = None
     stream: bool | None = None
@@ -71,7 +71,7 @@ class ResponsesRequest(BaseModel):
     top_logprobs: Count | None = None
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None
-    tools: Objects | None = None
+    tools: Annotated[Objects, shapes.ItemTools] | None = None
     tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     truncation: Literal["auto", "disabled"] | None = None

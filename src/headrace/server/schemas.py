@@ -15,6 +15,7 @@ from pydantic.json_schema import models_json_schema
 from headrace.core.errors import Unsupported
 from headrace.frontend.native import MAX_BATCH
 from headrace.frontend.requests import MAX_SAMPLES
+from headrace.server import shapes
 from headrace.server.errors import explain
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -24,6 +25,8 @@ Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 RequestId = Annotated[str, Field(pattern=r"^[!-~]{1,256}$")]
+Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
+NATIVE = "NativeRequest"
 SCHEMA_PATH = "#/components/schemas/{model}"
 Prompts = Annotated[list[str], Field(fail_fast=True, max_length=MAX_BATCH)]
 PromptsOfIds = Annotated[list[TokenIds], Field(fail_fast=True, max_length=MAX_BATCH)]
@@ -118,13 +121,13 @@ class CompletionRequest(CommonFields):
 class ChatRequest(CommonFields):
     """POST /v1/chat/completions. `messages` and `tools` go to the template as they are."""
 
-    messages: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
+    messages: Annotated[Objects, shapes.ChatMessages] | None = None
     input_ids: TokenIds | None = None
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Count | None = None
-    tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
+    tools: Annotated[Objects, shapes.ChatTools] | None = None
     tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     separate_reasoning: bool | None = None
@@ -144,8 +147,8 @@ class TokenizeRequest(BaseModel):
 
     prompt: str | Prompts | None = None
     add_special_tokens: bool | None = None
-    messages: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
-    tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
+    messages: Annotated[Objects, shapes.ChatMessages] | None = None
+    tools: Annotated[Objects, shapes.ChatTools] | None = None
     tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = None
     reasoning_effort: str | float | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -168,7 +171,7 @@ class FunctionCallBody(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     text: str
-    tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
+    tools: Annotated[Objects, shapes.ChatTools] | None = None
     tool_call_parser: str
 
 
@@ -224,9 +227,10 @@ def _asks(name: str, value: Any) -> bool:
     return value not in (None, False, "", [], {})
 
 
-def body_of(kind: type[BaseModel] | None) -> dict[str, Any]:
+def body_of(kind: type[BaseModel] | str) -> dict[str, Any]:
     """The OpenAPI entry of a route that reads its body itself; `all_schemas` has the definition."""
-    schema = {"$ref": SCHEMA_PATH.format(model=kind.__name__)} if kind else {"type": "object"}
+    name = kind if isinstance(kind, str) else kind.__name__
+    schema = {"$ref": SCHEMA_PATH.format(model=name)}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
@@ -244,4 +248,4 @@ def all_schemas() -> dict[str, Any]:
     _, definitions = models_json_schema(
         [(kind, "validation") for kind in kinds], ref_template=SCHEMA_PATH
     )
-    return dict(definitions["$defs"])
+    return {**definitions["$defs"], NATIVE: shapes.generate_body()}

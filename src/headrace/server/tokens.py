@@ -9,10 +9,11 @@ from starlette.responses import Response
 
 from headrace.core.errors import BadRequest
 from headrace.server.admin import json_response
+from headrace.server.answers import prompt_ids
 from headrace.server.context import Context
 from headrace.server.generation import read_body
 from headrace.server.ignored import warnings
-from headrace.server.openai_chat import prompt_ids
+from headrace.server.openai_chat import chat_of
 from headrace.server.schemas import (
     DetokenizeRequest,
     TokenizeRequest,
@@ -50,7 +51,7 @@ def _tokenize(raw: bytes, context: Context) -> Response:
         raise BadRequest("give exactly one of prompt and messages", field="prompt")
     tokens: list[int] | list[list[int]]
     if body.prompt is None:
-        tokens = prompt_ids(body, context)
+        tokens = prompt_ids(chat_of(body), context)
     else:
         tokenizer = context.tokenizer("prompt")
         special = body.add_special_tokens is not False

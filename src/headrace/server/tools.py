@@ -45,6 +45,36 @@ def check_tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
     return tools or []
 
 
+def offered(
+    tools: list[dict[str, Any]] | None, choice: Any
+) -> tuple[list[dict[str, Any]], str | dict[str, Any]]:
+    """(the tools that the model is told of, tool_choice); `allowed_tools` narrows the former.
+
+    Raises:
+        BadRequest: names the field that is wrong.
+    """
+    found = check_tools(tools)
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        found, choice = _allowed(found, choice.get("allowed_tools"))
+    return found, check_choice(choice, found)
+
+
+def _allowed(tools: list[dict[str, Any]], given: Any) -> tuple[list[dict[str, Any]], str]:
+    place = "tool_choice.allowed_tools"
+    wanted = given.get("tools") if isinstance(given, dict) else None
+    if not isinstance(wanted, list) or not wanted or given.get("mode") not in ("auto", "required"):
+        raise _wrong(place, "must have tools and a mode, 'auto' or 'required'", "tool_choice")
+    names = {tool["function"]["name"] for tool in tools}
+    chosen: set[str] = set()
+    for number, tool in enumerate(wanted):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(name, str) or name not in names:
+            raise _wrong(f"{place}.tools[{number}]", f"there is no tool {name!r}", "tool_choice")
+        chosen.add(name)
+    return [tool for tool in tools if tool["function"]["name"] in chosen], given["mode"]
+
+
 def check_choice(choice: Any, tools: list[dict[str, Any]]) -> str | dict[str, Any]:
     """tool_choice, "auto" if there is none; a named function must be one of `tools`.
 

@@ -11,6 +11,8 @@ from headrace.core.errors import BadRequest
 from headrace.text.template import ChatTemplate
 
 MAX_DEPTH = 64
+# The key of arguments that are no JSON object.
+UNREADABLE = "partial_json"
 # Names under which clients and templates know the reasoning of an assistant message.
 _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 
@@ -88,17 +90,23 @@ def _set_arguments(call: Any, field: str, as_text: bool) -> None:
     if as_text and isinstance(arguments, dict):
         function["arguments"] = json.dumps(arguments, ensure_ascii=False)
     elif not as_text and isinstance(arguments, str):
-        function["arguments"] = _parse_arguments(arguments, f"{field}.function.arguments")
+        arguments = read_arguments(arguments)
+        function["arguments"] = plain_json(arguments, f"{field}.function.arguments")
 
 
-def _parse_arguments(text: str, field: str) -> dict[str, Any]:
+def read_arguments(text: str) -> dict[str, Any]:
+    """The object that the arguments of a call describe.
+
+    Agents send back what a model wrote, also what a length limit has cut: that stays readable for
+    the model under `UNREADABLE`, where any template can walk over it.
+    """
     try:
-        value = json.loads(text or "{}")
-    except (ValueError, RecursionError) as error:
-        raise BadRequest(f"{field} is not JSON: {error}", field=field) from error
-    if not isinstance(value, dict):
-        raise BadRequest(f"{field} must be a JSON object", field=field)
-    return value
+        value = json.loads(text) if text.strip() else None
+    except (ValueError, RecursionError):
+        return {UNREADABLE: text}
+    if value is None:
+        return {}
+    return value if isinstance(value, dict) else {UNREADABLE: text}
 
 
 def _with_reasoning_names(message: dict[str, Any]) -> dict[str, Any]:

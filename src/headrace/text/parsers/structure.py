@@ -47,7 +47,7 @@ def structure(
     if not dialect:
         return _tagged(_json_list(functions, once))
     if dialect == harmony.HARMONY:
-        return _tagged(_harmony(functions))
+        return _tagged(_harmony(functions, forced, answer))
     calls = {
         "type": "triggered_tags",
         "triggers": [_TRIGGERS[dialect]],
@@ -67,15 +67,13 @@ def _callable(tools: list[dict[str, Any]], choice: str | dict[str, Any]) -> list
 
 def _call(dialect: str, function: dict[str, Any], forced: bool) -> Format:
     """The tag of one tool."""
-    follows = forced or function.get("strict")
-    schema = function.get("parameters") or ANY_OBJECT
-    return _TAGS[dialect](function["name"], schema if follows else None)
+    return _TAGS[dialect](function["name"], _followed(function, forced))
 
 
 def enforces(dialect: str, choice: str | dict[str, Any]) -> bool:
     """Whether `structure` can say what `choice` asks. With "auto" it cannot for a model without a
-    dialect, nor for gpt-oss, whose other messages need the same marks."""
-    return choice not in ("auto", "none") or dialect in _TAGS
+    dialect: nothing that it writes is a call."""
+    return choice not in ("auto", "none") or dialect in _TAGS or dialect == harmony.HARMONY
 
 
 def _tagged(format: Format) -> dict[str, Any]:
@@ -119,24 +117,40 @@ def _json_list(functions: list[dict[str, Any]], once: bool) -> Format:
     return _sequence(_const("["), calls, _const("]"))
 
 
-def _harmony(functions: list[dict[str, Any]]) -> Format:
-    """One call, after reasoning or at once."""
-    calls = [
+def _harmony(functions: list[dict[str, Any]], forced: bool, answer: Any) -> Format:
+    """One call, after reasoning or at once; unless `forced` perhaps an answer, and a preamble."""
+    ends: list[Format] = [
         _sequence(
             _const(
                 f"{harmony.CHANNEL}commentary to=functions.{function['name']} "
                 f"{harmony.CONSTRAIN}json{harmony.MESSAGE}"
             ),
-            _json(function.get("parameters") or ANY_OBJECT),
+            _json(_followed(function, forced) or ANY_OBJECT),
         )
         for function in functions
     ]
-    thought = _tag(
-        f"{harmony.CHANNEL}analysis{harmony.MESSAGE}",
+    before = [_or(_harmony_message("analysis"), _const(""))]
+    if not forced:
+        before.append(_or(_harmony_message("commentary"), _const("")))
+        text: Format = {"type": "any_text"} if answer is None else _json(answer)
+        ends.append(_sequence(_const(f"{harmony.CHANNEL}final{harmony.MESSAGE}"), text))
+    return _sequence(*before, _or(*ends))
+
+
+def _followed(function: dict[str, Any], forced: bool) -> Any:
+    """The schema that the arguments of a call must follow, None if they are free."""
+    if not forced and not function.get("strict"):
+        return None
+    return function.get("parameters") or ANY_OBJECT
+
+
+def _harmony_message(channel: str) -> Format:
+    """A message that another one follows."""
+    return _tag(
+        f"{harmony.CHANNEL}{channel}{harmony.MESSAGE}",
         {"type": "any_text"},
         f"{harmony.ENDS[0]}{harmony.START}assistant",
     )
-    return _sequence(_or(thought, _const("")), _or(*calls))
 
 
 def _or(*elements: Format) -> Format:

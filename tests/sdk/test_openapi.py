@@ -1,0 +1,46 @@
+"""schemathesis over the OpenAPI document: whatever is sent to any route, no answer is a 5xx.
+
+The model is `--runner fake`, which writes made-up tokens at once. Nothing is excluded. Stateful
+runs are left out: the document has no links, so they would repeat the other two phases.
+"""
+
+import subprocess
+import sys
+import urllib.request
+
+import pytest
+
+from tests.support.servers import Server
+
+# Per route, beside thousands of boundary values that do not depend on it.
+EXAMPLES = 5
+OPTIONS = (
+    *("--runner", "fake", "--enable-response-store", "--log-level", "warning"),
+    *("--context-length", "256", "--preferred-sampling-params", '{"max_new_tokens": 4}'),
+)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("openapi")
+    with Server(folder, *OPTIONS, "--batch-store", str(folder / "batches.db")) as running:
+        yield running.wait_ready()
+
+
+def test_nothing_is_a_server_error(server):
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json"),
+            *("--checks", "not_a_server_error", "--phases", "coverage,fuzzing"),
+            *("--max-examples", str(EXAMPLES), "--generation-deterministic"),
+            *("--request-timeout", "20", "--continue-on-failure", "--warnings", "off"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert server.status("/health_generate") == 200
+    with urllib.request.urlopen(f"{server.url}/v1/loads", timeout=5) as answer:
+        assert b'"num_running_reqs":0' in answer.read().replace(b" ", b"")
+    assert "Traceback" not in server.text
