@@ -31,6 +31,7 @@ from headrace.server.generation import answer, new_stamp, send, take
 from headrace.server.native import read_object
 from headrace.server.ollama import check_name
 from headrace.server.schemas import (
+    ENCODE,
     Int64,
     Prompts,
     PromptsOfIds,
@@ -110,13 +111,13 @@ def _add_openai(router: APIRouter, context: Context) -> None:
 
 def _add_native(router: APIRouter, context: Context) -> None:
     @router.put("/encode", include_in_schema=False)
-    @router.post("/encode", openapi_extra=body_of(None))
+    @router.post("/encode", openapi_extra=body_of(ENCODE))
     async def encode(http: Request) -> Response:
         """SGLang's native route for vectors: text or input_ids."""
         return await answer(http, context, lambda raw: parse_native(raw, context))
 
     @router.put("/classify", include_in_schema=False)
-    @router.post("/classify", openapi_extra=body_of(None))
+    @router.post("/classify", openapi_extra=body_of(ENCODE))
     async def classify(http: Request) -> Response:
         """The scores of a classifier or reward model, as `embedding`."""
 

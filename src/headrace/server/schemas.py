@@ -27,6 +27,7 @@ TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 RequestId = Annotated[str, Field(pattern=r"^[!-~]{1,256}$")]
 Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 NATIVE = "NativeRequest"
+ENCODE = "EncodeRequest"
 SCHEMA_PATH = "#/components/schemas/{model}"
 Prompts = Annotated[list[str], Field(fail_fast=True, max_length=MAX_BATCH)]
 PromptsOfIds = Annotated[list[TokenIds], Field(fail_fast=True, max_length=MAX_BATCH)]
@@ -248,4 +249,5 @@ def all_schemas() -> dict[str, Any]:
     _, definitions = models_json_schema(
         [(kind, "validation") for kind in kinds], ref_template=SCHEMA_PATH
     )
-    return {**definitions["$defs"], NATIVE: shapes.generate_body()}
+    native = {NATIVE: shapes.generate_body(), ENCODE: shapes.encode_body()}
+    return {**definitions["$defs"], **native}

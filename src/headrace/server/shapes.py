@@ -141,3 +141,16 @@ def generate_body() -> Shape:
     body = native_schema()
     body["properties"]["sampling_params"] = {"anyOf": [parameters, _list(parameters)]}
     return body
+
+
+def encode_body() -> Shape:
+    """The body of /encode and /classify: texts, pairs of them, or token ids."""
+    ids = _list({"type": "integer", "minimum": 0})
+    return _object(
+        "",
+        text={"anyOf": [_TEXT, _list(_TEXT, _list(_TEXT))]},
+        input_ids={"anyOf": [ids, _list(ids)]},
+        rid=_or_text(_list(_TEXT)),
+        priority={"type": "integer"},
+        dimensions={"type": "integer", "minimum": 1},
+    )
