@@ -22,6 +22,8 @@ from headrace.core.messages import (
 )
 from headrace.frontend.tokenizer_manager import TokenizerManager
 from headrace.frontend.validate import error_of
+from headrace.grammar.check import GrammarCheck
+from headrace.grammar.engine import LLGUIDANCE, XGRAMMAR
 from headrace.ipc.address import AddressFolder
 from headrace.text.tokenizer import Tokenizer
 from tests.support.fake_scheduler import LIMITS, FakeScheduler, config, model_info
@@ -379,3 +381,18 @@ async def test_nothing_is_left_of_ended_requests(manager, scheduler):
         scheduler.say(Delta(f"r{i}", [1], "a", LENGTH))
         await task
     assert not manager._flights and not manager._controls
+
+
+@pytest.mark.parametrize("backend", [None, LLGUIDANCE, XGRAMMAR])
+async def test_grammars_that_cannot_be_enforced_are_not_sent(addresses, scheduler, backend):
+    """Both backends are asked without their libraries; what is refused is counted."""
+    check = GrammarCheck(TOKENIZER, backend)
+    made = TokenizerManager(config(), model_info(), TOKENIZER, None, addresses, checks=[check])
+    await made.start()
+    made.open(LIMITS)
+    schema = '{"properties": {"a": {"not": {}}}}'
+    with pytest.raises(BadRequest, match="json_schema") as caught:
+        await anext(made.generate(request(json_schema=schema)))
+    assert ("#/properties/a/not" in caught.value.message) == (backend is not None)
+    assert (made.metrics.refused, made.metrics.requests) == (1, 0)
+    await made.close()

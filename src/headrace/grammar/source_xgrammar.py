@@ -1,6 +1,6 @@
 """From what a request asks for to xgrammar's language, or a refusal.
 
-xgrammar is lax: it ignores what it does not know. So only what its default competitor enforces is
+xgrammar is lax: it ignores what it does not know. So only what the default backend enforces is
 let in (`source.translate`, with all its checks), then rewritten to the part of the language that
 was verified; the rest is refused. The program is always one structural tag. Pure.
 """
