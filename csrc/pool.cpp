@@ -1,5 +1,9 @@
 // The team of pool.h: a job is published by a new epoch; members join while it is open.
 //
+// Each member begins with an equal share of the pieces and takes them in rising order, so that it
+// knows what it reads next (kernels fetch it ahead); one that is done takes half of what another has
+// left. A range is always in one share or at work, so each piece runs exactly once.
+//
 // `state` holds epoch << 32 | closed | waiting | members at work, so that joining, closing and
 // leaving are single atomic steps. A member that comes too late does not join, so the caller waits
 // only for ranges that were really begun.
@@ -29,13 +33,18 @@ struct Job {
   Task task;
   void* context;
   int64_t count, grain;
+  int members;  // that have a share
+};
+
+struct alignas(64) Share {
+  std::atomic<uint64_t> pieces{0};  // first << 32 | last
 };
 
 std::mutex owner;  // held by the thread whose job runs
 std::atomic<int> size{1};
 int started = 1;  // threads that exist, the caller included; guarded by `owner`
 Job job;          // written only while no member is at work
-alignas(64) std::atomic<int64_t> next_item{0};
+Share shares[kMostThreads];
 alignas(64) std::atomic<uint64_t> state{kClosed};
 alignas(64) std::atomic<uint32_t> epoch{0};
 std::atomic<int> sleepers{0};
@@ -74,14 +83,48 @@ bool spin(const Done& done) {
   return done();
 }
 
-void work(const Job& todo) {
-  inside = true;
+uint64_t range(uint64_t first, uint64_t last) { return first << 32 | last; }
+
+// Takes the first piece of a share, if there is one.
+bool take(Share& share, int64_t* piece) {
+  uint64_t seen = share.pieces.load(std::memory_order_relaxed);
   for (;;) {
-    const int64_t begin = next_item.fetch_add(todo.grain, std::memory_order_relaxed);
-    if (begin >= todo.count) break;
-    const int64_t end = begin + todo.grain;
-    todo.task(todo.context, begin, end < todo.count ? end : todo.count);
+    const uint64_t first = seen >> 32, last = seen & UINT32_MAX;
+    if (first >= last) return false;
+    *piece = static_cast<int64_t>(first);
+    if (share.pieces.compare_exchange_weak(seen, range(first + 1, last))) return true;
   }
+}
+
+// Moves the second half of another's share into `own`, which is empty.
+bool steal(Share& from, Share& own) {
+  uint64_t seen = from.pieces.load(std::memory_order_relaxed);
+  for (;;) {
+    const uint64_t first = seen >> 32, last = seen & UINT32_MAX;
+    if (first >= last) return false;
+    const uint64_t middle = first + (last - first) / 2;
+    if (!from.pieces.compare_exchange_weak(seen, range(first, middle))) continue;
+    own.pieces.store(range(middle, last));
+    return true;
+  }
+}
+
+bool steal_any(int index, int members) {
+  for (int i = 1; i < members; ++i) {
+    if (steal(shares[(index + i) % members], shares[index])) return true;
+  }
+  return false;
+}
+
+void work(const Job& todo, int index) {
+  inside = true;
+  do {
+    int64_t piece;
+    while (take(shares[index], &piece)) {
+      const int64_t begin = piece * todo.grain, end = begin + todo.grain;
+      todo.task(todo.context, begin, end < todo.count ? end : todo.count);
+    }
+  } while (steal_any(index, todo.members));
   inside = false;
 }
 
@@ -129,7 +172,7 @@ void* member(void* argument) {
     }
     seen = epoch.load(std::memory_order_acquire);
     if (index < size.load(std::memory_order_relaxed) && join(seen)) {
-      work(job);
+      work(job, index);
       leave();
     }
   }
@@ -148,7 +191,12 @@ void start_members() {
 
 void publish(const Job& todo) {
   job = todo;
-  next_item.store(0, std::memory_order_relaxed);
+  const int64_t pieces = (todo.count + todo.grain - 1) / todo.grain;
+  for (int i = 0; i < todo.members; ++i) {
+    const int64_t first = i * pieces / todo.members, last = (i + 1) * pieces / todo.members;
+    shares[i].pieces.store(range(static_cast<uint64_t>(first), static_cast<uint64_t>(last)),
+                           std::memory_order_relaxed);
+  }
   const uint32_t fresh = epoch.load(std::memory_order_relaxed) + 1;
   state.store(static_cast<uint64_t>(fresh) << 32, std::memory_order_release);
   epoch.store(fresh, std::memory_order_seq_cst);
@@ -195,8 +243,8 @@ void run(int64_t count, int64_t grain, Task task, void* context) {
     return;
   }
   start_members();
-  publish({task, context, count, grain});
-  work(job);
+  publish({task, context, count, grain, threads()});
+  work(job, 0);
   close_and_wait();
   owner.unlock();
 }

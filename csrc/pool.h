@@ -1,7 +1,8 @@
 // One team of threads for all operators; the calling thread is a member.
 //
-// Work is `count` items, taken `grain` at a time from a shared counter, so a thread that lost its
-// core costs at most one grain. Members spin for some tens of microseconds, then sleep.
+// Work is `count` items, taken `grain` at a time. Every member begins with an equal part and works it
+// off front to back; whoever is done helps the others, so a thread that lost its core costs at most
+// one grain. Members spin for some tens of microseconds, then sleep.
 // A value must never depend on which thread computed it or on where a range was cut.
 //
 // Everything here has internal linkage or lives in pool.cpp: this header is compiled at every

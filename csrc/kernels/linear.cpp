@@ -105,10 +105,8 @@ void gated_block(const hr_gated_linear_args& args, const Input& input, const Blo
                  int64_t row) {
   float* gates = sums_of(block, input, 2);
   float* ups = gates + block.rows(input.tiling) * (block.last - block.first) * HR_PANEL;
-  const int64_t first = block.first * panel_bytes(args.gate);
-  multiply(input, args.gate, block, gates, static_cast<const char*>(args.up.data) + first);
-  multiply(input, args.up, block, ups,
-           static_cast<const char*>(args.gate.data) + block.last * panel_bytes(args.gate));
+  multiply(input, args.gate, block, gates);
+  multiply(input, args.up, block, ups);
   with_type(args.y.dtype, [&](auto type) {
     write_gated<decltype(type)>(args, input, block, row + input.tiling.begin(block.first_tile),
                                 gates, ups);

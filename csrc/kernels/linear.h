@@ -106,9 +106,8 @@ struct Cut {
   Block block(int64_t index) const;
 };
 
-// sums [panel][row][HR_PANEL] of a block. `then`: the weights that this thread reads next, if known.
-void multiply(const Input& input, const hr_weight& weight, const Block& block, float* sums,
-              const char* then = nullptr);
+// sums [panel][row][HR_PANEL] of a block.
+void multiply(const Input& input, const hr_weight& weight, const Block& block, float* sums);
 
 // ---- linear.cpp ---------------------------------------------------------------------------------
 

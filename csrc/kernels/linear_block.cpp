@@ -7,7 +7,7 @@ namespace HR_NS {
 
 constexpr int64_t kBlockBytes = 320 << 10;  // of x, kept in the second-level cache
 constexpr int64_t kPanelsAtOnce = 8;
-constexpr int64_t kNear = 1024;  // bytes that a single tile fetches ahead in its own stream
+constexpr int64_t kNear = 2048;  // bytes that a single tile fetches ahead in its own stream
 
 // ---- rows of x ----------------------------------------------------------------------------------
 
@@ -110,8 +110,7 @@ struct Pass {
 
 }  // namespace
 
-void multiply(const Input& input, const hr_weight& weight, const Block& block, float* sums,
-              const char* then) {
+void multiply(const Input& input, const hr_weight& weight, const Block& block, float* sums) {
   const int64_t rows = block.rows(input.tiling), depth = input.depth;
   const int64_t pair = input.how.pair_bytes, panel = depth * pair;
   const char* data = static_cast<const char*>(weight.data);
@@ -127,8 +126,10 @@ void multiply(const Input& input, const hr_weight& weight, const Block& block, f
       const int64_t count = depth - k < kPairsAtOnce ? depth - k : kPairsAtOnce;
       for (int64_t p = first; p < first + at_once; ++p) {
         const char* w = data + p * panel + k * pair;
-        const bool last = p + 1 == block.last && k + count == depth;
-        const char* next = last && then ? then : w + (at_once == 1 ? count * pair : panel);
+        // One panel at a time: the next block of k, or of the next panel, which lies behind it and
+        // which this thread most likely takes next. That is no latency to hide but a long way to
+        // go: 8 kB are too few.
+        const char* next = w + (at_once == 1 ? kPairsAtOnce * pair : panel);
         pass.run(w, k, count, sums + (p - block.first) * rows * HR_PANEL, next);
       }
     }

@@ -41,6 +41,7 @@ static float chains(int64_t rounds, Vector x, Vector y, const Multiply& multiply
   for (int64_t i = 0; i < rounds; ++i) {
 #pragma GCC unroll 64
     for (Vector& total : sums) {
+      HR_OPAQUE(x);  // else products that are made before they are added are made only once
       total = multiply(total, x, y);
       HR_OPAQUE(total);
     }
