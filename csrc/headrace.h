@@ -45,7 +45,7 @@ typedef struct {
 
 // ---- library ------------------------------------------------------------------------------------
 
-#define HR_ABI 2  // changes whenever a struct or a function here does
+#define HR_ABI 3  // changes whenever a struct or a function here does
 
 int32_t hr_abi(void);
 int32_t hr_level_best(void);              // highest level this machine can run
@@ -197,7 +197,7 @@ typedef struct {
   int64_t words;         // at least columns / 32, rounded up
 } hr_mask_logits_args;
 
-// gated: y = act(gate) * up, where x = gate | up.
+// gated: y = act(gate) * up, where x = gate | up; y = act(x) if x is as wide as y.
 typedef enum { HR_SILU = 0, HR_GELU_TANH = 1, HR_GELU_ERF = 2 } hr_activation;
 typedef struct {
   hr_rows x;
@@ -297,6 +297,7 @@ typedef struct {
   float key_scale;  // HR_F8: what a stored 1 means
   float value_scale;
   int32_t cache_dtype;
+  int32_t both_ways;  // a query also sees the positions after its own, to the end of its chunk
 } hr_attention_args;
 
 // sample: the next token of each of step.tokens rows (kernels/sample.cpp). The fields are those of

@@ -1,4 +1,4 @@
-// paged_attention: causal attention of any mix of prefill chunks and decode rows in one call.
+// paged_attention: (mostly causal) attention of any mix of prefill chunks and decode rows in one call.
 //
 // A tile is a few neighboring queries of one sequence x the heads of a group, for one or more KV
 // heads. It walks spans of kSpan positions, aligned at multiples of kSpan from position 0. Within a
@@ -189,7 +189,10 @@ class Walk {
   }
 
  private:
-  int64_t position(int64_t row) const { return position_ + row / shape_.group; }
+  // The last position that a row sees.
+  int64_t position(int64_t row) const {
+    return args_.both_ways ? position_ : position_ + row / shape_.group;
+  }
   // Row r of a KV head is query r / group, head r % group of the KV head's group.
   int64_t head(int64_t h, int64_t r) const {
     return (first_head_ + h) * shape_.group + r % shape_.group;
@@ -198,7 +201,8 @@ class Walk {
   void start(const Tile& tile) {
     const int64_t begin = step_.query_start[tile.chunk];
     token_ = begin + tile.first;
-    position_ = step_.context[tile.chunk] - (step_.query_start[tile.chunk + 1] - token_);
+    const int64_t rest = step_.query_start[tile.chunk + 1] - token_;
+    position_ = step_.context[tile.chunk] - (args_.both_ways ? 1 : rest);
     pages_ = step_.page_table + step_.rows[tile.chunk] * step_.page_stride;
     rows_ = tile.count * shape_.group;
     heads_ = tile.heads;
@@ -438,7 +442,8 @@ static Piece make_piece(const hr_attention_args& args, const hr_step& step, int6
                         int64_t first, int64_t queries) {
   const int64_t all = step.query_start[chunk + 1] - step.query_start[chunk], rest = all - first;
   const int64_t count = rest < queries ? rest : queries;
-  const int64_t oldest = step.context[chunk] - rest, newest = oldest + count - 1;
+  const int64_t oldest = step.context[chunk] - (args.both_ways ? 1 : rest);
+  const int64_t newest = args.both_ways ? oldest : oldest + count - 1;
   const int64_t low = args.window > 0 && oldest >= args.window ? oldest - args.window + 1 : 0;
   return {static_cast<int32_t>(chunk), static_cast<int32_t>(first), static_cast<int32_t>(count),
           static_cast<int32_t>(low / kSpan), static_cast<int32_t>(newest / kSpan - low / kSpan + 1)};

@@ -42,7 +42,7 @@ static void gather(const hr_gather_args& args, const hr_step& step) {
   });
 }
 
-template <int Activation, class T>
+template <int Activation, bool Gated, class T>
 static void gated_rows(const hr_gated_args& args, const hr_step& step) {
   const int64_t columns = args.y.columns;
   hr::parallel(step.tokens, grain(4 * columns), [&](int64_t begin, int64_t end) {
@@ -52,18 +52,32 @@ static void gated_rows(const hr_gated_args& args, const hr_step& step) {
       T* y = row_of<T>(args.y, i);
       for (int64_t c = 0; c < columns; c += kLanes) {
         const int64_t n = columns - c < kLanes ? columns - c : kLanes;
-        put(y + c, activate<Activation>(take(gate + c, n)) * take(up + c, n), n);
+        const auto active = activate<Activation>(take(gate + c, n));
+        if constexpr (Gated) {
+          put(y + c, active * take(up + c, n), n);
+        } else {
+          put(y + c, active, n);
+        }
       }
     }
   });
 }
 
+template <bool Gated, class T>
+static void activated(const hr_gated_args& args, const hr_step& step) {
+  if (args.activation == HR_SILU) gated_rows<HR_SILU, Gated, T>(args, step);
+  if (args.activation == HR_GELU_TANH) gated_rows<HR_GELU_TANH, Gated, T>(args, step);
+  if (args.activation == HR_GELU_ERF) gated_rows<HR_GELU_ERF, Gated, T>(args, step);
+}
+
 static void gated(const hr_gated_args& args, const hr_step& step) {
   with_type(args.x.dtype, [&](auto type) {
     using T = decltype(type);
-    if (args.activation == HR_SILU) gated_rows<HR_SILU, T>(args, step);
-    if (args.activation == HR_GELU_TANH) gated_rows<HR_GELU_TANH, T>(args, step);
-    if (args.activation == HR_GELU_ERF) gated_rows<HR_GELU_ERF, T>(args, step);
+    if (args.x.columns == args.y.columns) {
+      activated<false, T>(args, step);
+    } else {
+      activated<true, T>(args, step);
+    }
   });
 }
 

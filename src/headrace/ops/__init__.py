@@ -63,6 +63,7 @@ _rotary_kv: Callable[..., Tensor] = _best("rotary_kv")
 _paged_attention: Callable[..., Tensor] = _best("paged_attention")
 _silu_mul: Callable[..., Tensor] = _best("silu_mul")
 _gelu_mul: Callable[..., Tensor] = _best("gelu_mul")
+_activate: Callable[..., Tensor] = _best("activate")
 _logits: Callable[..., Tensor] = _best("logits")
 _stored_dtype: Callable[..., torch.dtype] = _best("stored_dtype")
 _sample: Callable[..., Sampled] = _best("sample")
@@ -161,6 +162,7 @@ def paged_attention(
     window: int = 0,
     soft_cap: float = 0.0,
     sinks: Tensor | None = None,
+    causal: bool = True,
 ) -> Tensor:
     """Causal attention of each token to its own sequence, for any mix of chunks.
 
@@ -168,10 +170,18 @@ def paged_attention(
     keys of these tokens are already in the cache, and are read from there. A query at
     position p sees positions <= p, and only those > p - window if window > 0. Scores become
     soft_cap * tanh(score / soft_cap) if soft_cap > 0. `sinks` [heads] are extra logits in the
-    softmax that carry no value. Softmax in fp32.
+    softmax that carry no value. Softmax in fp32. Without `causal` a query sees all `context` tokens
+    of its chunk; `window` is then 0.
     """
     return _paged_attention(
-        q, cache, meta, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks
+        q,
+        cache,
+        meta,
+        scale=scale,
+        window=window,
+        soft_cap=soft_cap,
+        sinks=sinks,
+        causal=causal,
     )
 
 
@@ -183,6 +193,11 @@ def silu_mul(x: Tensor) -> Tensor:
 def gelu_mul(x: Tensor, tanh: bool = True) -> Tensor:
     """x [tokens, 2 * n] = gate | up -> gelu(gate) * up, [tokens, n]; tanh form or erf form."""
     return _gelu_mul(x, tanh)
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """x [tokens, n] -> act(x), [tokens, n]."""
+    return _activate(x, activation)
 
 
 def logits(hidden: Tensor, weight: Tensor) -> Tensor:

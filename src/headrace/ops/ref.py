@@ -16,6 +16,7 @@ from headrace.ops.ref_attention import paged_attention, write_kv
 from headrace.ops.ref_sampling import log_probs, sample
 
 __all__ = [
+    "activate",
     "embedding",
     "embedding_packed",
     "gated_packed",
@@ -113,6 +114,12 @@ def silu_mul(x: Tensor) -> Tensor:
 def gelu_mul(x: Tensor, tanh: bool) -> Tensor:
     gate, up = x.chunk(2, dim=-1)
     return (F.gelu(gate.float(), approximate="tanh" if tanh else "none") * up).to(x.dtype)
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    if activation == "silu":
+        return F.silu(x.float()).to(x.dtype)
+    return F.gelu(x.float(), approximate="tanh" if _TANH[activation] else "none").to(x.dtype)
 
 
 def logits(hidden: Tensor, weight: Tensor) -> Tensor:

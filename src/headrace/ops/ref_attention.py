@@ -63,9 +63,10 @@ def paged_attention(
     window: int,
     soft_cap: float,
     sinks: Tensor | None,
+    causal: bool = True,
 ) -> Tensor:
     out = q.new_empty(*q.shape[:2], cache.values.shape[-1])
-    for block in _blocks(meta, window):
+    for block in _blocks(meta, window, causal):
         scores = _scores(
             q.index_select(0, block.tokens),
             _rows(cache.keys, cache.key_scale, block.slots),
@@ -121,15 +122,15 @@ def _mix(weights: Tensor, v: Tensor, block: _Block) -> Tensor:
     return mixed.reshape(s * n, kv_heads * group, -1)
 
 
-def _blocks(meta: AttentionMeta, window: int) -> list[_Block]:
-    key = ("ref blocks", window)
+def _blocks(meta: AttentionMeta, window: int, causal: bool) -> list[_Block]:
+    key = ("ref blocks", window, causal)
     if key not in meta.derived:
-        meta.derived[key] = list(_plan(meta, window))
+        meta.derived[key] = list(_plan(meta, window, causal))
     blocks: list[_Block] = meta.derived[key]
     return blocks
 
 
-def _plan(meta: AttentionMeta, window: int) -> Iterator[_Block]:
+def _plan(meta: AttentionMeta, window: int, causal: bool) -> Iterator[_Block]:
     context = meta.context.tolist()
     short: dict[int, list[int]] = defaultdict(list)
     for chunk, count in enumerate(meta.query_start.diff().tolist()):
@@ -138,11 +139,11 @@ def _plan(meta: AttentionMeta, window: int) -> Iterator[_Block]:
             continue
         step = max(_SHORT, min(256, _BLOCK_SCORES // context[chunk]))
         for first in range(0, count, step):
-            yield _block(meta, [chunk], first, min(step, count - first), window)
+            yield _block(meta, [chunk], range(first, min(first + step, count)), window, causal)
     short.pop(0, None)
     for count, chunks in short.items():
         for batch in _batches(chunks, context):
-            yield _block(meta, batch, 0, count, window)
+            yield _block(meta, batch, range(count), window, causal)
 
 
 def _batches(chunks: list[int], context: list[int]) -> Iterator[list[int]]:
@@ -156,16 +157,20 @@ def _batches(chunks: list[int], context: list[int]) -> Iterator[list[int]]:
     yield batch
 
 
-def _block(meta: AttentionMeta, chunks: list[int], first: int, count: int, window: int) -> _Block:
-    """Queries first..first+count of each of `chunks`."""
+def _block(
+    meta: AttentionMeta, chunks: list[int], queries: range, window: int, causal: bool
+) -> _Block:
+    """Some `queries` of each of `chunks`."""
     device = meta.rows.device
     chunk = torch.tensor(chunks, device=device)
     begin, end = meta.query_start[chunk].long(), meta.query_start[chunk + 1].long()
-    steps = torch.arange(first, first + count, device=device)
+    steps = torch.arange(queries.start, queries.stop, device=device)
     position = (meta.context[chunk] - (end - begin))[:, None] + steps
     low = (
         (position[:, :1] - window + 1).clamp_min(0) if window else torch.zeros_like(position[:, :1])
     )
+    if not causal:
+        position = (meta.context[chunk].long() - 1)[:, None].expand_as(position)
     last = position[:, -1:]
     key = low + torch.arange(int((last - low).max()) + 1, device=device)
     visible = key[:, None] <= position[:, :, None]
@@ -175,7 +180,7 @@ def _block(meta: AttentionMeta, chunks: list[int], first: int, count: int, windo
     page = meta.page_table[meta.rows[chunk].long()[:, None], key // meta.page_size].long()
     return _Block(
         sequences=len(chunks),
-        queries=count,
+        queries=len(queries),
         tokens=(begin[:, None] + steps).flatten(),
         slots=page * meta.page_size + key % meta.page_size,
         visible=visible,

@@ -9,7 +9,7 @@ __all__: list[str] = ["LIBRARY"]
 
 if LIBRARY is not None:
     from headrace.ops.cpu.attention import paged_attention
-    from headrace.ops.cpu.elementwise import embedding, gather, gelu_mul, silu_mul
+    from headrace.ops.cpu.elementwise import activate, embedding, gather, gelu_mul, silu_mul
     from headrace.ops.cpu.mask import mask_logits
     from headrace.ops.cpu.matmul import gated_packed, linear_packed, logits_packed
     from headrace.ops.cpu.moe import moe_packed, pack_experts, router_topk
@@ -19,6 +19,7 @@ if LIBRARY is not None:
     from headrace.ops.cpu.sampling import log_probs, sample
 
     __all__ += [
+        "activate",
         "embedding",
         "embedding_packed",
         "gated_packed",

@@ -32,6 +32,7 @@ class _AttentionArgs(Structure):
         ("key_scale", c_float),
         ("value_scale", c_float),
         ("cache_dtype", c_int32),
+        ("both_ways", c_int32),
     )
 
 
@@ -47,6 +48,7 @@ def paged_attention(
     window: int,
     soft_cap: float,
     sinks: Tensor | None,
+    causal: bool = True,
 ) -> Tensor:
     """Heads of up to 512 elements; `sinks` in fp32."""
     tokens, heads, dim = q.shape
@@ -70,6 +72,7 @@ def paged_attention(
         scale=scale,
         soft_cap=soft_cap,
         cache_dtype=DTYPES[cache.keys.dtype],
+        both_ways=not causal,
     )
     set_scales(args, cache)
     _ATTENTION(args, step_of(meta, tokens))

@@ -1,4 +1,4 @@
-"""embedding, gather, silu_mul, gelu_mul: bindings of csrc/kernels/elementwise.cpp."""
+"""embedding, gather, silu_mul, gelu_mul, activate: bindings of csrc/kernels/elementwise.cpp."""
 
 from ctypes import Structure, c_int32, c_void_p
 
@@ -47,6 +47,12 @@ def silu_mul(x: Tensor) -> Tensor:
 
 def gelu_mul(x: Tensor, tanh: bool) -> Tensor:
     return _gated(x, "gelu_tanh" if tanh else "gelu_erf")
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    y = empty(tuple(x.shape), x.dtype)
+    _GATED(_GatedArgs(rows(x), rows(y), ACTIVATIONS[activation]), Step(tokens=len(x)))
+    return y
 
 
 def _gated(x: Tensor, activation: str) -> Tensor:
