@@ -1,4 +1,4 @@
-// sample: edits of logits (penalties, bias, min_new_tokens, masks), then the next token of each
+// sample: edits of logits (penalties, bias, min_new_tokens), then the next token of each
 // row. A row's token depends on its own logits and parameters, bit by bit: blocks of the vocabulary
 // are cut at fixed places, sums run in the order of ids, noise is keyed by the row.
 #include "vocab.h"
@@ -89,18 +89,6 @@ void edit(const hr_sample_args& args, int64_t index) {
   if (length - row.prompt_len < row.min_new_tokens) {
     forbid(x, args.logits.columns, args.eos, args.eos_count);
     forbid(x, args.logits.columns, row.stops, row.stop_count);
-  }
-}
-
-// Logits [begin, end) whose bit is not set become -inf; `begin` is a multiple of 32.
-void mask_out(float* x, const int32_t* words, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; i += 32) {
-    uint32_t allowed = static_cast<uint32_t>(words[i >> 5]);
-    if (allowed == 0xffffffffu) continue;
-    const int64_t count = end - i < 32 ? end - i : 32;
-    for (int64_t lane = 0; lane < count; ++lane, allowed >>= 1) {
-      x[i + lane] = allowed & 1 ? x[i + lane] : -kInfinity;
-    }
   }
 }
 
@@ -345,7 +333,6 @@ void sample(const hr_sample_args& args, const hr_step& step) {
       const int64_t i = item / pieces, from = item % pieces * kSegment;
       const int64_t to = from + kSegment < vocab ? from + kSegment : vocab;
       float* x = row_of<float>(args.logits, i);
-      if (args.masks) mask_out(x, args.masks + i * args.mask_stride, from, to);
       const hr_sample_row& row = args.table[args.rows[i]];
       scan(x, blocks_of(vocab, i, memory), from / size, (to + size - 1) / size,
            Choice::needs_mass(row) ? inverse_of(row) : 0);

@@ -89,22 +89,6 @@ inline float largest_in(const float* x, int64_t count) {
   return bits_of(bad[0] | bad[1]) ? __builtin_nanf("") : largest(max(most[0], most[1]));
 }
 
-// e^x for x <= 0 and NaN-free; the values of exp() of simd.h, with fewer steps.
-HR_INLINE vf exp_falling(vf x) {
-  const vf y = max(x, set(-87.3365f));
-  const vf magic = set(12582912.0f), shifted = fma(y, set(1.44269504f), magic), n = shifted - magic;
-  vf r = fma(n, set(-0.693359375f), y);
-  r = fma(n, set(2.12194440e-4f), r);
-  vf p = fma(r, set(1.3981999e-3f), set(8.3334519e-3f));
-  p = fma(p, r, set(4.1665795e-2f));
-  p = fma(p, r, set(1.6666666e-1f));
-  p = fma(p, r, set(0.5f));
-  p = fma(p, r * r, r) + set(1.0f);
-  // The low bits of `shifted` are n: adding them to the exponent multiplies by 2^n.
-  const vf scaled = (vf)((vi)p + ((vi)shifted << 23));
-  return select(x < set(-87.3365f), zero(), scaled);
-}
-
 // exp((x - top) * inverse) of `count` logits; `to` may be x.
 inline void weigh(const float* x, int64_t count, float top, float inverse, float* to) {
   const vf tops = set(top), inverses = set(inverse);
