@@ -72,32 +72,42 @@ struct Queries {
   int64_t score_stride;
 };
 
+// sums[r][i] += the products of what `widened` made of element d of key i on with row r.
+template <int R, int Made>
+HR_INLINE void multiply_wide(const float* query, int64_t stride, const vf (*wide)[Made],
+                             vf (*sums)[kDotKeys]) {
+#pragma GCC unroll 2
+  for (int p = 0; p < Made; ++p) {
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+      const vf factor = load(query + r * stride + p * kLanes);
+#pragma GCC unroll 4
+      for (int i = 0; i < kDotKeys; ++i) sums[r][i] = fma(factor, wide[i][p], sums[r][i]);
+    }
+  }
+}
+
 // Partial sums of kDotKeys keys and R rows.
 template <class T, int R>
-HR_INLINE void dot_keys(const Queries& q, const T* const* keys, int64_t dim, vf (*sums)[kDotKeys]) {
+HR_INLINE void dot_keys(const float* query, int64_t stride, const T* const* keys, int64_t dim,
+                        vf (*sums)[kDotKeys]) {
   constexpr int kMade = Wide<T>::count, kTake = kMade * kLanes;
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
     for (int i = 0; i < kDotKeys; ++i) sums[r][i] = zero();
   }
-  for (int64_t d = 0; d < dim; d += kTake) {
-    vf wide[kDotKeys][kMade];
-    if (d + kTake <= dim) {
+  vf wide[kDotKeys][kMade];
+  int64_t d = 0;
 #pragma GCC unroll 4
-      for (int i = 0; i < kDotKeys; ++i) widened(keys[i] + d, wide[i]);
-    } else {
-      for (int i = 0; i < kDotKeys; ++i) widened_part(keys[i] + d, dim - d, wide[i]);
-    }
-#pragma GCC unroll 2
-    for (int p = 0; p < kMade; ++p) {
-#pragma GCC unroll 6
-      for (int r = 0; r < R; ++r) {
-        const vf query = load(q.rows + r * q.stride + d + p * kLanes);
+  for (; d + kTake <= dim; d += kTake) {
 #pragma GCC unroll 4
-        for (int i = 0; i < kDotKeys; ++i) sums[r][i] = fma(query, wide[i][p], sums[r][i]);
-      }
-    }
+    for (int i = 0; i < kDotKeys; ++i) widened(keys[i] + d, wide[i]);
+    multiply_wide<R>(query + d, stride, wide, sums);
+  }
+  if (d < dim) {
+    for (int i = 0; i < kDotKeys; ++i) widened_part(keys[i] + d, dim - d, wide[i]);
+    multiply_wide<R>(query + d, stride, wide, sums);
   }
 }
 
@@ -112,7 +122,7 @@ static void dots(const Queries& q, const Place& place, int64_t dim, Ahead& ahead
 #pragma GCC unroll 4
       for (int i = 0; i < kDotKeys; ++i) keys[i] = place.at<T>(j + g * kDotKeys + i);
       vf sums[R][kDotKeys];
-      dot_keys<T, R>(q, keys, dim, sums);
+      dot_keys<T, R>(q.rows, q.stride, keys, dim, sums);
 #pragma GCC unroll 6
       for (int r = 0; r < R; ++r) added[r][g] = add_four(sums[r]);
       ahead.lines(lines);

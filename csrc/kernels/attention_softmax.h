@@ -29,19 +29,6 @@ struct Scaling {
   const float* values;
 };
 
-// Combines all lanes in a fixed order, halves with halves.
-template <class Pair>
-HR_INLINE float fold(vf x, const Pair& pair) {
-  vi other;
-#pragma GCC unroll 4
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) other[i] = i ^ half;
-    x = pair(x, __builtin_shuffle(x, other));
-  }
-  return x[0];
-}
-
 static inline void hide(float* scores, int64_t first, int64_t end, Sight sight) {
   vi lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
@@ -74,7 +61,7 @@ static inline float largest_score(const float* scores, int64_t first, int64_t en
     most[1] = max(most[1], load(scores + j + kLanes));
   }
   if (j < end) most[0] = max(most[0], load(scores + j));
-  return fold(max(most[0], most[1]), [](vf a, vf b) { return max(a, b); });
+  return largest(max(most[0], most[1]));
 }
 
 // scores[first .. end) of one row, multiples of kLanes, become weights; those out of sight are 0.
@@ -94,7 +81,7 @@ static inline Seen weigh(float* scores, int64_t first, int64_t end, Sight sight,
     if (scaling.values) weight = weight * load(scaling.values + j);
     store(scores + j, weight);
   }
-  return {top, fold(total, [](vf a, vf b) { return a + b; })};
+  return {top, sum(total)};
 }
 
 // Adds what a row saw in a span to what it saw before.

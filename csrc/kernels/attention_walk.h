@@ -196,16 +196,19 @@ class Walk {
     return static_cast<const char*>(all) + (first_head_ + h) * bytes_;
   }
 
-  // All heads of the `size` positions that are read after those at `at`; beyond the span's last
-  // they are the first of `after` in cache `all_after`.
+  // All heads of the `size` positions that are read in the step after the next one, counted from
+  // `at`: what is asked for last must have come when the first head is read. Beyond the span's last
+  // they are of `after` in cache `all_after`.
   Ahead ahead(const Span& span, int64_t at, int64_t size, const void* all, const Span& after,
               const void* all_after) const {
-    const bool inside = at + size <= span.last;
-    const Span& s = inside ? span : after;
-    const int64_t next = inside ? at + size : after.first / size * size;
-    const int64_t count = s.last - next + 1;
-    return {cache(inside ? all : all_after, 0), s.offsets + next, count < size ? count : size,
-            heads_ * bytes_};
+    const int64_t next = at + 2 * size, beyond = next - (span.last / size + 1) * size;
+    if (beyond < 0) return ahead_of(span, next, size, all);
+    return ahead_of(after, after.first / size * size + beyond, size, all_after);
+  }
+
+  Ahead ahead_of(const Span& span, int64_t at, int64_t size, const void* all) const {
+    const int64_t count = span.last - at + 1;
+    return {cache(all, 0), span.offsets + at, count < size ? count : size, heads_ * bytes_};
   }
 
   // The kStep positions at `place`, widened half way where that pays.
@@ -264,21 +267,29 @@ class Walk {
   // ---- weights ----
 
   void weigh_rows(const Span& span) {
-    alignas(64) float key_scales[kSpan], value_scales[kSpan];
     const bool scaled = args_.key_scales != nullptr;
-    const Scaling scaling = {args_.soft_cap, scaled ? key_scales : nullptr,
-                             scaled ? value_scales : nullptr};
-    if (scaled) {
-      memset(key_scales, 0, sizeof key_scales);
-      memset(value_scales, 0, sizeof value_scales);
-    }
+    Scales scales;
+    const Scaling scaling = {args_.soft_cap, scaled ? scales.keys : nullptr,
+                             scaled ? scales.values : nullptr};
     for (int64_t h = 0; h < heads_; ++h) {
-      for (int64_t j = span.first; scaled && j <= span.last; ++j) {
-        key_scales[j] = args_.key_scales[span.heads[j] + first_head_ + h];
-        value_scales[j] = args_.value_scales[span.heads[j] + first_head_ + h];
-      }
+      if (scaled) read_scales(span, first_head_ + h, scales);
       for (const Group* g = group_; g < group_ + groups_; ++g) weigh_group(span, h, *g, scaling);
     }
+  }
+
+  struct Scales {
+    alignas(64) float keys[kSpan];
+    alignas(64) float values[kSpan];
+  };
+
+  // Those of whole vectors; positions that are not read get 0.
+  void read_scales(const Span& span, int64_t head, Scales& scales) const {
+    for (int64_t j = span.first; j <= span.last; ++j) {
+      scales.keys[j] = args_.key_scales[span.heads[j] + head];
+      scales.values[j] = args_.value_scales[span.heads[j] + head];
+    }
+    for (int64_t j = span.first; j-- % kLanes > 0;) scales.keys[j] = scales.values[j] = 0;
+    for (int64_t j = span.last; ++j % kLanes > 0;) scales.keys[j] = scales.values[j] = 0;
   }
 
   void weigh_group(const Span& span, int64_t h, const Group& g, const Scaling& scaling) {

@@ -143,8 +143,9 @@ struct Choice {
   int64_t greedy() const {
     int64_t b = 0;
     while (blocks.largest[b] != top) ++b;
-    for (int64_t i = blocks.begin(b);; ++i) {
-      if (x[i] == top) return i;
+    for (int64_t i = blocks.begin(b);; i += kLanes) {
+      const uint32_t hits = bits_of(take_logits(x + i, blocks.vocab - i) == set(top));
+      if (hits) return i + __builtin_ctz(hits);
     }
   }
 
@@ -334,8 +335,13 @@ void sample(const hr_sample_args& args, const hr_step& step) {
       const int64_t to = from + kSegment < vocab ? from + kSegment : vocab;
       float* x = row_of<float>(args.logits, i);
       const hr_sample_row& row = args.table[args.rows[i]];
-      scan(x, blocks_of(vocab, i, memory), from / size, (to + size - 1) / size,
-           Choice::needs_mass(row) ? inverse_of(row) : 0);
+      const Blocks blocks = blocks_of(vocab, i, memory);
+      const int64_t first = from / size, last = (to + size - 1) / size;
+      if (row.temperature == 0) {
+        scan_together(x, blocks, first, last);
+      } else {
+        scan(x, blocks, first, last, Choice::needs_mass(row) ? inverse_of(row) : 0);
+      }
     }
   });
   hr::parallel(count, drawn ? 1 + kDrawGrain / vocab : count, [&](int64_t begin, int64_t end) {

@@ -69,24 +69,37 @@ inline float* memory_for_blocks(int64_t vocab, int64_t rows) {
   return static_cast<float*>(hr::scratch(static_cast<size_t>(floats) * sizeof(float), 0));
 }
 
+// Whether a lane of a or b is NaN, in `seen`.
+#if HR_LEVEL >= 2
+typedef __mmask16 Odd;
+HR_INLINE void look_for_nan(Odd& seen, vf a, vf b) {
+  seen = _kor_mask16(seen, _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_UNORD_Q));
+}
+HR_INLINE bool any(Odd seen) { return seen != 0; }
+#else
+typedef vi Odd;
+HR_INLINE void look_for_nan(Odd& seen, vf a, vf b) { seen = seen | (a != a) | (b != b); }
+HR_INLINE bool any(Odd seen) { return bits_of(seen) != 0; }
+#endif
+
 inline float largest_in(const float* x, int64_t count) {
   vf most[2] = {set(-kInfinity), set(-kInfinity)};
-  vi bad[2] = {};
+  Odd odd[2] = {};
   int64_t i = 0;
-  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
 #pragma GCC unroll 2
     for (int s = 0; s < 2; ++s) {
-      const vf v = load(x + i + s * kLanes);
-      most[s] = max(v, most[s]);  // a NaN leaves it as it is
-      bad[s] = bad[s] | (v != v);
+      const vf a = load(x + i + 2 * s * kLanes), b = load(x + i + (2 * s + 1) * kLanes);
+      most[s] = max(max(a, b), most[s]);  // what a NaN leaves does not matter
+      look_for_nan(odd[s], a, b);
     }
   }
   for (; i < count; i += kLanes) {
     const vf v = take_logits(x + i, count - i);
     most[0] = max(v, most[0]);
-    bad[0] = bad[0] | (v != v);
+    look_for_nan(odd[0], v, v);
   }
-  return bits_of(bad[0] | bad[1]) ? __builtin_nanf("") : largest(max(most[0], most[1]));
+  return any(odd[0]) || any(odd[1]) ? __builtin_nanf("") : largest(max(most[0], most[1]));
 }
 
 // exp((x - top) * inverse) of `count` logits; `to` may be x.
@@ -125,6 +138,13 @@ inline void scan(const float* x, const Blocks& blocks, int64_t first, int64_t la
     blocks.largest[b] = top;
     blocks.sums[b] = finite && inverse != 0 ? sum_weights(own, count, top, inverse) : 0;
   }
+}
+
+// The same for blocks of whose logits only the largest is asked for: it stands in the first block.
+inline void scan_together(const float* x, const Blocks& blocks, int64_t first, int64_t last) {
+  const int64_t begin = blocks.begin(first);
+  blocks.largest[first] = largest_in(x + begin, blocks.end(last - 1) - begin);
+  for (int64_t b = first + 1; b < last; ++b) blocks.largest[b] = -kInfinity;
 }
 
 // The largest logit of the row, NaN if there is a NaN.
