@@ -97,21 +97,23 @@ static void widen_values(const Place& place, int64_t first, int64_t last, int64_
 // Terms of c[i][n] (+)= sum over k of a[i][k] * b[k][n]; i counts rows, n vectors.
 struct Product {
   const float* a;
-  int64_t a_stride;
+  int64_t a_stride;  // from i to i + 1
+  int64_t a_step;    // from k to k + 1
   const float* b;  // stride kBlock = kPanelColumns
   int64_t depth;
   float* c;
   int64_t c_stride;
   bool fresh;     // c is not read
-  int64_t lanes;  // 0: one chain, from c on; else so many sums of `depth`, added as neighbors
+  int64_t lanes;  // 0: one chain, from c on; else so many sums of `depth`, from neighboring a on,
+                  // which are added as neighbors
 };
 
 static_assert(kPanelColumns == kBlock, "both kinds of panel have one stride");
 
 template <int R, int N>
-HR_INLINE void chain(const float* a, int64_t stride, const float* b, int64_t depth,
-                     vf (&sums)[R][N]) {
-  for (int64_t k = 0; k < depth; ++k, b += kBlock, ++a) {
+HR_INLINE void chain(const Product& p, const float* a, const float* b, vf (&sums)[R][N]) {
+  const int64_t stride = p.a_stride, step = p.a_step, depth = p.depth;
+  for (int64_t k = 0; k < depth; ++k, b += kBlock, a += step) {
     vf right[N];
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) right[n] = load(b + n * kLanes);
@@ -160,8 +162,7 @@ static void outer_lanes(const Product& p, int64_t n0) {
   vf sums[R][N];
   for (int64_t lane = 0;; ++lane) {
     clear(sums);
-    chain(p.a + lane * p.depth, p.a_stride, p.b + lane * p.depth * kBlock + n0 * kLanes, p.depth,
-          sums);
+    chain(p, p.a + lane, p.b + lane * p.depth * kBlock + n0 * kLanes, sums);
     float* next = waiting;
     for (int64_t bits = lane; bits & 1; bits >>= 1, next += kTile) add(next, kStride, sums);
     if (lane + 1 == p.lanes) break;
@@ -179,7 +180,7 @@ static void outer(const Product& p, int64_t n0) {
   float* c = p.c + n0 * kLanes;
   clear(sums);
   if (!p.fresh) add(c, p.c_stride, sums);
-  chain(p.a, p.a_stride, p.b + n0 * kLanes, p.depth, sums);
+  chain(p, p.a, p.b + n0 * kLanes, sums);
   put_tile(c, p.c_stride, sums);
 }
 

@@ -2,10 +2,12 @@
 // in registers once per kDotRows or kRegisterRows rows. Part of the kernel files: the same rules as
 // simd.h.
 //
-// With two query heads on a KV head a vector of kLanes elements costs 2 fma and, in bf16, one
-// instruction of widening (int8 and fp8: 2 and 2.5), for keys and for values; adding up the lanes
-// of scores is 45 more per 16 positions and row. 512 elements of bf16 are 16 cycles of loads and
-// 48 to 60 of the two vector ports, and take 400 to come from memory.
+// With two query heads on a KV head, 16 lanes: a vector of elements costs 2 fma and, in bf16, one
+// instruction of widening (int8: 2, fp8: 3.5 with its stay in memory as f16), for keys and for
+// values; adding up the lanes of scores is 45 more per 16 positions and row. So 512 keys and 512
+// values of one head's elements take 107 cycles of two vector ports in bf16, 139 in int8 and 187 in
+// fp8, and at 5 bytes a cycle from memory 410, 205 and 205: bf16 waits for memory, narrow formats
+// for both.
 //
 // Invariant (scores): lane i sums the elements that `widened` puts there, in one chain of fma in the
 // order of memory; the lanes are added as neighbors, then neighboring pairs, and so on.

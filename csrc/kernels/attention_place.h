@@ -63,21 +63,22 @@ class Ahead {
       : rows_(rows), offsets_(offsets), left_(count), size_(size) {}
 
   __attribute__((always_inline)) inline void lines(int64_t count) {
-    if (next_ >= end_ && !refill()) return;
+    if (next_ >= end_) {
+      if (left_ <= 0) return;
+      refill();
+    }
     for (int64_t i = 0; i < count; ++i) __builtin_prefetch(next_ + i * 64, 0, 2);
     next_ += count * 64;
   }
 
  private:
   // The next run of rows without a gap.
-  __attribute__((noinline)) bool refill() {
-    if (left_ <= 0) return false;
+  __attribute__((noinline)) void refill() {
     const int64_t from = *offsets_;
     int64_t to = from;
     for (; left_ > 0 && *offsets_ == to; ++offsets_, --left_) to += size_;
     next_ = rows_ + from;
     end_ = rows_ + to;
-    return true;
   }
 
   const char *next_ = nullptr, *end_ = nullptr;

@@ -150,37 +150,28 @@ class Walk {
     }
   }
 
-  // Where element d of a head is among vectors of `widened`.
-  static int64_t place_of(int64_t d) {
-    constexpr int64_t kMade = Wide<T>::count, kTake = kMade * kLanes;
-    return d / kTake * kTake + d % kMade * kLanes + d / kMade % kLanes;
-  }
-
   void start_row(int64_t h, int64_t r) {
     const int64_t row = h * rows_ + r;
     const float sink = args_.sinks ? args_.sinks[head(h, r)] : kNothing;
     seen_[row] = sink > kNothing ? Seen{sink, 1} : Seen{kNothing, 0};
     memset(mixes_ + row * width_, 0, static_cast<size_t>(width_) * 4);
-    alignas(64) float own[HR_MOST_HEAD_DIM];
+    alignas(64) float own[HR_MOST_HEAD_DIM + 2 * kLanes];
     load_row(args_.q, token_ + r / shape_.group, head(h, r) * dim_, dim_, own);
-    float* query = queries_ + row * width_;
-    memset(query, 0, static_cast<size_t>(width_) * 4);
-    const float scale = args_.scale * (args_.key_scale * Wide<T>::meaning);
-    for (int64_t d = 0; d < dim_; ++d) {
-      const int64_t at = place_of(d);
-      query[direct() ? at : at % kLanes * shape_.vectors + at / kLanes] = own[d] * scale;
-    }
+    memset(own + dim_, 0, static_cast<size_t>(width_ - dim_) * 4);
+    const vf scale = set(args_.scale * (args_.key_scale * Wide<T>::meaning));
+    for (int64_t d = 0; d < width_; d += kLanes) store(own + d, load(own + d) * scale);
+    part<T>(own, width_, queries_ + row * width_);
   }
 
   void finish() {
-    alignas(64) float own[HR_MOST_HEAD_DIM];
+    alignas(64) float own[HR_MOST_HEAD_DIM + 2 * kLanes];
     const float scale = args_.value_scale * Wide<T>::meaning;
     for (int64_t h = 0; h < heads_; ++h) {
       for (int64_t r = 0; r < rows_; ++r) {
         const int64_t row = h * rows_ + r;
-        const float* mix = mixes_ + row * width_;
-        const float share = scale / seen_[row].total;
-        for (int64_t d = 0; d < dim_; ++d) own[d] = mix[place_of(d)] * share;
+        unite<T>(mixes_ + row * width_, width_, own);
+        const vf share = set(scale / seen_[row].total);
+        for (int64_t d = 0; d < width_; d += kLanes) store(own + d, load(own + d) * share);
         store_row(args_.out, token_ + r / shape_.group, head(h, r) * dim_, dim_, own);
       }
     }
@@ -211,12 +202,13 @@ class Walk {
     return {cache(all, 0), span.offsets + at, count < size ? count : size, heads_ * bytes_};
   }
 
-  // The kStep positions at `place`, widened half way where that pays.
-  Place staged(const Place& place, int64_t positions) {
+  // The positions at `place` (kStep at most), widened half way where that pays.
+  Place staged(const Place& place, int64_t positions, Ahead& next) {
     if constexpr (kStaged) {
       Near* to = reinterpret_cast<Near*>(panel_);
       for (int64_t j = 0; j < positions; ++j) {
         stage(place.at<T>(j), dim_, to + j * width_);
+        next.lines(lines_of(bytes_));
       }
       return {reinterpret_cast<const char*>(to), staged_offsets_};
     }
@@ -240,25 +232,27 @@ class Walk {
   }
 
   void score_step(const Span& span, int64_t at, int64_t h, Ahead& next) {
-    const Place place = staged({cache(args_.keys, h), span.offsets + at}, kStep);
+    const Place place = staged({cache(args_.keys, h), span.offsets + at}, kStep, next);
     const int64_t row = h * rows_;
     const Queries queries = {queries_ + row * width_, width_, scores_ + row * kScoreStride + at,
                              kScoreStride};
-    dot_rows<Near>(queries, rows_, place, dim_, next);
+    Ahead none;
+    dot_rows<Near>(queries, rows_, place, dim_, kStaged ? none : next);
   }
 
   void score_block(const Span& span, int64_t at, int64_t h, Ahead& next) {
     const int64_t first = span.first > at ? (span.first - at) / kLanes * kLanes : 0;
     const int64_t last = span.last - at < kBlock ? span.last - at : kBlock - 1;
     transpose_keys<T>({cache(args_.keys, h), span.offsets + at}, first, last, dim_, panel_, next);
-    const int64_t half = kLanes / 2 * shape_.vectors;  // so that a panel fits the L1 cache
-    for (int64_t k = 0; k <= half; k += half) {
+    // By halves, so that a panel fits the L1 cache.
+    for (int64_t lane = 0; lane < kLanes; lane += kLanes / 2) {
       for (const Group* g = group_; g < group_ + groups_; ++g) {
         const int64_t seen = g->newest - span.begin - at;
         if (seen < first) continue;
         const int64_t row = h * rows_ + g->row;
-        multiply({queries_ + row * width_ + k, width_, panel_ + k * kBlock + first, shape_.vectors,
-                  scores_ + row * kScoreStride + at + first, kScoreStride, k == 0, kLanes / 2},
+        multiply({queries_ + row * width_ + lane, width_, kLanes,
+                  panel_ + lane * shape_.vectors * kBlock + first, shape_.vectors,
+                  scores_ + row * kScoreStride + at + first, kScoreStride, lane == 0, kLanes / 2},
                  g->rows, ((seen < last ? seen : last) - first) / kLanes + 1);
       }
     }
@@ -316,7 +310,7 @@ class Walk {
       for (int64_t h = 0; h < heads_; ++h) {
         const Place place = {cache(args_.values, h), span.offsets + at + first};
         if (direct()) {
-          mix_step(span, at + first, h, staged(place, last - first + 1), last - first,
+          mix_step(span, at + first, h, staged(place, last - first + 1, after), last - first,
                    at == begin, after);
         } else {
           mix_block(span, at + first, h, place, last - first, at == begin, after);
@@ -328,13 +322,14 @@ class Walk {
   // Positions at .. at + last of the span.
   void mix_step(const Span& span, int64_t at, int64_t h, const Place& place, int64_t last,
                 bool fresh, Ahead& next) {
+    Ahead none;
     for (const Group* g = group_; g < group_ + groups_; ++g) {
       const int64_t seen = g->newest - span.begin - at, row = h * rows_ + g->row;
       if (seen < 0) continue;
       const Mixing mixing = {scores_ + row * kScoreStride + at, kScoreStride,
                              (seen < last ? seen : last) + 1, span_mixes_ + row * width_, width_,
                              fresh};
-      mix_rows<Near>(mixing, g->rows, place, dim_, next);
+      mix_rows<Near>(mixing, g->rows, place, dim_, kStaged ? none : next);
     }
   }
 
@@ -347,7 +342,7 @@ class Walk {
       for (const Group* g = group_; g < group_ + groups_; ++g) {
         const int64_t seen = g->newest - span.begin - at, row = h * rows_ + g->row;
         if (seen < 0) continue;
-        multiply({scores_ + row * kScoreStride + at, kScoreStride, panel_,
+        multiply({scores_ + row * kScoreStride + at, kScoreStride, 1, panel_,
                   (seen < last ? seen : last) + 1, span_mixes_ + row * width_ + c, width_, fresh,
                   0},
                  g->rows, vectors);

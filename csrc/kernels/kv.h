@@ -94,6 +94,30 @@ HR_INLINE void widened_part(const T* p, int64_t count, vf* out) {
   widened(some, out);
 }
 
+// `width` floats in the order of memory to the order of `widened`, and back.
+template <class T>
+static inline void part(const float* from, int64_t width, float* to) {
+  constexpr int kMade = Wide<T>::count;
+  vi even;
+  for (int i = 0; i < kLanes; ++i) even[i] = 2 * i;
+  for (int64_t d = 0; d < width; d += kMade * kLanes) {
+    const vf low = load(from + d), high = load(from + d + (kMade - 1) * kLanes);
+    store(to + d, kMade == 1 ? low : __builtin_shuffle(low, high, even));
+    if (kMade == 2) store(to + d + kLanes, __builtin_shuffle(low, high, even + 1));
+  }
+}
+template <class T>
+static inline void unite(const float* from, int64_t width, float* to) {
+  constexpr int kMade = Wide<T>::count;
+  vi low;
+  for (int i = 0; i < kLanes; ++i) low[i] = i / 2 + (i & 1) * kLanes;
+  for (int64_t d = 0; d < width; d += kMade * kLanes) {
+    const vf even = load(from + d), odd = load(from + d + (kMade - 1) * kLanes);
+    store(to + d, kMade == 1 ? even : __builtin_shuffle(even, odd, low));
+    if (kMade == 2) store(to + d + kLanes, __builtin_shuffle(even, odd, low + kLanes / 2));
+  }
+}
+
 // Where fp8 is read a few times, it is put down first as f16, in which the same bits mean 1 / 256 of
 // the number and which an instruction widens (level 0 has none: fp32).
 template <class T>

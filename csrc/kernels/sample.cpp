@@ -328,15 +328,16 @@ void sample(const hr_sample_args& args, const hr_step& step) {
   hr::parallel(count, read > kManyTokens ? 1 : count, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) edit(args, i);
   });
-  const int64_t pieces = (vocab + kSegment - 1) / kSegment, size = block_size(vocab);
+  const int64_t pieces = (vocab + kSegment - 1) / kSegment;
+  const int bits = block_bits(vocab);
   hr::parallel(count * pieces, 1 + kSegment / (vocab + 1), [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t i = item / pieces, from = item % pieces * kSegment;
+      const int64_t i = pieces == 1 ? item : item / pieces, from = (item - i * pieces) * kSegment;
       const int64_t to = from + kSegment < vocab ? from + kSegment : vocab;
       float* x = row_of<float>(args.logits, i);
       const hr_sample_row& row = args.table[args.rows[i]];
       const Blocks blocks = blocks_of(vocab, i, memory);
-      const int64_t first = from / size, last = (to + size - 1) / size;
+      const int64_t first = from >> bits, last = (to + (1 << bits) - 1) >> bits;
       if (row.temperature == 0) {
         scan_together(x, blocks, first, last);
       } else {

@@ -50,11 +50,14 @@ struct Blocks {
 };
 
 // Small vocabularies get small blocks: there should be more of them than tokens looked for.
-inline int64_t block_size(int64_t vocab) { return vocab > 1 << 15 ? 256 : 64; }
+// (As powers of 2: a division takes as long as reading a block.)
+inline int block_bits(int64_t vocab) { return vocab > 1 << 15 ? 8 : 6; }
+
+inline int64_t block_size(int64_t vocab) { return 1ll << block_bits(vocab); }
 
 inline int64_t block_count(int64_t vocab) {
-  const int64_t size = block_size(vocab);
-  return (vocab + size - 1) / size;
+  const int bits = block_bits(vocab);
+  return (vocab + (1ll << bits) - 1) >> bits;
 }
 
 // The blocks of row `row`, whose numbers stand in `memory` [rows][2][count].

@@ -21,9 +21,7 @@ class Sampler:
         self.tables = tables
         self._eos = np.array(eos_token_ids, dtype=np.int32)
 
-    def sample(
-        self, logits: torch.Tensor, rows: np.ndarray, positions: np.ndarray
-    ) -> Sampled:
+    def sample(self, logits: torch.Tensor, rows: np.ndarray, positions: np.ndarray) -> Sampled:
         """Tokens int64 [n] for `positions` of `rows`, from float32 logits [n, vocab].
 
         The second array (bool [n]) is False where a row has no finite largest logit (NaN, or
