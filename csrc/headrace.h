@@ -358,15 +358,13 @@ typedef struct {
 } hr_sample_row;
 
 typedef struct {
-  hr_rows logits;  // fp32 [tokens, vocab]; edits and masks are written here
+  hr_rows logits;  // fp32 [tokens, vocab]; edits are written here
   const hr_sample_row* table;
   const int64_t* rows;       // [tokens] record of each row in the table
   const int64_t* positions;  // [tokens] of the token to choose: tokens before it count
-  const int32_t* masks;  // [tokens, mask_stride] bit i & 31 of word i >> 5: allowed; or null
-  int64_t mask_stride;
   const int32_t* eos;  // [eos_count]
   int64_t eos_count;
-  int64_t* chosen;  // [tokens]; -1: NaN, +inf, or nothing allowed
+  int64_t* chosen;  // [tokens]; -1: NaN, +inf, or nothing but -inf
 } hr_sample_args;
 
 // log_probs: of the softmax of rows of logits (kernels/log_probs.cpp). Row i of the step is row

@@ -1,19 +1,19 @@
-// The products of attention on one block of positions, as register tiles.
+// The products of attention for many rows, as register tiles over panels.
 //
-// A panel is fp32, [up to kBlock][kBlock]: keys transposed (element of the head x position) or
-// values (position x element of the head). It fits the L1 cache and serves all query rows of a tile.
+// A panel is fp32 and serves all query rows of a tile: keys transposed (element of the head x
+// kBlock positions) or values (position x kPanelColumns elements of the head), in the orders of
+// attention_direct.h, which gives the same bits. A register tile of 6 rows and 4 vectors is 24 fma
+// for 10 loads; the lanes of a score cost 15 additions for as many fma as the head has elements.
 // Part of the kernel files: the same rules as simd.h.
-//
-// Invariant: each sum is one chain of fma in the order of k, whatever tile computed it.
 #pragma once
-#include "kv.h"
+#include "attention_direct.h"
 
 namespace HR_NS {
 
-constexpr int kBlock = 64;                       // positions, and elements of a head, of a panel
+constexpr int kPanelColumns = 64;
 constexpr int kColumns = HR_LEVEL >= 2 ? 4 : 2;  // vectors of a register tile
-constexpr int kRegisterRows = 6;
-constexpr int kNear = 8;  // positions to ask for before they are read
+
+// ---- panels -------------------------------------------------------------------------------------
 
 // kLanes vectors as rows of a square become its columns: log2(kLanes) perfect shuffles.
 HR_INLINE void transpose(vf* rows) {
@@ -36,123 +36,84 @@ HR_INLINE void transpose(vf* rows) {
   }
 }
 
-// Asks for memory that is read later, line by line in the order of addresses, so that the CPU's own
-// prefetchers go along. Whoever reads asks for as much as it reads.
-HR_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
-
-struct Ahead {
-  const char* rows = nullptr;
-  const int64_t* offsets = nullptr;  // in bytes
-  int64_t left = 0;                  // rows
-  int64_t size = 64;                 // bytes of a row
-  int64_t at = 0;
-
-  __attribute__((always_inline)) inline void lines(int64_t count) {
-    while (count > 0 && left > 0) {
-      const char* next = rows + *offsets + at;
-      const int64_t rest = (size - at + 63) / 64, some = rest < count ? rest : count;
-      for (int64_t i = 0; i < some; ++i) prefetch_far(next + i * 64);
-      at += some * 64;
-      count -= some;
-      if (at < size) return;
-      at = 0;
-      ++offsets;
-      --left;
-    }
-  }
-};
-
-// Where kBlock positions of a cache are.
-struct Place {
-  const char* rows;        // element 0 of the head at offset 0
-  const int64_t* offsets;  // [kBlock + kNear] in bytes; positions that are not read repeat one that is
-
-  template <class T>
-  __attribute__((always_inline)) inline const T* at(int64_t position) const {
-    return reinterpret_cast<const T*>(rows + offsets[position]);
-  }
-};
-
-// panel[d][j] = key of position j, element d0 + d, for `count` elements and the vectors of positions
-// [first, last].
+// panel[lane * vectors + v][j] = element of the key of position j that `widened` puts into `lane` of
+// vector v, for the vectors of positions [first, last]; see vectors_of.
 template <class T>
-static void transpose_keys(const Place& place, int64_t first, int64_t last, int64_t d0,
-                           int64_t count, float* panel, Ahead& ahead) {
-  constexpr int kPack = Pack<T>::count;
-  first = first / kLanes * kLanes;
-  for (int64_t lane = first; lane <= last; lane += kLanes) {
-    // Rows that lie 2^n bytes apart do not stay in the L1 cache: ask again for what comes next.
-    const bool more = lane + kLanes <= last;
-    const Place near = {place.rows + (more ? 0 : count * static_cast<int64_t>(sizeof(T))),
-                        place.offsets + (more ? lane + kLanes : first)};
-    for (int64_t e = 0; e < count; e += kLanes * kPack) {
+static void transpose_keys(const Place& place, int64_t first, int64_t last, int64_t dim,
+                           float* panel, Ahead& ahead) {
+  constexpr int kPack = Pack<T>::count, kMade = Wide<T>::count, kTake = kLanes * kPack;
+  const int64_t vectors = vectors_of<T>(dim);
+  for (int64_t at = first / kLanes * kLanes; at <= last; at += kLanes) {
+    for (int64_t e = 0; e < dim; e += kTake) {
       vf unit[kLanes];
+      if (e + kTake <= dim) {
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) prefetch(near.at<T>(i) + d0 + e);
-      if (e + kLanes * kPack <= count) {
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) unit[i] = units(place.at<T>(lane + i) + d0 + e);
+        for (int i = 0; i < kLanes; ++i) unit[i] = units(place.at<T>(at + i) + e);
       } else {
-        for (int i = 0; i < kLanes; ++i) {
-          unit[i] = units_part(place.at<T>(lane + i) + d0 + e, count - e);
-        }
+        for (int i = 0; i < kLanes; ++i) unit[i] = units_part(place.at<T>(at + i) + e, dim - e);
       }
-      ahead.lines(kLanes * kLanes * kPack * static_cast<int64_t>(sizeof(T)) / 64);
+      ahead.lines(lines_of(kLanes * kTake * static_cast<int64_t>(sizeof(T))));
       transpose(unit);
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) {
         vf out[kPack];
         unpack(static_cast<const T*>(nullptr), unit[i], out);
 #pragma GCC unroll 4
-        for (int p = 0; p < kPack; ++p) store(panel + (e + i * kPack + p) * kBlock + lane, out[p]);
+        for (int p = 0; p < kPack; ++p) {
+          const int d = i * kPack + p, lane = d / kMade % kLanes;
+          const int64_t v = e / kLanes + d / (kMade * kLanes) * kMade + d % kMade;
+          if (v < vectors) store(panel + (lane * vectors + v) * kBlock + at, out[p]);
+        }
       }
     }
   }
 }
 
-// panel[j][c] = value of position j, element c0 + c, for `count` elements and positions
-// [first, last].
+// panel[j][c] = value of position j, element c0 + c in the order of `widened`, for `count` elements
+// and positions [first, last].
 template <class T>
 static void widen_values(const Place& place, int64_t first, int64_t last, int64_t c0,
                          int64_t count, float* panel, Ahead& ahead) {
+  constexpr int kMade = Wide<T>::count, kTake = kLanes * kMade;
   for (int64_t j = first; j <= last; ++j) {
     const T* from = place.at<T>(j) + c0;
-    const T* near = place.at<T>(j + kNear) + c0;
-    float* to = panel + j * kBlock;
-    for (int64_t c = 0; c < count; c += 64 / static_cast<int64_t>(sizeof(T))) prefetch(near + c);
-    ahead.lines((count * static_cast<int64_t>(sizeof(T)) + 63) / 64);
-    int64_t c = 0;
-    for (; c + kLanes <= count; c += kLanes) store(to + c, lanes(from + c));
-    if (c < count) store(to + c, lanes_part(from + c, count - c));
+    float* to = panel + j * kPanelColumns;
+    ahead.lines(lines_of(count * static_cast<int64_t>(sizeof(T))));
+    for (int64_t c = 0; c < count; c += kTake) {
+      vf wide[kMade];
+      if (c + kTake <= count) {
+        widened(from + c, wide);
+      } else {
+        widened_part(from + c, count - c, wide);
+      }
+#pragma GCC unroll 2
+      for (int p = 0; p < kMade; ++p) store(to + c + p * kLanes, wide[p]);
+    }
   }
 }
+
+// ---- register tiles -----------------------------------------------------------------------------
 
 // Terms of c[i][n] (+)= sum over k of a[i][k] * b[k][n]; i counts rows, n vectors.
 struct Product {
   const float* a;
-  int64_t a_stride;
-  const float* b;  // stride kBlock
+  int64_t a_stride;  // from i to i + 1
+  int64_t a_step;    // from k to k + 1
+  const float* b;  // stride kBlock = kPanelColumns
   int64_t depth;
   float* c;
   int64_t c_stride;
-  bool fresh;  // c is not read
+  bool fresh;     // c is not read
+  int64_t lanes;  // 0: one chain, from c on; else so many sums of `depth`, from neighboring a on,
+                  // which are added as neighbors
 };
 
+static_assert(kPanelColumns == kBlock, "both kinds of panel have one stride");
+
 template <int R, int N>
-static void outer(const Product& p, int64_t n0) {
-  vf sums[R][N];
-  const float* a = p.a;
-  const float* b = p.b + n0 * kLanes;
-  float* c = p.c + n0 * kLanes;
-#pragma GCC unroll 6
-  for (int i = 0; i < R; ++i) {
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) {
-      sums[i][n] = p.fresh ? zero() : load(c + i * p.c_stride + n * kLanes);
-    }
-  }
-  const int64_t stride = p.a_stride;
-  for (int64_t k = 0; k < p.depth; ++k, b += kBlock, ++a) {
+HR_INLINE void chain(const Product& p, const float* a, const float* b, vf (&sums)[R][N]) {
+  const int64_t stride = p.a_stride, step = p.a_step, depth = p.depth;
+  for (int64_t k = 0; k < depth; ++k, b += kBlock, a += step) {
     vf right[N];
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) right[n] = load(b + n * kLanes);
@@ -163,21 +124,72 @@ static void outer(const Product& p, int64_t n0) {
       for (int n = 0; n < N; ++n) sums[i][n] = fma(left, right[n], sums[i][n]);
     }
   }
+}
+
+template <int R, int N>
+HR_INLINE void add(const float* c, int64_t stride, vf (&sums)[R][N]) {
 #pragma GCC unroll 6
   for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) store(c + i * p.c_stride + n * kLanes, sums[i][n]);
+    for (int n = 0; n < N; ++n) sums[i][n] = load(c + i * stride + n * kLanes) + sums[i][n];
   }
 }
 
-template <int N>
+template <int R, int N>
+HR_INLINE void put_tile(float* c, int64_t stride, const vf (&sums)[R][N]) {
+#pragma GCC unroll 6
+  for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) store(c + i * stride + n * kLanes, sums[i][n]);
+  }
+}
+
+template <int R, int N>
+HR_INLINE void clear(vf (&sums)[R][N]) {
+#pragma GCC unroll 6
+  for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) sums[i][n] = zero();
+  }
+}
+
+// Sums of p.lanes lanes (a power of 2, at most kLanes / 2): two of a kind are added when both are
+// there, so that few wait.
+template <int R, int N>
+static void outer_lanes(const Product& p, int64_t n0) {
+  constexpr int64_t kStride = N * kLanes, kTile = R * kStride;
+  alignas(64) float waiting[4 * kTile];
+  vf sums[R][N];
+  for (int64_t lane = 0;; ++lane) {
+    clear(sums);
+    chain(p, p.a + lane, p.b + lane * p.depth * kBlock + n0 * kLanes, sums);
+    float* next = waiting;
+    for (int64_t bits = lane; bits & 1; bits >>= 1, next += kTile) add(next, kStride, sums);
+    if (lane + 1 == p.lanes) break;
+    put_tile(next, kStride, sums);
+  }
+  float* c = p.c + n0 * kLanes;
+  if (!p.fresh) add(c, p.c_stride, sums);
+  put_tile(c, p.c_stride, sums);
+}
+
+template <int R, int N>
+static void outer(const Product& p, int64_t n0) {
+  if (p.lanes > 0) return outer_lanes<R, N>(p, n0);
+  vf sums[R][N];
+  float* c = p.c + n0 * kLanes;
+  clear(sums);
+  if (!p.fresh) add(c, p.c_stride, sums);
+  chain(p, p.a, p.b + n0 * kLanes, sums);
+  put_tile(c, p.c_stride, sums);
+}
+
+template <int N, int R = kRegisterRows>
 static void outer_rows(const Product& p, int64_t rows, int64_t n0) {
-  if (rows == 6) outer<6, N>(p, n0);
-  if (rows == 5) outer<5, N>(p, n0);
-  if (rows == 4) outer<4, N>(p, n0);
-  if (rows == 3) outer<3, N>(p, n0);
-  if (rows == 2) outer<2, N>(p, n0);
-  if (rows == 1) outer<1, N>(p, n0);
+  if constexpr (R > 1) {
+    if (rows < R) return outer_rows<N, R - 1>(p, rows, n0);
+  }
+  outer<R, N>(p, n0);
 }
 
 // Up to kRegisterRows rows and kBlock columns in whole vectors.
@@ -187,60 +199,6 @@ static void multiply(const Product& p, int64_t rows, int64_t vectors) {
   if (kColumns > 3 && vectors - n == 3) outer_rows<3>(p, rows, n);
   if (kColumns > 2 && vectors - n == 2) outer_rows<2>(p, rows, n);
   if (vectors - n == 1) outer_rows<1>(p, rows, n);
-}
-
-// The same for few rows with b straight from the cache: b[k] are kLanes * N elements from c0 on at
-// positions first + k.
-template <class T, int R, int N>
-static void outer_values(const Product& p, const Place& place, int64_t first, int64_t c0,
-                         Ahead& ahead) {
-  vf sums[R][N];
-  float* c = p.c + c0;
-#pragma GCC unroll 6
-  for (int i = 0; i < R; ++i) {
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) {
-      sums[i][n] = p.fresh ? zero() : load(c + i * p.c_stride + n * kLanes);
-    }
-  }
-  const int64_t stride = p.a_stride;
-  for (int64_t k = 0; k < p.depth; ++k) {
-    const T* row = place.at<T>(first + k) + c0;
-    const T* near = place.at<T>(first + k + kNear) + c0;
-    vf right[N];
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) {
-      right[n] = lanes(row + n * kLanes);
-      if (n * kLanes * sizeof(T) % 64 == 0) prefetch(near + n * kLanes);
-    }
-    ahead.lines((N * kLanes * static_cast<int64_t>(sizeof(T)) + 63) / 64);
-#pragma GCC unroll 6
-    for (int i = 0; i < R; ++i) {
-      const vf left = set(p.a[i * stride + k]);
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) sums[i][n] = fma(left, right[n], sums[i][n]);
-    }
-  }
-#pragma GCC unroll 6
-  for (int i = 0; i < R; ++i) {
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) store(c + i * p.c_stride + n * kLanes, sums[i][n]);
-  }
-}
-
-// All whole groups of kColumns vectors of heads of `dim` elements.
-template <class T>
-static void multiply_values(const Product& p, const Place& place, int64_t rows, int64_t first,
-                            int64_t dim, Ahead& ahead) {
-  constexpr int N = kColumns;
-  for (int64_t c = 0; c + N * kLanes <= dim; c += N * kLanes) {
-    if (rows == 6) outer_values<T, 6, N>(p, place, first, c, ahead);
-    if (rows == 5) outer_values<T, 5, N>(p, place, first, c, ahead);
-    if (rows == 4) outer_values<T, 4, N>(p, place, first, c, ahead);
-    if (rows == 3) outer_values<T, 3, N>(p, place, first, c, ahead);
-    if (rows == 2) outer_values<T, 2, N>(p, place, first, c, ahead);
-    if (rows == 1) outer_values<T, 1, N>(p, place, first, c, ahead);
-  }
 }
 
 }  // namespace HR_NS

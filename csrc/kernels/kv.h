@@ -1,9 +1,9 @@
 // Elements of a KV cache: fp32, bf16, f16, int8 and fp8 (e4m3), widened to fp32 without loss.
 //
-// Part of the kernel files: the same rules as simd.h. A row of a cache is read in two ways: kLanes
-// neighbors at once (`lanes`), or as a vector of kLanes units of 32 bits, which hold kPack elements
-// each (`units`), so that a transposition moves narrow elements in groups; `unpack` takes the group
-// apart. Does not know scales.
+// Part of the kernel files: the same rules as simd.h. A row of a cache is read in two ways: as
+// vectors of fp32 (`widened`), in the order that costs least, or as a vector of kLanes units of 32
+// bits, which hold kPack elements each (`units`), so that a transposition moves narrow elements in
+// groups; `unpack` takes the group apart. Does not know scales, but for Wide<T>::meaning.
 #pragma once
 #include "types.h"
 
@@ -20,11 +20,12 @@ typedef uint8_t vc_loose __attribute__((vector_size(kLanes), may_alias, aligned(
 
 // ---- fp8 ----------------------------------------------------------------------------------------
 
-// The top byte of each lane as a number. Exponents are moved as if there were no subnormal numbers;
-// those came out as y instead of 2y - 2^-6, which is the smaller of the two for them alone.
+// The top byte of each lane as a number / 256. Exponents are moved as if there were no subnormal
+// numbers; those came out as y instead of 2y - 2^-14, which is the smaller of the two for them
+// alone.
 HR_INLINE vf from_e4m3(vu top) {
-  const vu moved = ((top >> 4) & 0x07f00000u) + 0x3c000000u;
-  const vf y = min((vf)moved, fma((vf)moved, set(2.0f), set(-0.015625f)));
+  const vu moved = ((top >> 4) & 0x07f00000u) + 0x38000000u;
+  const vf y = min((vf)moved, fma((vf)moved, set(2.0f), set(-0x1p-14f)));
   return (vf)((vu)y | (top & 0x80000000u));
 }
 
@@ -43,46 +44,127 @@ HR_INLINE void store(e4m3* p, vf x) {
   *reinterpret_cast<vc_loose*>(p) = __builtin_convertvector(to_e4m3(x), vc);
 }
 
-// ---- kLanes neighbors ---------------------------------------------------------------------------
+// ---- vectors of fp32 ----------------------------------------------------------------------------
 
-HR_INLINE vf lanes(const float* p) { return load(p); }
-HR_INLINE vf lanes(const bf16* p) {
-#if HR_LEVEL >= 2  // gcc 12 widens the halves of a vector apart
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
-#else
-  return load(p);
-#endif
+// `count` vectors are made at once of as many times kLanes neighbors. Lane i of the p-th holds
+// element i * count + p of them: what shifting and masking words of 32 bits gives. A number stands
+// for `meaning` times itself.
+template <class T>
+struct Wide {
+  static constexpr int count = 1;
+  static constexpr float meaning = 1;
+};
+template <>
+struct Wide<bf16> {
+  static constexpr int count = 2;
+  static constexpr float meaning = 1;
+};
+template <>
+struct Wide<e4m3> {
+  static constexpr int count = 1;
+  static constexpr float meaning = 256;
+};
+
+HR_INLINE void widened(const float* p, vf* out) { out[0] = load(p); }
+HR_INLINE void widened(const f16* p, vf* out) { out[0] = load(p); }
+HR_INLINE void widened(const bf16* p, vf* out) {
+  const vu units = (vu) * reinterpret_cast<const vf_loose*>(p);
+  out[0] = (vf)(units << 16);
+  out[1] = (vf)(units & 0xffff0000u);
 }
-HR_INLINE vf lanes(const f16* p) { return load(p); }
-HR_INLINE vf lanes(const int8_t* p) {
+HR_INLINE void widened(const int8_t* p, vf* out) {
 #if HR_LEVEL >= 2
   const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bits));
+  out[0] = (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bits));
 #else
   const vb bytes = *reinterpret_cast<const vb_loose*>(p);
-  return __builtin_convertvector(__builtin_convertvector(bytes, vi), vf);
+  out[0] = __builtin_convertvector(__builtin_convertvector(bytes, vi), vf);
 #endif
 }
-HR_INLINE vf lanes(const e4m3* p) {
-#if HR_LEVEL >= 2
-  // As f16 with the same exponent field, which means 2^-8 times the number.
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  const __m256i moved = _mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7);
-  const __m256i half = _mm256_and_si256(moved, _mm256_set1_epi16(static_cast<int16_t>(0xbf80)));
-  return (vf)_mm512_cvtph_ps(half) * set(256.0f);
-#else
+HR_INLINE void widened(const e4m3* p, vf* out) {
   const vc bytes = *reinterpret_cast<const vc_loose*>(p);
-  return from_e4m3(__builtin_convertvector(bytes, vu) << 24);
-#endif
+  out[0] = from_e4m3(__builtin_convertvector(bytes, vu) << 24);
 }
 
-// The first `count` < kLanes of them; the others are zero.
+// Of the first `count` < kLanes * Wide<T>::count elements; the others are zero.
 template <class T>
-HR_INLINE vf lanes_part(const T* p, int64_t count) {
-  T some[kLanes] = {};
+HR_INLINE void widened_part(const T* p, int64_t count, vf* out) {
+  T some[kLanes * Wide<T>::count] = {};
   memcpy(some, p, static_cast<size_t>(count) * sizeof(T));
-  return lanes(some);
+  widened(some, out);
+}
+
+// `width` floats in the order of memory to the order of `widened`, and back.
+template <class T>
+static inline void part(const float* from, int64_t width, float* to) {
+  constexpr int kMade = Wide<T>::count;
+  vi even;
+  for (int i = 0; i < kLanes; ++i) even[i] = 2 * i;
+  for (int64_t d = 0; d < width; d += kMade * kLanes) {
+    const vf low = load(from + d), high = load(from + d + (kMade - 1) * kLanes);
+    store(to + d, kMade == 1 ? low : __builtin_shuffle(low, high, even));
+    if (kMade == 2) store(to + d + kLanes, __builtin_shuffle(low, high, even + 1));
+  }
+}
+template <class T>
+static inline void unite(const float* from, int64_t width, float* to) {
+  constexpr int kMade = Wide<T>::count;
+  vi low;
+  for (int i = 0; i < kLanes; ++i) low[i] = i / 2 + (i & 1) * kLanes;
+  for (int64_t d = 0; d < width; d += kMade * kLanes) {
+    const vf even = load(from + d), odd = load(from + d + (kMade - 1) * kLanes);
+    store(to + d, kMade == 1 ? even : __builtin_shuffle(even, odd, low));
+    if (kMade == 2) store(to + d + kLanes, __builtin_shuffle(even, odd, low + kLanes / 2));
+  }
+}
+
+// Where fp8 is read a few times, it is put down first as f16, in which the same bits mean 1 / 256 of
+// the number and which an instruction widens (level 0 has none: fp32).
+template <class T>
+struct Staged {
+  typedef T type;
+};
+template <>
+struct Staged<e4m3> {
+#if HR_LEVEL >= 1
+  typedef f16 type;
+#else
+  typedef float type;
+#endif
+};
+
+HR_INLINE void stage(const e4m3* from, int64_t count, Staged<e4m3>::type* to) {
+#if HR_LEVEL >= 1
+  constexpr int kStep = 16;
+  const __m256i kept = _mm256_set1_epi16(static_cast<int16_t>(0xbf80));
+  int64_t i = 0;
+#if HR_LEVEL >= 2
+  for (; i + 2 * kStep <= count; i += 2 * kStep) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
+    const __m512i moved = _mm512_slli_epi16(_mm512_cvtepi8_epi16(bytes), 7);
+    const __m512i half = _mm512_and_si512(moved, _mm512_broadcastw_epi16(_mm256_castsi256_si128(kept)));
+    _mm512_storeu_si512(to + i, half);
+  }
+#endif
+  for (; i < count; i += kStep) {
+    const int64_t rest = count - i;
+    e4m3 some[kStep] = {};
+    if (rest < kStep) memcpy(some, from + i, static_cast<size_t>(rest));
+    const __m128i* p = reinterpret_cast<const __m128i*>(rest < kStep ? some : from + i);
+    const __m256i moved = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128(p)), 7);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm256_and_si256(moved, kept));
+  }
+#else
+  for (int64_t i = 0; i < count; i += kLanes) {
+    vf x;
+    if (i + kLanes <= count) {
+      widened(from + i, &x);
+    } else {
+      widened_part(from + i, count - i, &x);
+    }
+    store(to + i, x);
+  }
+#endif
 }
 
 // ---- units --------------------------------------------------------------------------------------

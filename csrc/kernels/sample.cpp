@@ -1,4 +1,4 @@
-// sample: edits of logits (penalties, bias, min_new_tokens, masks), then the next token of each
+// sample: edits of logits (penalties, bias, min_new_tokens), then the next token of each
 // row. A row's token depends on its own logits and parameters, bit by bit: blocks of the vocabulary
 // are cut at fixed places, sums run in the order of ids, noise is keyed by the row.
 #include "vocab.h"
@@ -92,18 +92,6 @@ void edit(const hr_sample_args& args, int64_t index) {
   }
 }
 
-// Logits [begin, end) whose bit is not set become -inf; `begin` is a multiple of 32.
-void mask_out(float* x, const int32_t* words, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; i += 32) {
-    uint32_t allowed = static_cast<uint32_t>(words[i >> 5]);
-    if (allowed == 0xffffffffu) continue;
-    const int64_t count = end - i < 32 ? end - i : 32;
-    for (int64_t lane = 0; lane < count; ++lane, allowed >>= 1) {
-      x[i + lane] = allowed & 1 ? x[i + lane] : -kInfinity;
-    }
-  }
-}
-
 // ---- draws --------------------------------------------------------------------------------------
 
 // Uniform in [0, 1) with 52 bits: Philox 4x32-10 keyed by the seed, as headrace.core.noise.
@@ -155,8 +143,9 @@ struct Choice {
   int64_t greedy() const {
     int64_t b = 0;
     while (blocks.largest[b] != top) ++b;
-    for (int64_t i = blocks.begin(b);; ++i) {
-      if (x[i] == top) return i;
+    for (int64_t i = blocks.begin(b);; i += kLanes) {
+      const uint32_t hits = bits_of(take_logits(x + i, blocks.vocab - i) == set(top));
+      if (hits) return i + __builtin_ctz(hits);
     }
   }
 
@@ -339,16 +328,21 @@ void sample(const hr_sample_args& args, const hr_step& step) {
   hr::parallel(count, read > kManyTokens ? 1 : count, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) edit(args, i);
   });
-  const int64_t pieces = (vocab + kSegment - 1) / kSegment, size = block_size(vocab);
+  const int64_t pieces = (vocab + kSegment - 1) / kSegment;
+  const int bits = block_bits(vocab);
   hr::parallel(count * pieces, 1 + kSegment / (vocab + 1), [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t i = item / pieces, from = item % pieces * kSegment;
+      const int64_t i = pieces == 1 ? item : item / pieces, from = (item - i * pieces) * kSegment;
       const int64_t to = from + kSegment < vocab ? from + kSegment : vocab;
       float* x = row_of<float>(args.logits, i);
-      if (args.masks) mask_out(x, args.masks + i * args.mask_stride, from, to);
       const hr_sample_row& row = args.table[args.rows[i]];
-      scan(x, blocks_of(vocab, i, memory), from / size, (to + size - 1) / size,
-           Choice::needs_mass(row) ? inverse_of(row) : 0);
+      const Blocks blocks = blocks_of(vocab, i, memory);
+      const int64_t first = from >> bits, last = (to + (1 << bits) - 1) >> bits;
+      if (row.temperature == 0) {
+        scan_together(x, blocks, first, last);
+      } else {
+        scan(x, blocks, first, last, Choice::needs_mass(row) ? inverse_of(row) : 0);
+      }
     }
   });
   hr::parallel(count, drawn ? 1 + kDrawGrain / vocab : count, [&](int64_t begin, int64_t end) {

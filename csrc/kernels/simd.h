@@ -248,24 +248,23 @@ HR_INLINE vf exp(vf x) {
   return select(x != x, x, y);
 }
 
-// Sum and maximum over lanes: halves are combined until one lane is left.
-HR_INLINE float sum(vf x) {
-  alignas(64) float lanes[kLanes];
-  store(lanes, x);
+// Combines all lanes in a fixed order: halves are combined until one lane is left.
+template <class Pair>
+HR_INLINE float fold(vf x, const Pair& pair) {
+  vi other;
+#pragma GCC unroll 4
   for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] + lanes[i + half];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) other[i] = i ^ half;
+    x = pair(x, __builtin_shuffle(x, other));
   }
-  return lanes[0];
+  return x[0];
+}
+HR_INLINE float sum(vf x) {
+  return fold(x, [](vf a, vf b) { return a + b; });
 }
 HR_INLINE float largest(vf x) {
-  alignas(64) float lanes[kLanes];
-  store(lanes, x);
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) {
-      lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
-    }
-  }
-  return lanes[0];
+  return fold(x, [](vf a, vf b) { return max(a, b); });
 }
 
 HR_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }

@@ -50,11 +50,14 @@ struct Blocks {
 };
 
 // Small vocabularies get small blocks: there should be more of them than tokens looked for.
-inline int64_t block_size(int64_t vocab) { return vocab > 1 << 15 ? 256 : 64; }
+// (As powers of 2: a division takes as long as reading a block.)
+inline int block_bits(int64_t vocab) { return vocab > 1 << 15 ? 8 : 6; }
+
+inline int64_t block_size(int64_t vocab) { return 1ll << block_bits(vocab); }
 
 inline int64_t block_count(int64_t vocab) {
-  const int64_t size = block_size(vocab);
-  return (vocab + size - 1) / size;
+  const int bits = block_bits(vocab);
+  return (vocab + (1ll << bits) - 1) >> bits;
 }
 
 // The blocks of row `row`, whose numbers stand in `memory` [rows][2][count].
@@ -69,40 +72,37 @@ inline float* memory_for_blocks(int64_t vocab, int64_t rows) {
   return static_cast<float*>(hr::scratch(static_cast<size_t>(floats) * sizeof(float), 0));
 }
 
+// Whether a lane of a or b is NaN, in `seen`.
+#if HR_LEVEL >= 2
+typedef __mmask16 Odd;
+HR_INLINE void look_for_nan(Odd& seen, vf a, vf b) {
+  seen = _kor_mask16(seen, _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_UNORD_Q));
+}
+HR_INLINE bool any(Odd seen) { return seen != 0; }
+#else
+typedef vi Odd;
+HR_INLINE void look_for_nan(Odd& seen, vf a, vf b) { seen = seen | (a != a) | (b != b); }
+HR_INLINE bool any(Odd seen) { return bits_of(seen) != 0; }
+#endif
+
 inline float largest_in(const float* x, int64_t count) {
   vf most[2] = {set(-kInfinity), set(-kInfinity)};
-  vi bad[2] = {};
+  Odd odd[2] = {};
   int64_t i = 0;
-  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
 #pragma GCC unroll 2
     for (int s = 0; s < 2; ++s) {
-      const vf v = load(x + i + s * kLanes);
-      most[s] = max(v, most[s]);  // a NaN leaves it as it is
-      bad[s] = bad[s] | (v != v);
+      const vf a = load(x + i + 2 * s * kLanes), b = load(x + i + (2 * s + 1) * kLanes);
+      most[s] = max(max(a, b), most[s]);  // what a NaN leaves does not matter
+      look_for_nan(odd[s], a, b);
     }
   }
   for (; i < count; i += kLanes) {
     const vf v = take_logits(x + i, count - i);
     most[0] = max(v, most[0]);
-    bad[0] = bad[0] | (v != v);
+    look_for_nan(odd[0], v, v);
   }
-  return bits_of(bad[0] | bad[1]) ? __builtin_nanf("") : largest(max(most[0], most[1]));
-}
-
-// e^x for x <= 0 and NaN-free; the values of exp() of simd.h, with fewer steps.
-HR_INLINE vf exp_falling(vf x) {
-  const vf y = max(x, set(-87.3365f));
-  const vf magic = set(12582912.0f), shifted = fma(y, set(1.44269504f), magic), n = shifted - magic;
-  vf r = fma(n, set(-0.693359375f), y);
-  r = fma(n, set(2.12194440e-4f), r);
-  vf p = fma(r, set(1.3981999e-3f), set(8.3334519e-3f));
-  p = fma(p, r, set(4.1665795e-2f));
-  p = fma(p, r, set(1.6666666e-1f));
-  p = fma(p, r, set(0.5f));
-  p = fma(p, r * r, r) + set(1.0f);
-  // The low bits of `shifted` are n: adding them to the exponent multiplies by 2^n.
-  const vf scaled = (vf)((vi)p + ((vi)shifted << 23));
-  return select(x < set(-87.3365f), zero(), scaled);
+  return any(odd[0]) || any(odd[1]) ? __builtin_nanf("") : largest(max(most[0], most[1]));
 }
 
 // exp((x - top) * inverse) of `count` logits; `to` may be x.
@@ -141,6 +141,13 @@ inline void scan(const float* x, const Blocks& blocks, int64_t first, int64_t la
     blocks.largest[b] = top;
     blocks.sums[b] = finite && inverse != 0 ? sum_weights(own, count, top, inverse) : 0;
   }
+}
+
+// The same for blocks of whose logits only the largest is asked for: it stands in the first block.
+inline void scan_together(const float* x, const Blocks& blocks, int64_t first, int64_t last) {
+  const int64_t begin = blocks.begin(first);
+  blocks.largest[first] = largest_in(x + begin, blocks.end(last - 1) - begin);
+  for (int64_t b = first + 1; b < last; ++b) blocks.largest[b] = -kInfinity;
 }
 
 // The largest logit of the row, NaN if there is a NaN.

@@ -396,7 +396,8 @@ def test_masks_leave_allowed_tokens_only(served_by):
     sampler = Sampler(tables_of(specs, vocab), EOS)
     logits = torch.randn(count, vocab)
     edited = logits.clone()
-    tokens, valid = sampler.sample(edited, np.arange(count), np.full(count, 3), masks=masks)
+    ops.mask_logits(edited, torch.arange(count), masks)
+    tokens, valid = sampler.sample(edited, np.arange(count), np.full(count, 3))
     assert np.array_equal(np.isfinite(edited.numpy()), allowed)
     assert np.flatnonzero(~valid).tolist() == [2]
     assert all(allowed[row, tokens[row]] for row in range(count) if row != 2)

@@ -32,9 +32,10 @@ HEADS = {"qwen3-0.6b": (16, 8, 128), "llama-3.2-1b": (32, 8, 64)}
 KV_FORMATS = ("bf16", "fp8_e4m3", "int8")
 # sequences, queries of each, context
 LOADS = (
-    *((rows, 1, 256) for rows in (1, 8, 32)),
-    *((rows, 1, 2048) for rows in (1, 8)),
+    *((rows, 1, 256) for rows in (1, 16, 32)),
+    *((rows, 1, 2048) for rows in (1, 16)),
     (1, 1, 8192),
+    (1, 512, 512),
     *((1, count, 2048) for count in (512, 2048)),
 )
 

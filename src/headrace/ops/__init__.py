@@ -219,6 +219,11 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
     return _activate(x, activation)
 
 
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """x [tokens, n] -> act(x), [tokens, n]."""
+    return _activate(x, activation)
+
+
 def logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """hidden [n, hidden], weight [vocab, hidden] -> fp32 [n, vocab]."""
     return _logits(hidden, weight)
@@ -239,16 +244,14 @@ def sample(
     rows: np.ndarray,
     positions: np.ndarray,
     eos: np.ndarray,
-    masks: Tensor | None = None,
 ) -> Sampled:
     """The next token of each row of logits fp32 [n, vocab].
 
     Row i is sampled for position `positions[i]` as record `rows[i]` of the table says, int64 [n].
-    `eos` int32 is forbidden before a row's min_new_tokens. `masks` int32 [n, words]: token i is
-    allowed if bit i % 32 of word i // 32 is set. Edits and masks are written to `logits`. Not valid
-    are rows with NaN, +inf or nothing allowed.
+    `eos` int32 is forbidden before a row's min_new_tokens. Edits are written to `logits`. Not valid
+    are rows with NaN, +inf or nothing but -inf.
     """
-    return _sample(logits, table, rows, positions, eos, masks)
+    return _sample(logits, table, rows, positions, eos)
 
 
 def log_probs(

@@ -1,6 +1,6 @@
 """The definition of `sample` and `log_probs`, in numpy and torch.
 
-Order: edits (penalties, bias, min_new_tokens, masks), temperature, softmax, top-k, top-p, min-p,
+Order: edits (penalties, bias, min_new_tokens), temperature, softmax, top-k, top-p, min-p,
 then an inverse-CDF draw in the order of token ids with one uniform number per (seed, sample index,
 position). Every filter is a probability below which tokens are dropped; tokens that tie with the
 last kept one are kept, so no result depends on how a sort breaks ties.
@@ -35,13 +35,10 @@ def sample(
     rows: np.ndarray,
     positions: np.ndarray,
     eos: np.ndarray,
-    masks: Tensor | None,
 ) -> Sampled:
     values, draws = logits.numpy(), table.records[rows]
     for row, draw, position in zip(values, draws, positions.tolist(), strict=True):
         edit_logits(row, draw, position, eos)
-    if masks is not None:
-        values[~_allowed(masks.numpy(), values.shape[1])] = -np.inf
     tokens = values.argmax(axis=-1)
     valid = np.isfinite(values[np.arange(len(draws)), tokens])
     drawn = np.flatnonzero(valid & (draws["temperature"] > 0))
@@ -99,12 +96,6 @@ def edit_logits(logits: np.ndarray, draw: np.void, position: int, eos: np.ndarra
     if len(output) < draw["min_new_tokens"]:
         stops = np.append(array_at(draw["stops"], int(draw["stop_count"]), c_int32), eos)
         logits[stops[(stops >= 0) & (stops < len(logits))]] = -np.inf
-
-
-def _allowed(masks: np.ndarray, vocab: int) -> np.ndarray:
-    """Bits of int32 [n, words] as bool [n, vocab]."""
-    bits = np.unpackbits(masks.view(np.uint8), axis=-1, bitorder="little")
-    return bits[:, :vocab].astype(bool)
 
 
 def _draw(logits: np.ndarray, draws: np.ndarray, positions: np.ndarray) -> np.ndarray:

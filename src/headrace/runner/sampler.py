@@ -21,18 +21,10 @@ class Sampler:
         self.tables = tables
         self._eos = np.array(eos_token_ids, dtype=np.int32)
 
-    def sample(
-        self,
-        logits: torch.Tensor,
-        rows: np.ndarray,
-        positions: np.ndarray,
-        *,
-        masks: torch.Tensor | None = None,
-    ) -> Sampled:
+    def sample(self, logits: torch.Tensor, rows: np.ndarray, positions: np.ndarray) -> Sampled:
         """Tokens int64 [n] for `positions` of `rows`, from float32 logits [n, vocab].
 
-        `masks`, int32 [n, words], allow the tokens whose bits are set. The second array (bool [n])
-        is False where a row has no finite largest logit (NaN, or everything masked); its token
-        means nothing. Writes the rows' edits and masks to `logits`.
+        The second array (bool [n]) is False where a row has no finite largest logit (NaN, or
+        everything masked); its token means nothing. Writes the rows' edits to `logits`.
         """
-        return ops.sample(logits, self.tables.sampling, rows, positions, self._eos, masks)
+        return ops.sample(logits, self.tables.sampling, rows, positions, self._eos)

@@ -16,8 +16,6 @@ class _SampleArgs(Structure):
         ("table", c_void_p),
         ("rows", c_void_p),
         ("positions", c_void_p),
-        ("masks", c_void_p),
-        ("mask_stride", c_int64),
         ("eos", c_void_p),
         ("eos_count", c_int64),
         ("chosen", c_void_p),
@@ -49,7 +47,6 @@ def sample(
     rows: np.ndarray,
     positions: np.ndarray,
     eos: np.ndarray,
-    masks: Tensor | None,
 ) -> Sampled:
     tokens = np.empty(len(rows), dtype=np.int64)
     args = _SampleArgs(
@@ -57,8 +54,6 @@ def sample(
         table=table.address,
         rows=address(rows),
         positions=address(positions),
-        masks=None if masks is None else masks.data_ptr(),
-        mask_stride=0 if masks is None else masks.stride(0),
         eos=address(eos),
         eos_count=len(eos),
         chosen=address(tokens),
