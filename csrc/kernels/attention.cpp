@@ -147,11 +147,21 @@ struct Shape {
   }
 };
 
+// How elements of one type are read from a cache. A table: all else is compiled once for all types.
+struct Elements {
+  int64_t size;  // bytes of one
+  decltype(&transpose_keys<float>) transpose_keys;
+  decltype(&widen_values<float>) widen_values;
+  decltype(&multiply_values<float>) multiply_values;
+};
 template <class T>
+constexpr Elements kElements = {sizeof(T), transpose_keys<T>, widen_values<T>, multiply_values<T>};
+
 class Walk {
  public:
-  Walk(const hr_attention_args& args, const hr_step& step)
-      : args_(args), step_(step), shape_(args), dim_(shape_.dim), width_(shape_.width) {}
+  Walk(const Elements& elements, const hr_attention_args& args, const hr_step& step)
+      : elements_(elements), args_(args), step_(step), shape_(args), dim_(shape_.dim),
+        width_(shape_.width) {}
 
   void run(const Tile& tile) {
     start(tile);
@@ -262,7 +272,7 @@ class Walk {
       heads = (static_cast<int64_t>(pages_[page]) * size + inside) * args_.kv_heads;
       for (int64_t i = inside; i < size && j <= span.last; ++i, ++j, heads += args_.kv_heads) {
         span.heads[j] = heads;
-        span.offsets[j] = heads * dim_ * static_cast<int64_t>(sizeof(T));
+        span.offsets[j] = heads * dim_ * elements_.size;
       }
     }
     const int64_t end = (span.last / kBlock + 1) * kBlock + kNear;
@@ -273,8 +283,7 @@ class Walk {
   }
 
   const char* cache(const void* all, int64_t h) const {
-    return static_cast<const char*>(all) +
-           (first_head_ + h) * dim_ * static_cast<int64_t>(sizeof(T));
+    return static_cast<const char*>(all) + (first_head_ + h) * dim_ * elements_.size;
   }
 
   // All heads of the block that is read after the one at `at`; beyond the span's last it is the
@@ -292,7 +301,7 @@ class Walk {
     made.rows = cache(all, 0);
     made.offsets = s.offsets + at;
     made.left = s.last - at + 1 < kBlock ? s.last - at + 1 : kBlock;
-    made.size = heads_ * dim_ * static_cast<int64_t>(sizeof(T));
+    made.size = heads_ * dim_ * elements_.size;
     return made;
   }
 
@@ -309,7 +318,7 @@ class Walk {
     const Place place = {cache(args_.keys, h), span.offsets + at};
     for (int64_t d = 0; d < dim_; d += kBlock) {
       const int64_t depth = dim_ - d < kBlock ? dim_ - d : kBlock;
-      transpose_keys<T>(place, first, last, d, depth, panel_, next);
+      elements_.transpose_keys(place, first, last, d, depth, panel_, next);
       for (const Group* g = group_; g < group_ + groups_; ++g) {
         const int64_t seen = g->newest - span.begin - at;
         if (seen < first) continue;
@@ -362,12 +371,12 @@ class Walk {
     if (rows_ <= kDirectRows) {
       done = dim_ / (kColumns * kLanes) * (kColumns * kLanes);
       mix_groups(span, at, h, [&](const Product& p, const Group& g) {
-        multiply_values<T>(p, place, g.rows, first, dim_, next);
+        elements_.multiply_values(p, place, g.rows, first, dim_, next);
       }, first, last, 0, fresh);
     }
     for (int64_t c = done; c < dim_; c += kBlock) {
       const int64_t count = dim_ - c < kBlock ? dim_ - c : kBlock;
-      widen_values<T>(place, first, last, c, count, panel_, next);
+      elements_.widen_values(place, first, last, c, count, panel_, next);
       mix_groups(span, at, h, [&](const Product& p, const Group& g) {
         multiply(p, g.rows, (count + kLanes - 1) / kLanes);
       }, first, last, c, fresh);
@@ -415,6 +424,7 @@ class Walk {
     }
   }
 
+  const Elements& elements_;
   const hr_attention_args& args_;
   const hr_step& step_;
   const Shape shape_;
@@ -488,8 +498,8 @@ struct Cut {
 
 // Every item by itself. Small ones go several at a time: about 2^17 multiplications are worth
 // handing over.
-template <class T>
-static void run_items(const hr_attention_args& args, const hr_step& step, const Cut& cut) {
+static void run_items(const Elements& elements, const hr_attention_args& args, const hr_step& step,
+                      const Cut& cut) {
   int64_t pairs = 0;
   for (int64_t chunk = 0; chunk < step.chunks; ++chunk) {
     pairs += static_cast<int64_t>(step.context[chunk]) *
@@ -497,15 +507,14 @@ static void run_items(const hr_attention_args& args, const hr_step& step, const 
   }
   const int64_t each = 1 + pairs * 2 * args.q.columns / (cut.items + 1);
   hr::parallel(cut.items, 1 + (1 << 17) / each, [&](int64_t begin, int64_t end) {
-    Walk<T> walk(args, step);
+    Walk walk(elements, args, step);
     for (int64_t i = begin; i < end; ++i) walk.run(cut.tile(i));
   });
 }
 
 // Every span of every item by itself, then what they make together.
-template <class T>
-static void run_spans(const hr_attention_args& args, const hr_step& step, const Cut& cut,
-                      int64_t spans) {
+static void run_spans(const Elements& elements, const hr_attention_args& args, const hr_step& step,
+                      const Cut& cut, int64_t spans) {
   const Shape shape(args);
   struct Share {
     int64_t item, span;
@@ -527,7 +536,7 @@ static void run_spans(const hr_attention_args& args, const hr_step& step, const 
         partials + reinterpret_cast<intptr_t>(shares[i].partial));
   }
   hr::parallel(count, 1, [&](int64_t begin, int64_t end) {
-    Walk<T> walk(args, step);
+    Walk walk(elements, args, step);
     for (int64_t i = begin; i < end; ++i) {
       Tile tile = cut.tile(shares[i].item);
       tile.first_span = tile.last_span = tile.first_span + shares[i].span;
@@ -535,7 +544,7 @@ static void run_spans(const hr_attention_args& args, const hr_step& step, const 
       walk.run(tile);
     }
   });
-  Walk<T> walk(args, step);
+  Walk walk(elements, args, step);
   for (int64_t i = 0; i < count; ++i) {
     const Tile tile = cut.tile(shares[i].item);
     if (shares[i].span == 0) {
@@ -546,8 +555,7 @@ static void run_spans(const hr_attention_args& args, const hr_step& step, const 
 
 }  // namespace
 
-template <class T>
-static void attend(const hr_attention_args& args, const hr_step& step) {
+static void attend(const Elements& elements, const hr_attention_args& args, const hr_step& step) {
   const int64_t group = args.heads / args.kv_heads;
   const int64_t queries = group < kTileRows ? kTileRows / group : 1;
   const size_t room = static_cast<size_t>(step.tokens + step.chunks) * sizeof(Piece);
@@ -562,14 +570,16 @@ static void attend(const hr_attention_args& args, const hr_step& step) {
   for (int64_t i = 0; i < made; ++i) spans += pieces[i].spans;
   const Cut cut = {pieces, made * parts, parts, args.kv_heads / parts};
   if (hr::threads() > 1 && cut.items < wanted && spans > made) {
-    run_spans<T>(args, step, cut, spans);
+    run_spans(elements, args, step, cut, spans);
   } else {
-    run_items<T>(args, step, cut);
+    run_items(elements, args, step, cut);
   }
 }
 
 static void paged_attention(const hr_attention_args& args, const hr_step& step) {
-  with_cache_type(args.cache_dtype, [&](auto type) { attend<decltype(type)>(args, step); });
+  with_cache_type(args.cache_dtype, [&](auto type) {
+    attend(kElements<decltype(type)>, args, step);
+  });
 }
 
 HR_OPERATOR(paged_attention, hr_attention_args)
