@@ -94,12 +94,8 @@ def build() -> Path:
         FileNotFoundError: there is no compiler.
         subprocess.CalledProcessError: the compiler refused; its words are on stderr.
     """
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if not compiler or not shutil.which(compiler.split()[0]):
-        raise FileNotFoundError("no C++ compiler; install g++ or set CXX")
-    command = [*compiler.split(), *FLAGS]
-    OBJECTS.mkdir(parents=True, exist_ok=True)
-    objects = compile_all(command, _units(), OBJECTS)
+    command = compiler()
+    objects = compile_all(command, units(), OBJECTS)
     for stale in set(OBJECTS.glob("*.o")) - set(objects):
         stale.unlink()
     _check_nothing_shared([path for path in objects if any(f"-{x}-" in path.name for x in LEVELS)])
@@ -110,19 +106,27 @@ def build() -> Path:
     return LIBRARY
 
 
-def _units() -> list[Unit]:
-    """The slow ones first, going by their size."""
+def compiler() -> list[str]:
+    """How every compilation begins; FileNotFoundError as in `build`."""
+    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if not found or not shutil.which(found.split()[0]):
+        raise FileNotFoundError("no C++ compiler; install g++ or set CXX")
+    return [*found.split(), *FLAGS]
+
+
+def units() -> list[Unit]:
+    """All of this machine's library, the slow ones first, going by their size."""
     levels = list(LEVELS) if platform.machine() in ("x86_64", "AMD64") else ["portable"]
     wanted = os.environ.get("HEADRACE_BUILD_LEVELS")
     if wanted:  # for work on kernels: the levels left out must not be chosen at run time
         levels = [level for level in levels if level in wanted.split(",")]
-    units = [
+    made = [
         Unit(path, f"{path.stem}-{level}", LEVELS[level], [*_optimization(path), number(level)])
         for level in levels
         for path in kernels(level)
     ]
-    units.sort(key=lambda unit: -unit.source.stat().st_size)
-    return units + [Unit(path, path.stem) for path in sorted(SOURCES.glob("*.cpp"))]
+    made.sort(key=lambda unit: -unit.source.stat().st_size)
+    return made + [Unit(path, path.stem) for path in sorted(SOURCES.glob("*.cpp"))]
 
 
 def kernels(level: str) -> list[Path]:
@@ -148,6 +152,7 @@ def number(level: str) -> str:
 
 def compile_all(command: list[str], units: Sequence[Unit], folder: Path) -> list[Path]:
     """The objects in `folder`, in the order of `units`; those that are there stay."""
+    folder.mkdir(parents=True, exist_ok=True)
     headers = b"".join(path.read_bytes() for path in sorted(SOURCES.rglob("*.h")))
     objects = [folder / _object_name(command, unit, headers) for unit in units]
     missing = [pair for pair in zip(units, objects, strict=True) if not pair[1].exists()]
