@@ -46,7 +46,7 @@ def build(folder: Path, library: Path) -> None:
     units = [
         Unit(path, f"{path.stem}-{level}", LEVELS["avx512"], flags)
         for level in EMULATED
-        for flags in [["-O1", "-DHR_EMULATE", hatch_build.number(level)]]
+        for flags in [["-O2", "-DHR_EMULATE", hatch_build.number(level)]]
         for path in hatch_build.kernels(level)
         if path.stem != "probe"
     ]

@@ -57,60 +57,65 @@ static void tile_store(void* p, int64_t stride) {
   }
 }
 
-// One element [row][4 bytes] of a tile.
-template <class T>
-static T element(int t, int row, int column) {
-  T value;
-  memcpy(&value, own_tiles.data[t][row] + column * sizeof value, sizeof value);
-  return value;
-}
-
-static float flushed(float x) {
-  const uint32_t bits = as_bits(x);
-  return bits & 0x7f800000 ? x : as_float(bits & 0x80000000);
-}
-static float add_flushed(float a, float b) { return flushed(flushed(a) + flushed(b)); }
-static float fma_flushed(bf16 a, bf16 b, float c) {
-  return flushed(__builtin_fmaf(flushed(widen(a)), flushed(widen(b)), c));
-}
-
-// What a product does to one element of c, as sum(row, column, value before).
-template <class T, class Sum>
-static void each_sum(int c, int x, int w, const Sum& sum) {
+// What a product needs: registers of matching shapes, none of them twice.
+static void fault_unless_matching(int c, int x, int w) {
   fault_unless_there(c), fault_unless_there(x), fault_unless_there(w);
   const TileShapes& shapes = own_tiles.shapes;
   fault_unless(c != x && c != w && x != w && shapes.rows[c] == shapes.rows[x]);
   fault_unless(shapes.bytes[c] == shapes.bytes[w] && shapes.bytes[x] == 4 * shapes.rows[w]);
-  for (int row = 0; row < shapes.rows[c]; ++row) {
-    for (int column = 0; column < shapes.bytes[c] / 4; ++column) {
-      const T after = sum(row, column, element<T>(c, row, column));
-      memcpy(own_tiles.data[c][row] + column * 4, &after, 4);
+}
+
+// Elements of one row of a register. What lies past its shape is zero, so whole rows are multiplied.
+template <class T>
+struct Row {
+  T at[64 / sizeof(T)];
+
+  Row(int t, int row) { memcpy(at, own_tiles.data[t][row], 64); }
+  void keep(int t, int row) const { memcpy(own_tiles.data[t][row], at, 64); }
+};
+
+static inline float flushed(float x) {
+  const uint32_t bits = as_bits(x);
+  return as_float(bits & 0x7f800000 ? bits : bits & 0x80000000);
+}
+static inline float wide(bf16 x) { return flushed(widen(x)); }
+
+template <int C, int X, int W>
+static void tile_dot_bf16() {
+  fault_unless_matching(C, X, W);
+  for (int row = 0; row < own_tiles.shapes.rows[C]; ++row) {
+    const Row<bf16> x(X, row);
+    float even[16] = {}, odd[16] = {};
+    for (int k = 0; k < own_tiles.shapes.rows[W]; ++k) {
+      const Row<bf16> w(W, k);
+      const float x0 = wide(x.at[2 * k]), x1 = wide(x.at[2 * k + 1]);
+      for (int n = 0; n < 16; ++n) {
+        even[n] = flushed(__builtin_fmaf(x0, wide(w.at[2 * n]), even[n]));
+        odd[n] = flushed(__builtin_fmaf(x1, wide(w.at[2 * n + 1]), odd[n]));
+      }
     }
+    Row<float> sums(C, row);
+    for (int n = 0; n < 16; ++n) {
+      sums.at[n] = flushed(flushed(sums.at[n]) + flushed(even[n] + odd[n]));
+    }
+    sums.keep(C, row);
   }
 }
 
 template <int C, int X, int W>
-static void tile_dot_bf16() {
-  each_sum<float>(C, X, W, [](int row, int column, float before) {
-    float even = 0.0f, odd = 0.0f;
-    for (int k = 0; k < own_tiles.shapes.rows[W]; ++k) {
-      even = fma_flushed(element<bf16>(X, row, 2 * k), element<bf16>(W, k, 2 * column), even);
-      odd = fma_flushed(element<bf16>(X, row, 2 * k + 1), element<bf16>(W, k, 2 * column + 1), odd);
-    }
-    return add_flushed(before, add_flushed(even, odd));
-  });
-}
-
-template <int C, int X, int W>
 static void tile_dot_int8() {
-  each_sum<int32_t>(C, X, W, [](int row, int column, int32_t sum) {
+  fault_unless_matching(C, X, W);
+  for (int row = 0; row < own_tiles.shapes.rows[C]; ++row) {
+    const Row<int8_t> x(X, row);
+    Row<int32_t> sums(C, row);
     for (int k = 0; k < own_tiles.shapes.rows[W]; ++k) {
-      for (int i = 0; i < 4; ++i) {
-        sum += element<int8_t>(X, row, 4 * k + i) * element<uint8_t>(W, k, 4 * column + i);
+      const Row<uint8_t> w(W, k);
+      for (int n = 0; n < 16; ++n) {
+        for (int i = 0; i < 4; ++i) sums.at[n] += x.at[4 * k + i] * w.at[4 * n + i];
       }
     }
-    return sum;
-  });
+    sums.keep(C, row);
+  }
 }
 
 }  // namespace HR_NS
