@@ -51,7 +51,8 @@ def build(folder: Path, library: Path) -> None:
         if path.stem != "probe"
     ]
     units.append(Unit(isa, "isa", flags=[f"-I{SOURCES}"]))
-    command, replaced = hatch_build.compiler(), {"isa", *EMULATED}
+    # Levels below avx512 are not needed: what a level lacks is looked for in those below it.
+    command, replaced = hatch_build.compiler(), {"isa", "portable", "avx2", *EMULATED}
     objects = hatch_build.compile_all(command, units, folder)
     real = [unit for unit in hatch_build.units() if unit.name.split("-")[-1] not in replaced]
     objects += hatch_build.compile_all(command, real, hatch_build.OBJECTS)
