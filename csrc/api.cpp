@@ -30,6 +30,11 @@ struct Table {
       row.args_size = op->args_size;
       row.kernels[op->level] = op->kernel;
     }
+    for (int32_t i = 0; i < count; ++i) {
+      for (int l = 1; l < kLevels; ++l) {
+        if (!rows[i].kernels[l]) rows[i].kernels[l] = rows[i].kernels[l - 1];
+      }
+    }
   }
 
   int32_t find(const char* name) const {
@@ -57,6 +62,10 @@ int32_t best() {
   static const int32_t asked = best_level();
   return asked;
 }
+int32_t permission() {
+  static const int32_t asked = amx_permission();
+  return asked;
+}
 
 std::atomic<int32_t> level{-1};
 
@@ -69,6 +78,8 @@ Kernel kernel_of(int32_t index) { return table().rows[index].kernels[hr_level_in
 int32_t hr_abi(void) { return HR_ABI; }
 
 int32_t hr_level_best(void) { return hr::best(); }
+
+int32_t hr_amx_permission(void) { return hr::permission(); }
 
 int32_t hr_level_in_use(void) {
   const int32_t chosen = hr::level.load(std::memory_order_relaxed);

@@ -8,7 +8,8 @@
 // for a function `static void gated(const hr_gated_args& args, const hr_step& step)`. The
 // macro puts a constant into the linker section `hr_operators`; nothing runs at load time and there
 // is no central list. Argument structs stand in headrace.h, and their ctypes mirrors beside the
-// Python function; `hr_operator` checks that the sizes agree. An operator exists at every level.
+// Python function; `hr_operator` checks that the sizes agree. An operator that a level lacks is that
+// of the level below; the lowest one has all.
 #pragma once
 #include "headrace.h"
 #include "pool.h"
@@ -24,7 +25,7 @@ struct alignas(32) Operator {  // the size is a multiple of the alignment: the s
   Kernel kernel;
 };
 
-constexpr int kLevels = 4;
+constexpr int kLevels = 5;
 constexpr int kMostOperators = 128;
 
 // The kernel of operator `index` at the level in use.

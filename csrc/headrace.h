@@ -17,7 +17,13 @@ extern "C" {
 
 typedef enum { HR_F32 = 0, HR_BF16 = 1, HR_F16 = 2, HR_I8 = 3, HR_F8 = 4, HR_I4 = 5 } hr_dtype;
 
-typedef enum { HR_PORTABLE = 0, HR_AVX2 = 1, HR_AVX512 = 2, HR_AVX512_BF16 = 3 } hr_level;
+typedef enum {
+  HR_PORTABLE = 0,
+  HR_AVX2 = 1,
+  HR_AVX512 = 2,
+  HR_AVX512_BF16 = 3,
+  HR_AMX = 4
+} hr_level;
 
 // What differs between steps. All arrays live until the call returns.
 typedef struct {
@@ -45,11 +51,20 @@ typedef struct {
 
 // ---- library ------------------------------------------------------------------------------------
 
-#define HR_ABI 3  // changes whenever a struct or a function here does
+#define HR_ABI 5  // changes whenever a struct or a function here does
+
+// What level HR_AMX needs, in the order in which it is looked for.
+typedef enum {
+  HR_GRANTED = 0,
+  HR_NO_CPU = 1,    // no tiles, no bf16 or no int8 products of them
+  HR_NO_STATE = 2,  // the system does not save tile registers
+  HR_REFUSED = 3    // the system saves them, but not for this process
+} hr_permission;
 
 int32_t hr_abi(void);
 int32_t hr_level_best(void);              // highest level this machine can run
 int32_t hr_level_in_use(void);            // the best one until another is set
+int32_t hr_amx_permission(void);          // hr_permission
 int32_t hr_set_level(int32_t level);      // -1: this machine cannot run it
 int32_t hr_threads(void);                 // threads per operator, the caller included; 1 at first
 void hr_set_threads(int32_t count);

@@ -45,8 +45,11 @@ struct Multiplier {
   void (*widen)(const char* w, int64_t count, float* wide);  // null: tiles read weights as they are
   int64_t pair_bytes;   // of a panel
   bool bf16_rows;       // x is laid out as pairs of bf16, else as fp32
+  int64_t most_rows = kMostTileRows;            // of a tile
+  void (*configure)(int64_t rows) = nullptr;  // before tiles of another size; 0: after the last
 };
 const Multiplier& multiplier(int32_t weight_dtype, int32_t x_dtype);
+const Multiplier& strips();  // of level 4: bf16 by bf16 (amx/linear_strip.cpp)
 
 // From one row of x to the next: not a multiple of a page, else rows fall into one set of the cache.
 template <class X>
@@ -56,13 +59,15 @@ constexpr int64_t kStride<uint32_t> = kPairsAtOnce + 16;  // pairs of bf16
 
 // ---- linear_block.cpp ---------------------------------------------------------------------------
 
-// Rows cut into tiles whose sizes differ by at most one.
+// Rows cut into tiles whose sizes differ by at most one, the larger ones first.
 struct Tiling {
   int64_t rows, tiles;
 
-  explicit Tiling(int64_t rows)
-      : rows(rows), tiles((rows + kMostTileRows - 1) / kMostTileRows) {}
-  int64_t begin(int64_t tile) const { return tile * rows / tiles; }
+  Tiling(int64_t rows, int64_t most) : rows(rows), tiles((rows + most - 1) / most) {}
+  int64_t begin(int64_t tile) const {
+    const int64_t larger = rows % tiles;
+    return rows / tiles * tile + (tile < larger ? tile : larger);
+  }
   int64_t size(int64_t tile) const { return begin(tile + 1) - begin(tile); }
 };
 
@@ -74,7 +79,9 @@ struct Input {
   char* data;
 
   Input(int64_t rows, const hr_weight& weight, int32_t x_dtype)
-      : tiling(rows), how(multiplier(weight.dtype, x_dtype)), depth(pairs(weight)), data(nullptr) {}
+      : Input(rows, multiplier(weight.dtype, x_dtype), pairs(weight)) {}
+  Input(int64_t rows, const Multiplier& how, int64_t depth)
+      : tiling(rows, how.most_rows), how(how), depth(depth), data(nullptr) {}
   int64_t row_bytes() const {
     return (how.bf16_rows ? kStride<uint32_t> : kStride<float>) * 4;
   }

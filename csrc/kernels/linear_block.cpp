@@ -7,7 +7,8 @@ namespace HR_NS {
 
 constexpr int64_t kBlockBytes = 320 << 10;  // of x, kept in the second-level cache
 constexpr int64_t kPanelsAtOnce = 8;
-constexpr int64_t kNear = 2048;  // bytes that a single tile fetches ahead in its own stream
+// Bytes that a single tile fetches ahead in its own stream, of which AMX takes 2 kB at once.
+constexpr int64_t kNear = HR_LEVEL >= 4 ? 4096 : 2048;
 
 // ---- rows of x ----------------------------------------------------------------------------------
 
@@ -19,8 +20,9 @@ static void widen_row(const X* from, int64_t count, char* to) {
 }
 
 static void copy_pairs(const uint16_t* from, int64_t count, char* to) {
+  const int64_t width = (count + 31) / 32 * 32;  // AMX reads 16 pairs at once
   memcpy(to, from, static_cast<size_t>(count) * 2);
-  if (count % 2) memset(to + count * 2, 0, 2);
+  memset(to + count * 2, 0, static_cast<size_t>(width - count) * 2);
 }
 
 void lay_out(const hr_rows& x, int64_t first, const int32_t* which, const Input& input) {
@@ -58,7 +60,7 @@ Cut::Cut(const Input& input, const hr_weight& weight)
   const int64_t rows = input.tiling.rows, work = input.depth * rows;
   panels = 1 + (1 << 14) / (work + 1);
   if (!fits(input, rows)) {
-    const int64_t most = kBlockBytes / (kMostTileRows * input.row_bytes());
+    const int64_t most = kBlockBytes / (input.how.most_rows * input.row_bytes());
     const int64_t blocks = (tiles + most - 1) / most;
     tiles = (tiles + blocks - 1) / blocks;
     panels = kPanelsAtOnce;
@@ -81,9 +83,10 @@ struct Pass {
   const Input& input;
   const Block& block;
   float* wide;
+  int64_t configured = 0;
 
   // w: the panel's block of k; then: what is read next.
-  void run(const char* w, int64_t k, int64_t count, float* c, const char* then) const {
+  void run(const char* w, int64_t k, int64_t count, float* c, const char* then) {
     const Tiling& tiling = input.tiling;
     const Multiplier& how = input.how;
     const int64_t tiles = block.last_tile - block.first_tile;
@@ -102,8 +105,10 @@ struct Pass {
         args.ahead = then + (t - block.first_tile) * count * share;
         args.ahead_step = share;
       }
-      (stored ? how.again : how.tiles)[tiling.size(t)](args);
-      args.c += tiling.size(t) * HR_PANEL;
+      const int64_t size = tiling.size(t);
+      if (how.configure && size != configured) how.configure(configured = size);
+      (stored ? how.again : how.tiles)[size](args);
+      args.c += size * HR_PANEL;
     }
   }
 };
@@ -120,7 +125,7 @@ void multiply(const Input& input, const hr_weight& weight, const Block& block, f
   if (input.how.again) {
     wide = static_cast<float*>(hr::scratch(kPairsAtOnce * 2 * HR_PANEL * sizeof(float), 2));
   }
-  const Pass pass{input, block, wide};
+  Pass pass{input, block, wide};
   for (int64_t first = block.first; first < block.last; first += at_once) {
     for (int64_t k = 0; k < depth; k += kPairsAtOnce) {
       const int64_t count = depth - k < kPairsAtOnce ? depth - k : kPairsAtOnce;
@@ -134,6 +139,7 @@ void multiply(const Input& input, const hr_weight& weight, const Block& block, f
       }
     }
   }
+  if (input.how.configure) input.how.configure(0);
 }
 
 }  // namespace HR_NS

@@ -107,23 +107,22 @@ HR_INLINE void multiply_group(const char* w, const char* x, int64_t blocks, cons
 }
 #endif
 
-// Scales and offsets of kLanes outputs from j on.
-template <int Scaling>
-HR_INLINE void read_header(const char* header, int j, vf* scale, vf* offset) {
-  if (Scaling == HR_OFFSETS) {
-    *scale = load(reinterpret_cast<const float*>(header) + j);
-    *offset = load(reinterpret_cast<const float*>(header) + HR_PANEL + j);
+// Scales and offsets of kLanes outputs from j on; there are none in the symmetric form.
+template <bool Symmetric>
+HR_INLINE void read_header(int32_t scaling, const char* header, int j, vf* scale, vf* offset) {
+  const f16* half = reinterpret_cast<const f16*>(header) + j;
+  const float* full = reinterpret_cast<const float*>(header) + j;
+  if (Symmetric || scaling == HR_ZEROS) {
+    *scale = load(half);
+    *offset = Symmetric ? zero() : *scale * load(half + HR_PANEL);
   } else {
-    *scale = load(reinterpret_cast<const f16*>(header) + j);
-    *offset = zero();
-  }
-  if (Scaling == HR_ZEROS) {
-    *offset = *scale * load(reinterpret_cast<const f16*>(header) + HR_PANEL + j);
+    *scale = load(full);
+    *offset = load(full + HR_PANEL);
   }
 }
 
 // One tile in one panel: c [R, HR_PANEL] = sums of all groups.
-template <int Scaling, int R>
+template <bool Symmetric, int R>
 static void tile(const hr_weight& w, const char* panel, const char* x, float* c) {
   const int64_t groups = groups_of(w), header = header_bytes(w), blocks = w.group / 8;
   for (int j = 0; j < R * HR_PANEL; j += kLanes) store(c + j, zero());
@@ -135,14 +134,14 @@ static void tile(const hr_weight& w, const char* panel, const char* x, float* c)
       multiply_group<R>(panel + header + 4 * j, x, blocks, side.start, dots);
       vf scale[kVectors], offset[kVectors];
       for (int v = 0; v < kVectors; ++v) {
-        read_header<Scaling>(panel, j + v * kLanes, scale + v, offset + v);
+        read_header<Symmetric>(w.scaling, panel, j + v * kLanes, scale + v, offset + v);
       }
       for (int r = 0; r < R; ++r) {
         for (int v = 0; v < kVectors; ++v) {
           float* sum = c + r * HR_PANEL + j + v * kLanes;
           const vf dot = __builtin_convertvector(dots[r][v], vf) * set(side.scale[r]);
           vf total = fma(dot, scale[v], load(sum));
-          if (Scaling != HR_SYMMETRIC) total = fma(set(-side.sum[r]), offset[v], total);
+          if (!Symmetric) total = fma(set(-side.sum[r]), offset[v], total);
           store(sum, total);
         }
       }
@@ -152,7 +151,7 @@ static void tile(const hr_weight& w, const char* panel, const char* x, float* c)
 }
 
 using TileOf = void (*)(const hr_weight&, const char*, const char*, float*);
-template <int S>
+template <bool S>
 static constexpr TileOf kTiles[] = {
     nullptr,    tile<S, 1>, tile<S, 2>, tile<S, 3>,  tile<S, 4>,
 #if HR_LEVEL >= 2
@@ -160,11 +159,6 @@ static constexpr TileOf kTiles[] = {
     tile<S, 11>, tile<S, 12>,
 #endif
 };
-
-static TileOf tile_of(int32_t scaling, int64_t rows) {
-  if (scaling == HR_SYMMETRIC) return kTiles<HR_SYMMETRIC>[rows];
-  return scaling == HR_ZEROS ? kTiles<HR_ZEROS>[rows] : kTiles<HR_OFFSETS>[rows];
-}
 
 // x as the kernel wants it: per tile and group Sides, then values.
 namespace {  // the linker must not share its functions between levels
@@ -215,7 +209,9 @@ static void linear_int4(const hr_linear_args& args, const hr_step& step) {
       const Result result(args, p);
       for (int64_t t = begin; t < end; ++t) {
         alignas(64) float sums[kRows * HR_PANEL];
-        tile_of(w.scaling, input.tiles.size(t))(w, panel, input.tile(t), sums);
+        const bool symmetric = w.scaling == HR_SYMMETRIC;
+        const TileOf multiply = (symmetric ? kTiles<true> : kTiles<false>)[input.tiles.size(t)];
+        multiply(w, panel, input.tile(t), sums);
         for (int64_t r = 0; r < input.tiles.size(t); ++r) {
           for (int j = 0; j < HR_PANEL; j += kLanes) {
             result.write(first + input.tiles.begin(t) + r, j, load(sums + r * HR_PANEL + j));

@@ -83,10 +83,10 @@ struct Input {
 };
 }  // namespace
 
-// The rows of one tile in one panel; `row` is that of y.
+// The rows of one tile in one panel, but for bias and residual: out [R][HR_PANEL].
 template <int R>
-static void tile(const Input& input, int64_t first, int64_t row, const char* panel,
-                 const float* scales, Ahead ahead, const Result& result) {
+static void tile(const Input& input, int64_t first, const char* panel, const float* scales,
+                 Ahead ahead, float* out) {
   const char* x = input.values + first * input.quads * kInt8Quad;
   for (int j = 0; j < HR_PANEL; j += kTile) {
     vi sum[R][kVectors];
@@ -97,14 +97,13 @@ static void tile(const Input& input, int64_t first, int64_t row, const char* pan
       for (int v = 0; v < kVectors; ++v) {
         const vf value = __builtin_convertvector(sum[r][v] - correction, vf);
         const int at = j + v * kLanes;
-        result.write(row + r, at, value * scale * load(scales + at));
+        store(out + r * HR_PANEL + at, value * scale * load(scales + at));
       }
     }
   }
 }
 
-using TileOf = void (*)(const Input&, int64_t, int64_t, const char*, const float*, Ahead,
-                        const Result&);
+using TileOf = void (*)(const Input&, int64_t, const char*, const float*, Ahead, float*);
 static constexpr TileOf kTiles[] = {
     nullptr, tile<1>, tile<2>, tile<3>,  tile<4>,
 #if HR_LEVEL >= 2
@@ -123,8 +122,14 @@ static void linear_int8(const hr_linear_args& args, const hr_step& step) {
       for (int64_t t = begin; t < end; ++t) {
         const Ahead ahead = ahead_of(panel, panel_bytes, t - begin, end - begin, input.values);
         const int64_t row = input.tiles.begin(t);
-        kTiles[input.tiles.size(t)](input, row, first + row, panel, w.scales + p * HR_PANEL, ahead,
-                                    result);
+        const int64_t size = input.tiles.size(t);
+        alignas(64) float out[kRows * HR_PANEL];
+        kTiles[size](input, row, panel, w.scales + p * HR_PANEL, ahead, out);
+        for (int64_t r = 0; r < size; ++r) {
+          for (int j = 0; j < HR_PANEL; j += kLanes) {
+            result.write(first + row + r, j, load(out + r * HR_PANEL + j));
+          }
+        }
       }
     };
     each_block(panels_of(w), input.tiles, tile_bytes, w.in * rows * HR_PANEL, block);

@@ -90,7 +90,7 @@ struct FromBf16 {
   }
 };
 
-#if HR_LEVEL >= 3
+#if HR_LEVEL == 3
 struct DotBf16 {
   using Word = uint32_t;
   using X = uint32_t;
@@ -158,7 +158,9 @@ const Multiplier& multiplier(int32_t weight_dtype, int32_t x_dtype) {
   static const Multiplier floats{kTiles<FromFloat>, nullptr, nullptr, 8 * HR_PANEL, false};
   static const Multiplier bf16s{kTiles<FromBf16>, kTiles<FromFloat>, nullptr, 4 * HR_PANEL, false};
   static const Multiplier f16s{nullptr, kTiles<FromFloat>, widen_f16, 4 * HR_PANEL, false};
-#if HR_LEVEL >= 3
+#if HR_LEVEL >= 4
+  if (weight_dtype == HR_BF16 && x_dtype == HR_BF16) return strips();
+#elif HR_LEVEL == 3
   static const Multiplier dots{kTiles<DotBf16>, nullptr, nullptr, 4 * HR_PANEL, true};
   if (weight_dtype == HR_BF16 && x_dtype == HR_BF16) return dots;
 #else

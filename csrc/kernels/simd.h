@@ -1,11 +1,15 @@
 // A thin layer over vector instructions, one meaning at every level.
 //
-// A kernel file is compiled once per level with -DHR_LEVEL=0..3 and the flags of that level:
+// A kernel file is compiled once per level with -DHR_LEVEL=0..4 and the flags of that level:
 //
 //     HR_LEVEL 0  HR_NS hr_portable     any CPU, 4 lanes, multiply and add rounded separately
 //     HR_LEVEL 1  HR_NS hr_avx2         AVX2 FMA F16C, 8 lanes
 //     HR_LEVEL 2  HR_NS hr_avx512       F BW DQ VL, 16 lanes
 //     HR_LEVEL 3  HR_NS hr_avx512_bf16  the same and BF16, VNNI
+//     HR_LEVEL 4  HR_NS hr_amx          the same and AMX tiles of bf16 and int8
+//
+// The last two levels have only the files that use what they add (hatch_build.py): an operator
+// that a level lacks is that of the level below.
 //
 // Rules for kernel files, all for one reason (the linker keeps one copy of an inline function, and
 // it may be the one this CPU cannot run): everything in `namespace HR_NS`; functions `static`;
@@ -22,7 +26,7 @@
 #include "../api.h"
 
 #ifndef HR_LEVEL
-#error "compile kernel files with -DHR_LEVEL=0..3"
+#error "compile kernel files with -DHR_LEVEL=0..4"
 #endif
 #if HR_LEVEL == 0
 #define HR_NS hr_portable
@@ -30,8 +34,10 @@
 #define HR_NS hr_avx2
 #elif HR_LEVEL == 2
 #define HR_NS hr_avx512
-#else
+#elif HR_LEVEL == 3
 #define HR_NS hr_avx512_bf16
+#else
+#define HR_NS hr_amx
 #endif
 #if HR_LEVEL > 0
 #include <immintrin.h>

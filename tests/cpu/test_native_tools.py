@@ -116,7 +116,23 @@ def test_check_env_as_json(command: str, capsys: pytest.CaptureFixture[str]) -> 
     assert found["packages"]["torch"] == torch.__version__
 
 
+@pytest.mark.parametrize("permission", range(4))
+@pytest.mark.parametrize("level", ["amx", "avx512_bf16"])
+def test_check_env_tells_why_amx_is_not_used(
+    permission: int, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if level == "amx" and permission:
+        return
+    monkeypatch.setattr(library, "amx", lambda: library._AMX[permission])
+    monkeypatch.setattr(library, "level", lambda: level)
+    amx = check_env.examine()["kernels"]["amx"]
+    assert amx["in_use"] == (level == "amx")
+    expected = ["avx512_bf16", "CPU", "does not save", "refuses"][permission]
+    assert ("used" if level == "amx" else expected) in amx["why"]
+
+
 def test_check_env_for_people() -> None:
     text = check_env.report(check_env.examine())
     assert f"kernels    {library.level()}" in text
+    assert f"amx        {library.amx()}" in text
     assert "linear_packed" in text

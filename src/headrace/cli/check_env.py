@@ -68,8 +68,16 @@ def _kernels() -> dict[str, Any]:
         "level": library.level(),
         "levels": library.levels(),
         "why": reason,
+        "amx": {"in_use": library.level() == "amx", "why": _amx(library.level(), library.amx())},
         "operators": operators,
     }
+
+
+def _amx(level: str, found: str) -> str:
+    """`found`: what CPU and system say to it."""
+    if level == "amx":
+        return f"{found}, used"
+    return f"{found}, but HEADRACE_CPU_ISA asks for {level}" if "granted" in found else found
 
 
 def _version(package: str) -> str:
@@ -92,6 +100,7 @@ def report(found: dict[str, Any]) -> str:
     if kernels["native"]:
         others = ", ".join(kernels["levels"])
         lines.append(f"kernels    {kernels['level']}: {kernels['why']} (here: {others})")
+        lines.append(f"amx        {kernels['amx']['why']}")
     else:
         lines.append(f"kernels    torch: {kernels['why']}")
     for name in sorted(set(kernels["operators"].values())):

@@ -24,8 +24,16 @@ from headrace.core.errors import BadRequest
 
 logger = logging.getLogger(__name__)
 
-LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
+LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 """Instruction-set levels in rising order, hr_level."""
+
+_AMX = (
+    "granted by the system",
+    "this CPU has no tiles of bf16 and int8",
+    "the system does not save tile registers",
+    "the system refuses tile registers to this process",
+)
+"""Of hr_permission."""
 
 DTYPES = {
     torch.float32: 0,
@@ -36,13 +44,14 @@ DTYPES = {
 }
 """hr_dtype of torch's."""
 
-ABI = 3
+ABI = 5
 """HR_ABI: also names the layouts of packed weights."""
 _FILE = Path(__file__).parent.parent / "_native" / "libheadrace.so"
 _FUNCTIONS: dict[str, tuple[type[Any] | None, list[Any]]] = {
     "hr_abi": (c_int32, []),
     "hr_level_best": (c_int32, []),
     "hr_level_in_use": (c_int32, []),
+    "hr_amx_permission": (c_int32, []),
     "hr_set_level": (c_int32, [c_int32]),
     "hr_threads": (c_int32, []),
     "hr_set_threads": (None, [c_int32]),
@@ -143,6 +152,11 @@ def levels() -> tuple[str, ...]:
     return LEVELS[: native().hr_level_best() + 1]
 
 
+def amx() -> str:
+    """What the CPU and the system say to AMX, in words."""
+    return _AMX[native().hr_amx_permission()]
+
+
 def set_level(name: str) -> None:
     """Use the kernels of another level from now on.
 
@@ -167,12 +181,12 @@ def _load() -> ctypes.CDLL | None:
         logger.info("no native kernels (%s): operators run in torch", _FILE.name)
         return None
     library = ctypes.CDLL(str(_FILE))
-    for name, (result, arguments) in _FUNCTIONS.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
     if library.hr_abi() != ABI:
         logger.warning("%s is of another version: operators run in torch", _FILE.name)
         return None
+    for name, (result, arguments) in _FUNCTIONS.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
     return library
 
 
