@@ -35,6 +35,7 @@ def test_nothing_is_a_server_error(server):
             *("--max-examples", str(EXAMPLES), "--generation-deterministic"),
             *("--request-timeout", "20", "--continue-on-failure", "--warnings", "off"),
         ],
+        cwd=server.base,  # it keeps a folder of what it has found
         capture_output=True,
         text=True,
         timeout=280,
