@@ -219,11 +219,6 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
     return _activate(x, activation)
 
 
-def activate(x: Tensor, activation: Activation) -> Tensor:
-    """x [tokens, n] -> act(x), [tokens, n]."""
-    return _activate(x, activation)
-
-
 def logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """hidden [n, hidden], weight [vocab, hidden] -> fp32 [n, vocab]."""
     return _logits(hidden, weight)

@@ -153,12 +153,6 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def activate(x: Tensor, activation: str) -> Tensor:
-    if activation == "silu":
-        return F.silu(x.float()).to(x.dtype)
-    return F.gelu(x.float(), approximate="tanh" if _TANH[activation] else "none").to(x.dtype)
-
-
 def logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return F.linear(hidden, weight).float()
 
