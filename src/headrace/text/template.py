@@ -11,7 +11,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, Literal, NoReturn
@@ -25,9 +25,17 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 from headrace.core.errors import BadRequest, LoadError
+from headrace.text.template_limits import (
+    MAX_CHARS,
+    bounded,
+    check_format,
+    check_method,
+    check_percent,
+    check_size,
+)
 
 MAX_TEMPLATE_CHARS = 1 << 20
-MAX_PROMPT_CHARS = 1 << 24
+MAX_PROMPT_CHARS = MAX_CHARS
 MAX_RENDER_SECONDS = 5.0
 _MAX_EXPONENT = 64
 
@@ -154,13 +162,8 @@ def _check_time() -> None:
 def _join(*parts: Any) -> str:
     """What `~` makes."""
     texts = [str(part) for part in parts]
-    _check_size(sum(map(len, texts)))
+    check_size(sum(map(len, texts)))
     return "".join(texts)
-
-
-def _check_size(size: int) -> None:
-    if size > MAX_PROMPT_CHARS:
-        raise SecurityError(f"a value of {size} characters or items")
 
 
 class _Watched(NodeTransformer):
@@ -185,7 +188,7 @@ def _own_call(name: str, args: list[nodes.Expr], line: int) -> nodes.Call:
 class _Environment(ImmutableSandboxedEnvironment):
     """The sandbox, with a limit of time, and of what one operator may make."""
 
-    intercepted_binops = frozenset(("+", "*", "**"))
+    intercepted_binops = frozenset(("+", "*", "**", "%"))
     check_time = staticmethod(_check_time)
     join = staticmethod(_join)
 
@@ -193,9 +196,11 @@ class _Environment(ImmutableSandboxedEnvironment):
         sizes = [len(x) for x in (left, right) if isinstance(x, str | list | tuple)]
         counts = [x for x in (left, right) if isinstance(x, int)]
         if operator == "+":
-            _check_size(sum(sizes))
+            check_size(sum(sizes))
+        elif operator == "%":
+            check_percent(left, right)
         elif sizes and counts:
-            _check_size(sizes[0] * counts[0])
+            check_size(sizes[0] * counts[0])
         if operator == "**" and counts and abs(counts[-1]) > _MAX_EXPONENT:
             raise SecurityError(f"a power of {counts[-1]}")
         return super().call_binop(context, operator, left, right)
@@ -204,7 +209,19 @@ class _Environment(ImmutableSandboxedEnvironment):
         _check_time()
         if obj is _check_time:
             return None
+        check_method(obj, args, kwargs)
         return super().call(context, obj, *args, **kwargs)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        formatted = super().wrap_str_format(value)
+        if formatted is None:
+            return None
+
+        def checked(*args: Any, **kwargs: Any) -> str:
+            check_format(value.__self__, *args, **kwargs)
+            return formatted(*args, **kwargs)
+
+        return checked
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         _check_time()
@@ -215,6 +232,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
     )
+    environment.filters |= bounded(environment.filters)
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
