@@ -1,21 +1,23 @@
 """The block formats of GGUF, from bytes to numbers: numpy, whole tensors at once.
 
-A format stores `size` values in `bytes` bytes, in the layouts of ggml's block structs; k-quants pack
-a super-block of 256 values with scales of scales. Knows no files.
+A format stores `size` values in `bytes` bytes, in the layouts of ggml's block structs; k-quants
+pack a super-block of 256 values with scales of scales. Knows no files.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-Array = np.ndarray
+Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Block:
-    """`code`: the type's number in a file. `decode`: uint8 [blocks, bytes] -> fp32 [blocks, size]."""
+    """`code`: the type's number in a file. `decode`: uint8 [n, bytes] -> fp32 [n, size]."""
 
     code: int
     size: int
@@ -58,7 +60,8 @@ def _fifth_bits(raw: Array) -> Array:
 
 
 def _q4_0(raw: Array) -> Array:
-    return _f16(raw[:, :2]) * (_halves(raw[:, 2:]) - 8)
+    found: Array = _f16(raw[:, :2]) * (_halves(raw[:, 2:]) - 8)
+    return found
 
 
 def _q4_1(raw: Array) -> Array:
@@ -67,12 +70,14 @@ def _q4_1(raw: Array) -> Array:
 
 
 def _q5_0(raw: Array) -> Array:
-    return _f16(raw[:, :2]) * (_halves(raw[:, 6:]) + _fifth_bits(raw[:, 2:6]) - 16)
+    found: Array = _f16(raw[:, :2]) * (_halves(raw[:, 6:]) + _fifth_bits(raw[:, 2:6]) - 16)
+    return found
 
 
 def _q5_1(raw: Array) -> Array:
     scale, least = _f16(raw[:, :2]), _f16(raw[:, 2:4])
-    return scale * (_halves(raw[:, 8:]) + _fifth_bits(raw[:, 4:8])) + least
+    found: Array = scale * (_halves(raw[:, 8:]) + _fifth_bits(raw[:, 4:8])) + least
+    return found
 
 
 def _q8_0(raw: Array) -> Array:
@@ -89,7 +94,8 @@ def _q2_k(raw: Array) -> Array:
     packed, values = raw[:, :16], _two_bits(raw[:, 16:80]).astype(np.float32)
     scale, least = _f16(raw[:, 80:82]), _f16(raw[:, 82:84])
     scales, mins = scale * (packed & 15), least * (packed >> 4)
-    return _by_group(scales, values) - np.repeat(mins, 16, axis=1)
+    found: Array = _by_group(scales, values) - np.repeat(mins, 16, axis=1)
+    return found
 
 
 def _by_group(scales: Array, values: Array) -> Array:
@@ -97,7 +103,7 @@ def _by_group(scales: Array, values: Array) -> Array:
 
 
 def _q3_k(raw: Array) -> Array:
-    high = np.unpackbits(raw[:, :32], axis=1, bitorder="little").reshape(-1, 32, 8)
+    high: Array = np.unpackbits(raw[:, :32], axis=1, bitorder="little").reshape(-1, 32, 8)
     high = high.transpose(0, 2, 1).reshape(-1, 256)  # bit b of byte i: value 32 b + i
     values = _two_bits(raw[:, 32:96]).astype(np.float32) - 4.0 * (1 - high)
     packed = raw[:, 96:108]
@@ -125,16 +131,18 @@ def _q4_k(raw: Array) -> Array:
     scale, least = _f16(raw[:, :2]), _f16(raw[:, 2:4])
     scales, mins = _six_bits(raw[:, 4:16])
     values = _nibble_runs(raw[:, 16:]).astype(np.float32)
-    return _by_group(scale * scales, values) - np.repeat(least * mins, 32, axis=1)
+    found: Array = _by_group(scale * scales, values) - np.repeat(least * mins, 32, axis=1)
+    return found
 
 
 def _q5_k(raw: Array) -> Array:
     scale, least = _f16(raw[:, :2]), _f16(raw[:, 2:4])
     scales, mins = _six_bits(raw[:, 4:16])
-    high = np.unpackbits(raw[:, 16:48], axis=1, bitorder="little").reshape(-1, 32, 8)
+    high: Array = np.unpackbits(raw[:, 16:48], axis=1, bitorder="little").reshape(-1, 32, 8)
     high = high.transpose(0, 2, 1).reshape(-1, 256)
     values = (_nibble_runs(raw[:, 48:]) + 16 * high).astype(np.float32)
-    return _by_group(scale * scales, values) - np.repeat(least * mins, 32, axis=1)
+    found: Array = _by_group(scale * scales, values) - np.repeat(least * mins, 32, axis=1)
+    return found
 
 
 def _q6_k(raw: Array) -> Array:
