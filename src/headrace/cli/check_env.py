@@ -7,6 +7,7 @@ import argparse
 import importlib.util
 import platform
 import sys
+import textwrap
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -87,6 +88,11 @@ def _version(package: str) -> str:
         return "missing"
 
 
+def _wrapped(line: str) -> list[str]:
+    """Continued under the second column."""
+    return textwrap.wrap(line, 100, subsequent_indent=" " * 11)
+
+
 def report(found: dict[str, Any]) -> str:
     """The facts for people, within 100 columns."""
     kernels = found["kernels"]
@@ -105,9 +111,9 @@ def report(found: dict[str, Any]) -> str:
         lines.append(f"kernels    torch: {kernels['why']}")
     for name in sorted(set(kernels["operators"].values())):
         served = sorted(op for op, by in kernels["operators"].items() if by == name)
-        lines.append(f"  by {name:<6} {', '.join(served)}")
+        lines += _wrapped(f"  by {name:<5} {', '.join(served)}")
     packages = (f"{name} {number}" for name, number in found["packages"].items())
-    lines.append(f"packages   {', '.join(packages)}")
+    lines += _wrapped(f"packages   {', '.join(packages)}")
     for name, why in found["missing_extras"].items():
         lines.append(f"missing    {name}: {why}")
     return "\n".join(lines)

@@ -38,12 +38,12 @@ class ModelOptions:
     """Which checkpoint, and how to read it."""
 
     model_path: str = option(
-        "", "Model folder or hub id; empty serves the demo model.", aliases=("--model",)
+        "", "Model folder, GGUF file or hub id; empty: the demo model.", aliases=("--model",)
     )
     tokenizer_path: str = option("", "Tokenizer folder or hub id; empty takes the model's.")
     served_model_name: str = option("", "Name shown to clients; empty takes the model path.")
     load_format: str = option(
-        "auto", "How weights are read.", choices=("auto", "safetensors", "dummy")
+        "auto", "How weights are read.", choices=("auto", "safetensors", "gguf", "dummy")
     )
     quantization: str = option(
         "none",

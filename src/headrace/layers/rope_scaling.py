@@ -193,6 +193,14 @@ def _proportional(spec: RopeSpec, lengths: Tensor) -> Tensor:
     return frequencies / float(spec.params.get("factor") or 1.0)
 
 
+def _given_factors(spec: RopeSpec, lengths: Tensor) -> Tensor:
+    """A divisor for each pair, as GGUF files have it for Llama 3."""
+    factors = spec.params.get("factors")
+    if not isinstance(factors, list) or len(factors) != spec.dim // 2:
+        raise LoadError(f"rope scaling 'factors' needs {spec.dim // 2} numbers", field="factors")
+    return _default(spec, lengths) / torch.tensor(factors, dtype=torch.float32)
+
+
 _FORMULAS: dict[str, Callable[[RopeSpec, Tensor], Tensor]] = {
     "default": _default,
     "linear": _linear,
@@ -201,4 +209,5 @@ _FORMULAS: dict[str, Callable[[RopeSpec, Tensor], Tensor]] = {
     "longrope": _longrope,
     "llama3": _llama3,
     "proportional": _proportional,
+    "factors": _given_factors,
 }

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from headrace.loader.base import BaseModelLoader
     from headrace.models import Model
 
-LOAD_FORMATS = ("auto", "safetensors", "dummy")
+LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 
 
 def load_model(
@@ -39,6 +39,7 @@ def load_model(
         LoadError: unknown architecture, or the checkpoint does not fit it.
     """
     from headrace.layers.build import Build
+    from headrace.loader.gguf_folder import GGUF_KEY
     from headrace.models import borrowed
     from headrace.quant import quant_method
 
@@ -47,6 +48,8 @@ def load_model(
         from headrace.loader.fallback import TransformersModelLoader
 
         return TransformersModelLoader().load_model(info, build)
+    if load_format == "auto" and GGUF_KEY in info.hf:
+        load_format = "gguf"
     loader = get_model_loader(load_format)
     if not weight_cache:
         return loader.load_model(info, build)
@@ -61,6 +64,10 @@ def get_model_loader(load_format: str) -> "BaseModelLoader":
         from headrace.loader.dummy import DummyModelLoader
 
         return DummyModelLoader()
+    if load_format == "gguf":
+        from headrace.loader.gguf_loader import GgufModelLoader
+
+        return GgufModelLoader()
     if load_format in LOAD_FORMATS:
         from headrace.loader.default import DefaultModelLoader
 

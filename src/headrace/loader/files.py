@@ -43,6 +43,10 @@ def resolve_model_path(path: str, revision: str = "", download_dir: str = "") ->
     local = Path(path).expanduser()
     if local.is_dir():
         return local
+    if local.is_file() and local.suffix == ".gguf":
+        from headrace.loader.gguf_folder import model_folder
+
+        return model_folder(local)
     if local.exists():
         raise LoadError(f"{path} is a file; give the folder that holds config.json")
     if not _HUB_ID.fullmatch(path):

@@ -1,0 +1,59 @@
+"""A GGUF file as a model folder: config.json and the tokenizer's files, made from its metadata.
+
+The folder lies in the user's cache and is made again when the file changes. The weights stay where
+they are: `GGUF_KEY` in config.json says where. One file is enough to serve a model.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from headrace.core.errors import LoadError
+from headrace.loader.gguf import GgufFile
+from headrace.loader.gguf_config import config_of
+from headrace.loader.gguf_tokenizer import tokenizer_of
+
+GGUF_KEY = "headrace_gguf_file"
+
+
+def model_folder(path: Path) -> Path:
+    """The folder of a file.
+
+    Raises:
+        LoadError: not a GGUF file of a known architecture, or the cache cannot be written.
+    """
+    path = path.expanduser().resolve()
+    state = path.stat()
+    digest = hashlib.sha256(f"{path} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:16]
+    folder = _cache() / f"{path.stem}-{digest}"
+    if (folder / "config.json").is_file():
+        return folder
+    file = GgufFile(path)
+    tokenizer, tokenizer_config = tokenizer_of(file)
+    parts = {
+        "tokenizer.json": tokenizer,
+        "tokenizer_config.json": tokenizer_config,
+        # Last: where it is, all are.
+        "config.json": config_of(file) | {GGUF_KEY: str(path)},
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in parts.items():
+            _write(folder / name, json.dumps(content, ensure_ascii=False))
+    except OSError as error:
+        raise LoadError(f"{folder} cannot be written: {error}") from error
+    return folder
+
+
+def _cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "headrace" / "gguf"
+
+
+def _write(path: Path, text: str) -> None:
+    """The file appears whole or not at all."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+        file.write(text)
+    Path(file.name).replace(path)
