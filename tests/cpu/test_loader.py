@@ -257,9 +257,9 @@ def test_local_folder_needs_no_network(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_paths_that_are_no_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "x.gguf").touch()
+    (tmp_path / "x.onnx").touch()
     with pytest.raises(LoadError, match="is a file"):
-        resolve_model_path(str(tmp_path / "x.gguf"))
+        resolve_model_path(str(tmp_path / "x.onnx"))
     with pytest.raises(LoadError, match="neither a folder nor a hub id"):
         resolve_model_path(str(tmp_path / "missing"))
 
@@ -287,7 +287,7 @@ def test_hub_ids_take_only_what_is_needed(tmp_path: Path, monkeypatch: pytest.Mo
 
     needed = ["model-00001-of-2.safetensors", INDEX, "config.json", "tokenizer.json", "merges.txt"]
     assert all(taken(name) for name in [*needed, "tokenizer.model", "chat_template.jinja"])
-    unneeded = ["pytorch_model.bin", "consolidated.safetensors", "original/params.json", "x.gguf"]
+    unneeded = ["pytorch_model.bin", "consolidated.safetensors", "original/params.json", "x.onnx"]
     assert not any(taken(name) for name in unneeded)
 
 
@@ -465,7 +465,9 @@ def test_dummy_needs_only_the_config_and_stays_finite(tmp_path: Path) -> None:
 def test_load_formats() -> None:
     assert type(get_model_loader("auto")) is type(get_model_loader("safetensors"))
     assert type(get_model_loader("dummy")).__name__ == "DummyModelLoader"
-    with pytest.raises(BadRequest, match="--load-format must be one of auto, safetensors, dummy"):
+    with pytest.raises(
+        BadRequest, match="--load-format must be one of auto, safetensors, gguf, dummy"
+    ):
         get_model_loader("pickle")
 
 
