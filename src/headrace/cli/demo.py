@@ -87,7 +87,7 @@ def _report(url: str, answer: Answer) -> None:
         print(f"  {name:<22}{value:>16}")
     print(
         "\nNow start a server that stays:   headrace serve\n"
-        "  web page and API documents:    http://127.0.0.1:30000/ and /docs\n"
+        "  web page and API documents:    http://127.0.0.1:30000/ui and /docs\n"
         "  OpenAI clients:                base_url=http://127.0.0.1:30000/v1, any api_key\n"
         "  in the terminal:               headrace chat"
     )
