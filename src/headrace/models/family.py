@@ -66,6 +66,12 @@ def plain_attention(info: ModelInfo, norm: NormSpec) -> AttentionSpec:
     )
 
 
+def attention_bias(info: ModelInfo) -> Fields:
+    """Biases on q, k, v and on the output, where `attention_bias` says so."""
+    bias = bool(info.text.get("attention_bias", False))
+    return {"qkv_bias": bias, "out_bias": bias}
+
+
 def _mlp_fields(info: ModelInfo, given: Fields) -> Fields:
     hf = info.text
     found = dict(given)

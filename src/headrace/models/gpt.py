@@ -9,6 +9,7 @@ from headrace.layers.norm import NormSpec
 from headrace.layers.rope_scaling import read_rope
 from headrace.models.decoder import Decoder
 from headrace.models.family import (
+    attention_bias,
     decoder,
     layer_norm,
     layer_types,
@@ -273,13 +274,12 @@ class NemotronForCausalLM(Decoder):
     @staticmethod
     def describe(info: ModelInfo) -> DecoderSpec:
         hf = info.text
-        bias = bool(hf.get("attention_bias", False))
         rope = read_rope({"partial_rotary_factor": 0.5} | hf, info.head_dim)
         return decoder(
             info,
             norm=layer_norm(hf, "norm_eps", from_one=True),
             ropes=(rope,),
-            attention={"qkv_bias": bias, "out_bias": bias},
+            attention=attention_bias(info),
             mlp=_plain_mlp(info, bias=bool(hf.get("mlp_bias", False)))
             | {"activation": str(hf.get("hidden_act", "relu2"))},
         )
@@ -291,13 +291,11 @@ class CohereForCausalLM(Decoder):
     @staticmethod
     def describe(info: ModelInfo) -> DecoderSpec:
         hf = info.text
-        bias = bool(hf.get("attention_bias", False))
         return decoder(
             info,
             norm=layer_norm(hf, bias=False),
-            attention={
-                "qkv_bias": bias,
-                "out_bias": bias,
+            attention=attention_bias(info)
+            | {
                 "interleaved": True,
                 "qk_norm": "heads" if hf.get("use_qk_norm") else "",
             },

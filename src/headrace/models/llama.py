@@ -7,6 +7,7 @@ from headrace.layers.norm import NormSpec
 from headrace.layers.rope_scaling import read_rope
 from headrace.models.decoder import Decoder
 from headrace.models.family import (
+    attention_bias,
     decoder,
     every,
     layer_types,
@@ -24,10 +25,9 @@ class LlamaForCausalLM(Decoder):
 
     @staticmethod
     def describe(info: ModelInfo) -> DecoderSpec:
-        bias = bool(info.text.get("attention_bias", False))
         return decoder(
             info,
-            attention={"qkv_bias": bias, "out_bias": bias},
+            attention=attention_bias(info),
             mlp={"bias": bool(info.text.get("mlp_bias", False))},
         )
 
@@ -37,10 +37,9 @@ class ArceeForCausalLM(Decoder):
 
     @staticmethod
     def describe(info: ModelInfo) -> DecoderSpec:
-        bias = bool(info.text.get("attention_bias", False))
         return decoder(
             info,
-            attention={"qkv_bias": bias, "out_bias": bias},
+            attention=attention_bias(info),
             mlp={"bias": bool(info.text.get("mlp_bias", False)), "gated": False},
         )
 
@@ -85,11 +84,10 @@ class Qwen3ForCausalLM(Decoder):
 
     @staticmethod
     def describe(info: ModelInfo) -> DecoderSpec:
-        bias = bool(info.text.get("attention_bias", False))
         return decoder(
             info,
             windows=_qwen_windows(info),
-            attention={"qkv_bias": bias, "out_bias": bias, "qk_norm": "head"},
+            attention=attention_bias(info) | {"qk_norm": "head"},
         )
 
 
@@ -153,11 +151,10 @@ class SmolLM3ForCausalLM(Decoder):
     @staticmethod
     def describe(info: ModelInfo) -> DecoderSpec:
         hf = info.text
-        bias = bool(hf.get("attention_bias", False))
         spec = decoder(
             info,
             windows=typed_windows(info) if hf.get("use_sliding_window") else no_windows(info),
-            attention={"qkv_bias": bias, "out_bias": bias},
+            attention=attention_bias(info),
             mlp={"bias": bool(hf.get("mlp_bias", False))},
         )
         every_nth = int(hf.get("no_rope_layer_interval") or 4)
@@ -172,11 +169,10 @@ class GraniteForCausalLM(Decoder):
     @staticmethod
     def describe(info: ModelInfo) -> DecoderSpec:
         hf = info.text
-        bias = bool(hf.get("attention_bias", False))
         scale = float(hf.get("attention_multiplier", 1.0))
         return decoder(
             info,
-            attention={"qkv_bias": bias, "out_bias": bias, "scale": scale},
+            attention=attention_bias(info) | {"scale": scale},
             mlp={"bias": bool(hf.get("mlp_bias", False))},
             layer={"branch_scale": float(hf.get("residual_multiplier", 1.0))},
             embedding_scale=float(hf.get("embedding_multiplier", 1.0)),
@@ -205,12 +201,11 @@ class OlmoForCausalLM(Decoder):
 
     @staticmethod
     def describe(info: ModelInfo) -> DecoderSpec:
-        bias = bool(info.text.get("attention_bias", False))
         clip = float(info.text.get("clip_qkv") or 0.0)
         return decoder(
             info,
             norm=NormSpec(1e-5, "layer", weight=False),
-            attention={"qkv_bias": bias, "out_bias": bias, "clip": clip},
+            attention=attention_bias(info) | {"clip": clip},
         )
 
 
@@ -219,10 +214,9 @@ class Olmo2ForCausalLM(Decoder):
 
     @staticmethod
     def describe(info: ModelInfo) -> DecoderSpec:
-        bias = bool(info.text.get("attention_bias", False))
         return decoder(
             info,
-            attention={"qkv_bias": bias, "out_bias": bias, "qk_norm": "all"},
+            attention=attention_bias(info) | {"qk_norm": "all"},
             layer={"wiring": "post"},
         )
 
@@ -233,14 +227,13 @@ class Olmo3ForCausalLM(Decoder):
     @staticmethod
     def describe(info: ModelInfo) -> DecoderSpec:
         hf = info.text
-        bias = bool(hf.get("attention_bias", False))
         types = layer_types(info, every(info, 4))
         local = read_rope({"rope_theta": hf.get("rope_theta")}, info.head_dim)
         spec = decoder(
             info,
             windows=typed_windows(info, types),
             ropes=typed_ropes(info, local),
-            attention={"qkv_bias": bias, "out_bias": bias, "qk_norm": "all"},
+            attention=attention_bias(info) | {"qk_norm": "all"},
             layer={"wiring": "post"},
         )
         return with_ropes(spec, [0 if kind == "full_attention" else 1 for kind in types])

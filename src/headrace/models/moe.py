@@ -10,7 +10,15 @@ from headrace.layers.moe import MoESpec
 from headrace.layers.names import Layout, Split
 from headrace.layers.rope_scaling import read_rope
 from headrace.models.decoder import Decoder
-from headrace.models.family import decoder, layer_norm, no_windows, size, typed_windows
+from headrace.models.family import (
+    attention_bias,
+    decoder,
+    layer_norm,
+    no_windows,
+    size,
+    typed_windows,
+)
+from headrace.models.llama import GraniteForCausalLM
 from headrace.models.spec import DecoderSpec
 from headrace.ops.experts import RouterSpec
 
@@ -54,12 +62,11 @@ class Qwen3MoeForCausalLM(Decoder):
     @staticmethod
     def describe(info: ModelInfo) -> DecoderSpec:
         hf = info.text
-        bias = bool(hf.get("attention_bias", False))
         window = int(hf.get("sliding_window") or 0) if hf.get("use_sliding_window") else 0
         spec = decoder(
             info,
             windows=(window,) * info.num_layers,
-            attention={"qkv_bias": bias, "out_bias": bias, "qk_norm": "head"},
+            attention=attention_bias(info) | {"qk_norm": "head"},
         )
         moe = _experts(info, renormalize=bool(hf.get("norm_topk_prob", False)))
         return _qwen_sparse(info, spec, moe)
@@ -71,11 +78,10 @@ class OlmoeForCausalLM(Decoder):
     @staticmethod
     def describe(info: ModelInfo) -> DecoderSpec:
         hf = info.text
-        bias = bool(hf.get("attention_bias", False))
         clip = float(hf.get("clip_qkv") or 0.0)
         spec = decoder(
             info,
-            attention={"qkv_bias": bias, "out_bias": bias, "qk_norm": "all", "clip": clip},
+            attention=attention_bias(info) | {"qk_norm": "all", "clip": clip},
         )
         moe = _experts(
             info,
@@ -90,26 +96,14 @@ class GraniteMoeForCausalLM(Decoder):
 
     @staticmethod
     def describe(info: ModelInfo) -> DecoderSpec:
-        hf = info.text
-        bias = bool(hf.get("attention_bias", False))
-        spec = decoder(
-            info,
-            attention={
-                "qkv_bias": bias,
-                "out_bias": bias,
-                "scale": float(hf.get("attention_multiplier", 1.0)),
-            },
-            layer={"branch_scale": float(hf.get("residual_multiplier", 1.0))},
-            embedding_scale=float(hf.get("embedding_multiplier", 1.0)),
-            logit_scale=1.0 / float(hf.get("logits_scaling", 1.0)),
-            layout=Layout(
-                renames=(
-                    (r"\.block_sparse_moe\.router\.layer\.", ".mlp.gate."),
-                    (r"\.block_sparse_moe\.input_linear\.weight", ".mlp.experts.gate_up_proj"),
-                    (r"\.block_sparse_moe\.output_linear\.weight", ".mlp.experts.down_proj"),
-                )
-            ),
+        layout = Layout(
+            renames=(
+                (r"\.block_sparse_moe\.router\.layer\.", ".mlp.gate."),
+                (r"\.block_sparse_moe\.input_linear\.weight", ".mlp.experts.gate_up_proj"),
+                (r"\.block_sparse_moe\.output_linear\.weight", ".mlp.experts.down_proj"),
+            )
         )
+        spec = replace(GraniteForCausalLM.describe(info), layout=layout)
         return _sparse(spec, _experts(info, inner="intermediate_size"))
 
 
