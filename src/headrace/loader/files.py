@@ -48,7 +48,9 @@ def resolve_model_path(path: str, revision: str = "", download_dir: str = "") ->
 
         return model_folder(local)
     if local.exists():
-        raise LoadError(f"{path} is a file; give the folder that holds config.json, or a .gguf file")
+        raise LoadError(
+            f"{path} is a file; give the folder that holds config.json, or a .gguf file"
+        )
     if not _HUB_ID.fullmatch(path):
         raise LoadError(f"{path} is neither a folder nor a hub id (owner/name)")
     return _download(path, revision, download_dir)
