@@ -33,7 +33,7 @@ test: install-test
 	$(BIN)/python -m pytest -q $(PARALLEL) tests/pure
 	$(BIN)/python -m pytest -q $(PARALLEL) tests/cpu -m "not slow"
 	$(BIN)/python -m pytest -q tests/e2e -m "not slow"
-	$(BIN)/python -m pytest -q $(PARALLEL) tests/cpu -m slow
+	$(BIN)/python -m pytest -q $(PARALLEL:loadfile=worksteal) tests/cpu -m slow
 	$(BIN)/python -m pytest -q tests/e2e -m slow
 
 $(SDK)/installed: .venv/installed-test tests/sdk/requirements.txt tests/sdk/node/package-lock.json
