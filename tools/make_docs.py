@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.core.config import Config, Option, value_type
+from headrace.core.secret import Secret
 from headrace.metrics.catalog import CATALOG
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -35,7 +36,7 @@ def option_row(field: "dataclasses.Field[Any]") -> str:
     details: Option = field.metadata["option"]
     flags = ["--" + field.name.replace("_", "-"), *details.aliases]
     kind = " \\| ".join(details.choices) or value_type(field).__name__
-    default = "" if field.default in (None, "") else f"`{field.default}`"
+    default = "" if field.default in (None, "", Secret()) else f"`{field.default}`"
     names = " ".join(f"`{flag}`" for flag in flags)
     return f"| {names} | {kind} | {default} | {details.help} |"
 

@@ -38,7 +38,7 @@ def _server(namespace: argparse.Namespace) -> Iterator[tuple[str, str]]:
     from headrace.engine.runtime import Runtime
 
     with Runtime(**config.flat()) as runtime:
-        yield runtime.url, config.serve.api_key
+        yield runtime.url, config.serve.api_key.reveal()
 
 
 def _talk(url: str, api_key: str, namespace: argparse.Namespace) -> None:

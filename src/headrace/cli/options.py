@@ -1,17 +1,19 @@
 """Server options on the command line, generated from the declarations in `core.config`.
 
-A value comes from, in this order: the flag, the --config file, the declared default. Knows no
-single option by name.
+A value comes from, in this order: the flag, the --config file, for secrets the environment, the
+declared default. Knows no single option by name.
 """
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from headrace.core.config import Config, Option, value_type
 from headrace.core.errors import BadRequest
+from headrace.core.secret import Secret
 
 
 def add_server_options(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +40,14 @@ def config_from(
         value = getattr(namespace, field.name, None)
         if value is not None:
             values[field.name] = value
+        elif value_type(field) is Secret and (text := os.environ.get(variable(field.name))):
+            values.setdefault(field.name, text)
     return Config.from_flat({**values, **(overrides or {})})
+
+
+def variable(name: str) -> str:
+    """The environment variable of an option that is a secret."""
+    return f"HEADRACE_{name.upper()}"
 
 
 def _add_flag(group: Any, field: "dataclasses.Field[Any]") -> None:
@@ -62,7 +71,7 @@ def _add_flag(group: Any, field: "dataclasses.Field[Any]") -> None:
 
 
 def _shown_default(field: "dataclasses.Field[Any]") -> str:
-    if field.default in (None, "", False):
+    if not field.default:
         return ""
     return f" [default: {field.default}]"
 

@@ -13,6 +13,7 @@ import msgspec
 
 from headrace.core.errors import BadRequest
 from headrace.core.parser_names import REASONING_PARSERS, TOOL_CALL_PARSERS
+from headrace.core.secret import Secret
 
 T = TypeVar("T")
 
@@ -25,7 +26,6 @@ class Option(msgspec.Struct, frozen=True, kw_only=True):
     aliases: tuple[str, ...] = ()
     minimum: float | None = None
     maximum: float | None = None
-    secret: bool = False
 
 
 def option(default: T, help: str, **details: Any) -> T:
@@ -189,7 +189,38 @@ class ServeOptions:
 
     host: str = option("127.0.0.1", "Address to listen on.")
     port: int = option(30000, "Port to listen on; 0 takes a free one.", minimum=0, maximum=65535)
-    api_key: str = option("", "Bearer token that clients must send.", secret=True)
+    api_key: Secret = option(
+        Secret(), "Bearer token that clients must send; also HEADRACE_API_KEY."
+    )
+    admin_api_key: Secret = option(
+        Secret(), "Key for the routes of operators; also HEADRACE_ADMIN_API_KEY."
+    )
+    api_key_file: str = option(
+        "", "YAML file of named keys with weights and limits, see docs/security.md."
+    )
+    admin_port: int = option(
+        0,
+        "Serve the routes of operators on this port only; 0: on --port.",
+        minimum=0,
+        maximum=65535,
+    )
+    allow_origins: str = option(
+        "local",
+        "Web pages that may call: local (of this machine), * or a list of origins with commas.",
+    )
+    allow_hosts: str = option(
+        "auto",
+        "Host headers that are answered: a list with commas or *; auto is any, but names of this "
+        "machine only when the server listens on loopback.",
+    )
+    ssl_certfile: str = option("", "PEM certificate chain: serve HTTPS.")
+    ssl_keyfile: str = option("", "PEM private key of --ssl-certfile.")
+    ssl_keyfile_password: Secret = option(Secret(), "Password of --ssl-keyfile.")
+    ssl_ca_certs: str = option("", "PEM certificates: clients must show one of theirs.")
+    enable_ssl_refresh: bool = option(False, "Take renewed certificate files without a restart.")
+    max_header_bytes: int = option(
+        64 << 10, "Largest request line and headers in bytes.", minimum=1024
+    )
     tokenizer_worker_num: int = option(
         1, "Processes that serve HTTP and tokenize, all on one port.", minimum=1, maximum=64
     )
@@ -290,8 +321,10 @@ class Config:
         parts: dict[str, Any] = {}
         for part in dataclasses.fields(cls):
             section: Any = part.default
-            names = {field.name for field in dataclasses.fields(section)}
-            chosen = {name: rest.pop(name) for name in list(rest) if name in names}
+            names = {field.name: field for field in dataclasses.fields(section)}
+            chosen = {
+                name: _kept(names[name], rest.pop(name)) for name in list(rest) if name in names
+            }
             parts[part.name] = dataclasses.replace(section, **chosen)
         if rest:
             raise BadRequest(f"unknown option {sorted(rest)[0]!r}", field=sorted(rest)[0])
@@ -308,16 +341,24 @@ class Config:
                 yield field, getattr(section, field.name)
 
     def flat(self) -> dict[str, Any]:
-        """{option name: value} with secrets, for a child process."""
+        """{option name: value}; secrets stay `Secret`s."""
         return {field.name: value for field, value in self.items()}
+
+    def revealed(self) -> dict[str, Any]:
+        """{option name: value} with the texts of secrets, for a process of the same server."""
+        return {
+            field.name: value.reveal() if isinstance(value, Secret) else value
+            for field, value in self.items()
+        }
 
     def public(self) -> dict[str, Any]:
         """{option name: value} without secrets, for /server_info and logs."""
-        return {
-            field.name: value
-            for field, value in self.items()
-            if not field.metadata["option"].secret
-        }
+        return {field.name: value for field, value in self.items() if not isinstance(value, Secret)}
+
+
+def _kept(field: "dataclasses.Field[Any]", value: Any) -> Any:
+    """What an option keeps of `value`: the text of a secret is hidden at once."""
+    return Secret(value) if value_type(field) is Secret and isinstance(value, str) else value
 
 
 def check_value(field: "dataclasses.Field[Any]", value: Any) -> None:

@@ -4,8 +4,10 @@
     ├── BadRequest        400  the request is wrong; names the field
     │   └── TooLong       400  longer than the context (code context_length_exceeded)
     ├── Unauthorized      401  missing or wrong API key
+    ├── Forbidden         403  this key may not do that
     ├── NotFound          404  unknown model, request or file
     ├── Unsupported       501  valid, but this server cannot do it
+    ├── RateLimited       429  this key has used what it may; come back later
     ├── Overloaded        503  the queue is full; come back later
     ├── Cancelled         499  aborted by the client or the operator
     ├── WorkerLost        500  a child process died
@@ -22,6 +24,8 @@ class HeadraceError(Exception):
     status = 500
     kind = "InternalServerError"
     code: str | None = None
+    # Seconds after which asking again may help, where that is known.
+    retry_after: float | None = None
 
     def __init__(self, message: str, *, field: str | None = None) -> None:
         super().__init__(message)
@@ -47,6 +51,12 @@ class Unauthorized(HeadraceError):
     kind = "AuthenticationError"
 
 
+class Forbidden(HeadraceError):
+    status = 403
+    kind = "PermissionDeniedError"
+    code = "forbidden"
+
+
 class NotFound(HeadraceError):
     status = 404
     kind = "NotFoundError"
@@ -55,6 +65,12 @@ class NotFound(HeadraceError):
 class Unsupported(HeadraceError):
     status = 501
     kind = "NotImplementedError"
+
+
+class RateLimited(HeadraceError):
+    status = 429
+    kind = "RateLimitError"
+    code = "rate_limit_exceeded"
 
 
 class Overloaded(HeadraceError):

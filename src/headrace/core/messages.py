@@ -132,7 +132,8 @@ class GenerateRequest(Message, frozen=True, array_like=True):
     `namespace` separates prefix caches (extra_key, cache_salt). With `reasoning_end` ("</think>")
     a grammar constrains what follows that text, which must come; before it everything is allowed.
     `origin` is the frontend that gets the answer, here and in the other messages.
-    With `pool` the answer is `Delta.pooled`, and `max_new_tokens` must be 0.
+    With `pool` the answer is `Delta.pooled`, and `max_new_tokens` must be 0. `tenant` is the owner
+    of the API key, with `weight` when tenants compete.
     """
 
     rid: str
@@ -150,6 +151,8 @@ class GenerateRequest(Message, frozen=True, array_like=True):
     session: SessionParams | None = None
     origin: int = 0
     pool: PoolSpec | None = None
+    tenant: str = ""
+    weight: float = 1.0
 
 
 class AbortRequest(Message, frozen=True, array_like=True):
@@ -161,6 +164,8 @@ class AbortRequest(Message, frozen=True, array_like=True):
     message: str = "Aborted by the client."
     # Only requests of this frontend; -1: whoever sent them.
     origin: int = -1
+    # Only requests of this tenant; "": of all.
+    tenant: str = ""
 
 
 Verb = Literal[

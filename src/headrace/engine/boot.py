@@ -18,13 +18,13 @@ from headrace.ipc.address import Addresses
 
 
 class Boot(msgspec.Struct, frozen=True):
-    """All that a child needs. `options` is `Config.flat()` of the resolved configuration."""
+    """All that a child needs. `options` is `Config.revealed()` of the resolved configuration."""
 
     options: dict[str, Any]
     info: ModelInfo
     addresses: Addresses
-    # The descriptor that HTTP workers accept from; -1 in a server without them.
-    listener: int = -1
+    # The descriptors that HTTP workers accept from.
+    listeners: list[int] = []
 
     @property
     def config(self) -> Config:

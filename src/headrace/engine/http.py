@@ -13,11 +13,18 @@ from contextlib import aclosing
 from types import FrameType
 
 import uvicorn
+from starlette.types import ASGIApp
 
-from headrace.core.config import Config
+from headrace.core.config import Config, ServeOptions
 from headrace.core.errors import HeadraceError, WorkerLost
 from headrace.core.messages import SamplingParams
 from headrace.engine.boot import Drain, Fail, Serve
+from headrace.engine.door import (
+    guarded_by_host,
+    refresh_certificates,
+    short_headed,
+    tls_options,
+)
 from headrace.engine.launch import Launched
 from headrace.engine.stopwatch import process_age, table
 from headrace.frontend.encode import probe
@@ -34,39 +41,52 @@ _LOST_SECONDS = 1
 _WARM_UP = SamplingParams(max_new_tokens=4, temperature=0.0, ignore_eos=True)
 
 
-async def serve(launched: Launched, listener: socket.socket) -> None:
-    """Answer HTTP on `listener` while the children load, and then for real."""
+async def serve(launched: Launched, listeners: list[socket.socket]) -> None:
+    """Answer HTTP on every listener while the children load, and then for real."""
     manager, config = launched.manager, launched.config
     await manager.start()
     app = build_app(manager, config, launched.info)
     server = HttpServer(uvicorn_config(app, config), manager)
     launched.watch.begin("wait for children")
-    opening = asyncio.create_task(open_for_service(launched, server, listener))
-    work = asyncio.create_task(app.state.work())
+    tasks = [
+        asyncio.create_task(open_for_service(launched, server, listeners[0])),
+        asyncio.create_task(app.state.work()),
+        *certificates(server.config, config.serve),
+    ]
     try:
-        await server.serve(sockets=[listener])
+        await server.serve(sockets=listeners)
     finally:
-        opening.cancel()
-        work.cancel()
+        for task in tasks:
+            task.cancel()
         launched.close()
-        await asyncio.gather(opening, work, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await manager.close()
     if server.failure is not None:
         raise server.failure
 
 
-async def serve_by_workers(launched: Launched, listener: socket.socket) -> None:
-    """Let the HTTP workers answer on `listener`; this process tells them when to begin and end."""
+def certificates(config: uvicorn.Config, serve: ServeOptions) -> list["asyncio.Task[None]"]:
+    """The task that takes renewed certificates, if there is to be one."""
+    if not serve.enable_ssl_refresh or not serve.ssl_certfile:
+        return []
+    config.load()
+    assert config.ssl is not None
+    return [asyncio.create_task(refresh_certificates(config.ssl, serve))]
+
+
+async def serve_by_workers(launched: Launched, listeners: list[socket.socket]) -> None:
+    """Let the HTTP workers answer; this process tells them when to begin and end."""
     manager, loop = launched.manager, asyncio.get_running_loop()
     await manager.start()
     ending = Ending()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, ending.ask)
     launched.watch.begin("wait for children")
-    opening = asyncio.create_task(open_for_service(launched, ending, listener))
+    opening = asyncio.create_task(open_for_service(launched, ending, listeners[0]))
     try:
         await ending.first.wait()
-        listener.close()  # clients that come now are refused, as the workers close theirs
+        for listener in listeners:
+            listener.close()  # clients that come now are refused, as the workers close theirs
         if manager.ready.is_set() or isinstance(ending.failure, WorkerLost):
             await end_workers(launched, ending)
     finally:
@@ -132,7 +152,7 @@ async def open_for_service(
     serve = Serve(manager.limits, manager.memory, manager.startup)
     launched.supervisor.tell("http-", serve)
     manager.ready.set()
-    logger.info("The server is ready at %s", url_of(listener))
+    logger.info("The server is ready at %s", url_of(listener, launched.config.serve))
 
 
 async def warm_up(manager: TokenizerManager) -> None:
@@ -171,12 +191,12 @@ class HttpServer(uvicorn.Server):
         self._manager.ready.clear()
 
 
-def uvicorn_config(app: object, config: Config) -> uvicorn.Config:
+def uvicorn_config(app: ASGIApp, config: Config) -> uvicorn.Config:
     """uvicorn with the fast parts, and our logging."""
     level = config.observe.log_level_http
     return uvicorn.Config(
-        app,  # type: ignore[arg-type]
-        http="httptools",
+        guarded_by_host(app, config.serve),
+        http=short_headed(config.serve.max_header_bytes),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -185,10 +205,12 @@ def uvicorn_config(app: object, config: Config) -> uvicorn.Config:
         server_header=False,
         timeout_keep_alive=config.serve.timeout_keep_alive,
         timeout_graceful_shutdown=DRAIN_SECONDS,
+        **tls_options(config.serve),
     )
 
 
-def url_of(listener: socket.socket) -> str:
+def url_of(listener: socket.socket, serve: ServeOptions) -> str:
     """Where clients find it."""
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "https" if serve.ssl_certfile else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"

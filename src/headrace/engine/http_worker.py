@@ -48,8 +48,9 @@ async def serve(
     await manager.start()
     app = build_app(manager, config, boot.info)
     server = WorkerServer(uvicorn_config(app, config), manager)
-    listener = socket.socket(fileno=boot.listener)
-    listener.setblocking(False)
+    listeners = [socket.socket(fileno=fd) for fd in boot.listeners]
+    for listener in listeners:
+        listener.setblocking(False)
     ready()
     loop = asyncio.get_running_loop()
 
@@ -59,7 +60,7 @@ async def serve(
 
     threading.Thread(target=listen, name="orders", daemon=True).start()
     try:
-        await server.serve(sockets=[listener])
+        await server.serve(sockets=listeners)
     finally:
         await manager.close()
 

@@ -11,7 +11,7 @@ have started: their imports are what a start waits for.
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from headrace.core.config import Config, ServeOptions
 from headrace.core.errors import BadRequest, WorkerLost
@@ -36,17 +36,17 @@ def roles(serve: ServeOptions) -> list[str]:
 class Launched:
     """A server without protocols. `config` is resolved; `watch` times this process's start."""
 
-    def __init__(self, config: Config, watch: Stopwatch, listener: int = -1) -> None:
-        if listener < 0 and config.serve.tokenizer_worker_num > 1:
+    def __init__(self, config: Config, watch: Stopwatch, listeners: Sequence[int] = ()) -> None:
+        if not listeners and config.serve.tokenizer_worker_num > 1:
             raise BadRequest(
                 "--tokenizer-worker-num is for servers; there is no HTTP here",
                 field="tokenizer_worker_num",
             )
         self.watch = watch
         self.watch.begin("processes")
-        self._listener = listener
+        self._listeners = list(listeners)
         children = roles(config.serve)
-        inherited = {role: [listener] for role in children if role.startswith("http-")}
+        inherited = {role: self._listeners for role in children if role.startswith("http-")}
         self.supervisor = Supervisor(children, config.run.runner, inherited)
         self._folder: AddressFolder | None = None
         try:
@@ -67,7 +67,7 @@ class Launched:
         tokenizer = parts.load_tokenizer_of(self.config)
         self.info: ModelInfo = parts.with_tokenizer_ends(info, tokenizer)
         addresses = self._folder.addresses
-        self.supervisor.boot(Boot(self.config.flat(), self.info, addresses, self._listener))
+        self.supervisor.boot(Boot(self.config.revealed(), self.info, addresses, self._listeners))
         self.watch.begin("manager")
         from headrace.frontend.tokenizer_manager import TokenizerManager
 
@@ -117,12 +117,14 @@ class Launched:
             self._folder.remove()
 
 
-def launch(config: Config, watch: Stopwatch | None = None, listener: int = -1) -> Launched:
+def launch(
+    config: Config, watch: Stopwatch | None = None, listeners: Sequence[int] = ()
+) -> Launched:
     """Start the children and load what this process needs.
 
-    `listener` is the descriptor of the socket that HTTP workers accept from, if there are several.
+    `listeners` are descriptors of the sockets that HTTP workers accept from, if there are several.
 
     Raises:
         LoadError: the model cannot be loaded. BadRequest: a wrong option.
     """
-    return Launched(config, watch or Stopwatch(), listener)
+    return Launched(config, watch or Stopwatch(), listeners)

@@ -42,13 +42,17 @@ class Runtime:
 
     def __init__(self, **server_args: Any) -> None:
         options = {"log_level": "error", **server_args}
-        serve = Config.from_flat(options).serve
+        asked = Config.from_flat(options)
+        serve, told = asked.serve, asked.revealed()
+        options = {name: told[name] for name in options}
         options["port"] = serve.port if server_args.get("port") else free_port(serve.host)
         host = f"[{serve.host}]" if ":" in serve.host else serve.host
         self.url = f"http://{host}:{options['port']}"
         self._owner = os.getpid()
         self._closed = False
-        self._headers = {"Authorization": f"Bearer {serve.api_key}"} if serve.api_key else {}
+        self._headers = (
+            {"Authorization": f"Bearer {serve.api_key.reveal()}"} if serve.api_key else {}
+        )
         self._process: subprocess.Popen[bytes] | None = None
         self._client: aiohttp.ClientSession | None = None
         self._thread = LoopThread()

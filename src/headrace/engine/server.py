@@ -8,12 +8,14 @@ import logging
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from headrace.core.config import Config, ObserveOptions, ServeOptions
 from headrace.core.errors import LoadError
 from headrace.engine.launch import launch
 from headrace.engine.stopwatch import Stopwatch
+
+logger = logging.getLogger(__name__)
 
 
 def launch_server(config: Config) -> int:
@@ -24,8 +26,11 @@ def launch_server(config: Config) -> int:
     """
     watch = Stopwatch()
     log_to_stderr(config.observe)
-    with listening(config.serve) as listener:
-        launched = launch(config, watch, listener.fileno())
+    check_exposure(config.serve)
+    with ExitStack() as stack:
+        ports = [config.serve.port, *filter(None, [config.serve.admin_port])]
+        listeners = [stack.enter_context(listening(config.serve.host, port)) for port in ports]
+        launched = launch(config, watch, [listener.fileno() for listener in listeners])
         try:
             watch.begin("http")
             import asyncio
@@ -38,25 +43,36 @@ def launch_server(config: Config) -> int:
             work = serve_by_workers if several else serve
 
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                runner.run(work(launched, listener))
+                runner.run(work(launched, listeners))
         finally:
             launched.close()
     return 0
 
 
+def check_exposure(serve: ServeOptions) -> None:
+    """Say what others can reach, and what they can read."""
+    from headrace.core.tenant import readable_by_others
+    from headrace.engine.door import is_local
+
+    if not is_local(serve.host) and not (serve.api_key or serve.api_key_file):
+        logger.warning("Everybody who reaches %s may use this server: set --api-key", serve.host)
+    if serve.api_key_file and readable_by_others(serve.api_key_file):
+        logger.warning("--api-key-file %s can be read by other users", serve.api_key_file)
+
+
 @contextmanager
-def listening(serve: ServeOptions) -> Iterator[socket.socket]:
+def listening(host: str, port: int) -> Iterator[socket.socket]:
     """A socket on which clients may already wait.
 
     Raises:
         LoadError: the address cannot be had.
     """
-    family = socket.AF_INET6 if ":" in serve.host else socket.AF_INET
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listener = socket.create_server((serve.host, serve.port), family=family, backlog=2048)
+        listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         reason = error.strerror or error
-        raise LoadError(f"cannot listen on {serve.host}:{serve.port}: {reason}") from None
+        raise LoadError(f"cannot listen on {host}:{port}: {reason}") from None
     with listener:
         yield listener
 

@@ -4,8 +4,11 @@ Asks the scheduler through the manager and turns a reply that is not ok into an 
 protocol.
 """
 
+import uuid
+
 from headrace.core.errors import BadRequest, HeadraceError, Overloaded
 from headrace.core.messages import ControlReply
+from headrace.core.tenant import own
 from headrace.frontend.tokenizer_manager import TokenizerManager
 
 # A pause waits for the steps in flight; a trace is written before it is told of.
@@ -42,15 +45,18 @@ async def open_session(
     Raises:
         BadRequest: the id is taken. Overloaded: too many sessions are open.
     """
-    reply = await manager.control(
-        "open_session", capacity=capacity, session_id=session_id, idle_seconds=timeout
+    id = session_id or uuid.uuid4().hex
+    expect(
+        await manager.control(
+            "open_session", capacity=capacity, session_id=own(id), idle_seconds=timeout
+        )
     )
-    return str(expect(reply).data["session_id"])
+    return id
 
 
 async def close_session(manager: TokenizerManager, session_id: str) -> None:
     """Forget a session. Raises BadRequest if there is none."""
-    expect(await manager.control("close_session", session_id=session_id))
+    expect(await manager.control("close_session", session_id=own(session_id)))
 
 
 async def start_profile(

@@ -6,6 +6,7 @@ import msgspec
 
 from headrace.core.errors import BadRequest
 from headrace.core.messages import GenerateRequest, pack_ids, unpack_ids
+from headrace.core.tenant import Tenant, own
 
 MAX_SAMPLES = 128
 
@@ -18,6 +19,22 @@ def new_rid() -> str:
 def namespace(cache_salt: str | None, extra_key: str | None) -> str:
     """The prefix-cache namespace of a request; "" is the one of requests with neither."""
     return f"{cache_salt or ''}\0{extra_key or ''}" if cache_salt or extra_key else ""
+
+
+def owned(request: GenerateRequest, tenant: Tenant) -> GenerateRequest:
+    """The request of a tenant: its cached prefixes and its session are nobody else's."""
+    if not tenant.name:
+        return request
+    session = request.session
+    if session is not None:
+        session = msgspec.structs.replace(session, id=own(session.id))
+    return msgspec.structs.replace(
+        request,
+        namespace=own(request.namespace),
+        session=session,
+        tenant=tenant.name,
+        weight=tenant.weight,
+    )
 
 
 def fan_out(request: GenerateRequest) -> list[GenerateRequest]:

@@ -36,13 +36,15 @@ from headrace.core.messages import (
     Verb,
 )
 from headrace.core.model_info import ModelInfo
+from headrace.core.tenant import caller
 from headrace.frontend.async_tokenizer import AsyncTokenizer
 from headrace.frontend.encode import for_model, shortened
 from headrace.frontend.mailbox import Flight, Mailbox
 from headrace.frontend.measure import StepMeasure
 from headrace.frontend.peers import Peers
+from headrace.frontend.quota import Quotas
 from headrace.frontend.request_log import RequestLog
-from headrace.frontend.requests import continued, fan_out
+from headrace.frontend.requests import continued, fan_out, owned
 from headrace.frontend.validate import validate
 from headrace.ipc.address import Addresses, numbered
 from headrace.ipc.channels import Receiver, Sender
@@ -95,6 +97,7 @@ class TokenizerManager:
         self._seeds = random.Random(config.model.random_seed)
         self._texts = AsyncTokenizer(tokenizer)
         self._checks = checks
+        self._quotas = Quotas()
         self._failure: HeadraceError | None = None
         self._loop: asyncio.AbstractEventLoop
         self._sender: Sender | None = None
@@ -158,23 +161,31 @@ class TokenizerManager:
 
         When one request is refused, none is sent.
         """
-        prepared = await self._prepare(requests)
-        with self._send_off(prepared) as mailbox:
-            if self.log.on:
-                self.log.received(requests, prepared)
-            left = len(prepared)
-            while left:
-                for index, delta in await mailbox.take():
-                    left -= delta.finish is not None
-                    yield index, delta
+        tenant = caller.get()
+        with self._quotas.admit(tenant, len(requests)) as usage:
+            prepared = await self._prepare([owned(request, tenant) for request in requests])
+            with self._send_off(prepared) as mailbox:
+                if self.log.on:
+                    self.log.received(requests, prepared)
+                left = len(prepared)
+                while left:
+                    for index, delta in await mailbox.take():
+                        left -= delta.finish is not None
+                        if usage is not None:
+                            usage.spend(delta)
+                        yield index, delta
 
     def fan_out(self, request: GenerateRequest) -> list[GenerateRequest]:
         """The n samples of a request, each a request of its own."""
         return fan_out(request)
 
     def abort(self, rid: str = "", prefix: bool = False, all: bool = False) -> None:
-        """End a request, those whose rid starts with `rid`, or all; unknown ones are ignored."""
-        self._send(AbortRequest(rid, prefix, all))
+        """End a request, those whose rid starts with `rid`, or all; unknown ones are ignored.
+
+        A tenant ends only its own.
+        """
+        tenant = caller.get()
+        self._send(AbortRequest(rid, prefix, all, tenant="" if tenant.admin else tenant.name))
 
     async def control(self, verb: Verb, timeout: float = 30.0, **args: Any) -> ControlReply:
         """Ask the scheduler; `args` are those of `headrace.scheduler.control`.

@@ -237,6 +237,8 @@ class Scheduler:
             hit = rid.startswith(message.rid) if message.prefix else rid == message.rid
             if message.origin not in (-1, request.spec.origin):
                 continue
+            if message.tenant and message.tenant != request.spec.tenant:
+                continue
             if message.all or (hit and message.rid):
                 self.committer.finish(request, FinishReason("abort", message=message.message))
 

@@ -83,7 +83,7 @@ class Sessions(Feature):
         self._close_idle()
         id = id or uuid.uuid4().hex
         if id in self._sessions:
-            raise BadRequest(f"session_id: {id!r} is open already", field="session_id")
+            raise BadRequest(f"session_id: {_shown(id)} is open already", field="session_id")
         if len(id) > MAX_ID_LENGTH:
             raise BadRequest(f"session_id may have {MAX_ID_LENGTH} characters", field="session_id")
         if capacity < 0:
@@ -111,7 +111,7 @@ class Sessions(Feature):
         session = self._get(asked.id, "session_params")
         if asked.rid and asked.rid not in session.nodes:
             raise BadRequest(
-                f"session_params: there is no request {asked.rid!r} in session {asked.id!r}",
+                f"session_params: there is no request {asked.rid!r} in session {_shown(asked.id)}",
                 field="session_params",
             )
         if not asked.replace:
@@ -188,7 +188,7 @@ class Sessions(Feature):
     def _get(self, id: str, name: str) -> Session:
         self._close_idle()
         if id not in self._sessions:
-            raise BadRequest(f"{name}: there is no session {id!r}", field=name)
+            raise BadRequest(f"{name}: there is no session {_shown(id)}", field=name)
         return self._sessions[id]
 
     def _close_idle(self) -> None:
@@ -218,3 +218,8 @@ def _whole(spec: GenerateRequest, ids: np.ndarray, before: int, longest: int) ->
 
 def _size(node: Node) -> int:
     return 0 if node.tokens is None else len(node.tokens)
+
+
+def _shown(id: str) -> str:
+    """A session's id as its owner wrote it, see `core.tenant.own`."""
+    return repr(id.rpartition("\0")[2])

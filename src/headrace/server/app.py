@@ -1,6 +1,6 @@
 """The HTTP server's application: routes of every protocol around one TokenizerManager.
 
-Order of the layers, outermost first: CORS, API key, routes. Errors of all routes have one shape
+Order of the layers, outermost first: CORS, access, routes. Errors of all routes have one shape
 (`errors`). Starts no processes and opens no sockets.
 """
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.middleware.cors import CORSMiddleware
@@ -16,6 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 from headrace import __version__
 from headrace.core.config import Config
 from headrace.core.model_info import ModelInfo
+from headrace.core.tenant import KeyRing
 from headrace.frontend.tokenizer_manager import TokenizerManager
 from headrace.server import (
     admin,
@@ -32,7 +33,7 @@ from headrace.server import (
     tokens,
     ui,
 )
-from headrace.server.access import RequireApiKey
+from headrace.server.access import Guard, allowed_origins, check_roles, key_ring
 from headrace.server.anthropic_input import CountRequest, MessagesRequest
 from headrace.server.batch_db import BatchDb
 from headrace.server.batch_routes import BatchRequest
@@ -78,8 +79,10 @@ def build_app(manager: TokenizerManager, config: Config, info: ModelInfo) -> Fas
     `app.state.work()` is to run as a task for as long as it serves.
 
     Raises:
-        BadRequest: --preferred-sampling-params is wrong.
+        BadRequest: --preferred-sampling-params or --allow-origins is wrong.
+        LoadError: --api-key-file or --batch-store cannot be read.
     """
+    keys = key_ring(config.serve)
     context = Context.create(manager, config, info, started=int(time.time()))
     app = FastAPI(
         title="headrace",
@@ -89,14 +92,16 @@ def build_app(manager: TokenizerManager, config: Config, info: ModelInfo) -> Fas
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     errors.install(app)
-    for part in PARTS:
-        app.include_router(part.routes(context))
-    app.state.work = _add_batches(app, context)
-    if config.serve.api_key:
-        app.add_middleware(RequireApiKey, key=config.serve.api_key)
+    batches, app.state.work = _batches(context, keys)
+    routers = [part.routes(context) for part in PARTS] + [batches]
+    for router in routers:
+        app.include_router(router)
+    paths = [getattr(route, "path", "") for r in (app.router, *routers) for route in r.routes]
+    check_roles(filter(None, paths))
+    app.add_middleware(Guard, keys=keys, admin_port=config.serve.admin_port)
     app.add_middleware(
         CORSMiddleware,
-        allow_origins=["*"],
+        **allowed_origins(config.serve.allow_origins),
         allow_methods=["*"],
         allow_headers=["*"],
         expose_headers=["x-headrace-ignored", "x-request-id", "retry-after"],
@@ -105,16 +110,15 @@ def build_app(manager: TokenizerManager, config: Config, info: ModelInfo) -> Fas
     return app
 
 
-def _add_batches(app: FastAPI, context: Context) -> Callable[[], Awaitable[None]]:
-    """The routes of files and batches; returns what the server has to run beside its routes.
+def _batches(context: Context, keys: KeyRing) -> tuple[APIRouter, Callable[[], Awaitable[None]]]:
+    """The routes of files and batches, and what the server has to run beside its routes.
 
     Raises:
         LoadError: --batch-store cannot be opened.
     """
     path = context.config.serve.batch_store
     db = BatchDb(path) if path else None
-    runner = BatchRunner(context, db) if db else None
-    app.include_router(batch_routes.routes(context, db, runner))
+    runner = BatchRunner(context, db, keys) if db else None
 
     async def work() -> None:
         if db is None or runner is None:
@@ -125,7 +129,7 @@ def _add_batches(app: FastAPI, context: Context) -> Callable[[], Awaitable[None]
         finally:
             db.close()
 
-    return work
+    return batch_routes.routes(context, db, runner), work
 
 
 def schemas_of(bodies: Sequence[type[BaseModel]]) -> dict[str, Any]:

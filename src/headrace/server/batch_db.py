@@ -8,7 +8,6 @@ files and its final status in one transaction.
 import asyncio
 import sqlite3
 import time
-import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 import orjson
 
 from headrace.core.errors import LoadError, NotFound
+from headrace.core.tenant import tag_of, tagged
 
 T = TypeVar("T")
 
@@ -62,9 +62,11 @@ class BatchDb:
 
     # -- files --------------------------------------------------------------------------------
 
-    def add_file(self, name: str, purpose: str, content: bytes, seconds: int | None) -> Any:
-        """Store a file that expires after `seconds`; its file object."""
-        id, now = f"file-{uuid.uuid4().hex}", self.now()
+    def add_file(
+        self, name: str, purpose: str, content: bytes, seconds: int | None, tag: str = ""
+    ) -> Any:
+        """Store a file that expires after `seconds`, of the tenant with this tag; its object."""
+        id, now = tagged("file-", tag), self.now()
         expires = None if seconds is None else now + seconds
         row = (id, now, expires, name, purpose, content)
         self._db.execute("INSERT INTO files VALUES (?, ?, ?, ?, ?, ?)", row)
@@ -73,11 +75,12 @@ class BatchDb:
     def file(self, id: str) -> dict[str, Any]:
         """A file object. Raises NotFound."""
         found = self._files("id = ?", id)
-        return found[0] if found else _missing("File", id)
+        return found[0] if found else missing("File", id)
 
-    def files(self, purpose: str | None) -> list[dict[str, Any]]:
-        """All file objects, of one purpose if given, newest first."""
-        return self._files("purpose = ?", purpose) if purpose else self._files("1 = ?", 1)
+    def files(self, purpose: str | None, tag: str = "") -> list[dict[str, Any]]:
+        """The file objects of a tenant, of one purpose if given, newest first."""
+        found = self._files("purpose = ?", purpose) if purpose else self._files("1 = ?", 1)
+        return [file for file in found if tag_of(file["id"]) == tag]
 
     def _files(self, where: str, value: Any) -> list[dict[str, Any]]:
         self._db.execute("DELETE FROM files WHERE expires <= ?", (self.now(),))
@@ -122,7 +125,7 @@ class BatchDb:
         """A batch object with its counts so far. Raises NotFound."""
         row = self._db.execute("SELECT object FROM batches WHERE id = ?", (id,)).fetchone()
         if row is None:
-            return _missing("Batch", id)
+            return missing("Batch", id)
         batch: dict[str, Any] = orjson.loads(row[0])
         done, good = self._db.execute(
             "SELECT count(*), total(ok) FROM results WHERE batch = ?", (id,)
@@ -131,13 +134,17 @@ class BatchDb:
             batch["request_counts"] |= {"completed": int(good), "failed": done - int(good)}
         return batch
 
-    def batches(self, after: str | None, limit: int) -> tuple[list[dict[str, Any]], bool]:
-        """(batch objects, newest first, behind the one with id `after`; whether there are more)."""
+    def batches(
+        self, after: str | None, limit: int, tag: str = ""
+    ) -> tuple[list[dict[str, Any]], bool]:
+        """(a tenant's batch objects, newest first, behind the one with id `after`; whether there
+        are more)."""
         ids = [
             id
             for (id,) in self._db.execute(
                 "SELECT id FROM batches ORDER BY created DESC, rowid DESC"
             )
+            if tag_of(id) == tag
         ]
         if after is not None:
             ids = ids[ids.index(after) + 1 :] if after in ids else []
@@ -179,7 +186,9 @@ class BatchDb:
                     "SELECT result FROM results WHERE batch = ? AND ok = ? ORDER BY line", (id, ok)
                 )
                 if content := b"".join([bytes(result) + b"\n" for (result,) in rows]):
-                    file = self.add_file(f"{id}_{name}.jsonl", "batch_output", content, seconds)
+                    file = self.add_file(
+                        f"{id}_{name}.jsonl", "batch_output", content, seconds, tag_of(id)
+                    )
                     changes[field] = file["id"]
             self._db.execute("DELETE FROM results WHERE batch = ?", (id,))
             batch = self.update(id, **changes, request_counts=counted)
@@ -190,5 +199,5 @@ class BatchDb:
         return batch
 
 
-def _missing(kind: str, id: str) -> Any:
+def missing(kind: str, id: str) -> Any:
     raise NotFound(f"{kind} {id!r} not found.", field="id")

@@ -11,8 +11,9 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.responses import Response
 
 from headrace.core.errors import BadRequest, Unsupported
+from headrace.core.tenant import caller, is_mine
 from headrace.server.admin import json_response
-from headrace.server.batch_db import BatchDb
+from headrace.server.batch_db import BatchDb, missing
 from headrace.server.batches import ENDPOINTS, BatchRunner, new_batch
 from headrace.server.context import Context
 from headrace.server.generation import read_raw, take
@@ -74,25 +75,30 @@ def _add_files(router: APIRouter, context: Context, db: BatchDb) -> None:
         if not isinstance(purpose, str) or not purpose:
             raise BadRequest("purpose: must be given", field="purpose")
         name, content = file.filename or "file", await file.read()
-        return json_response(await db.call(db.add_file, name, purpose, content, _expiry_of(form)))
+        seconds, tag = _expiry_of(form), caller.get().tag
+        return json_response(await db.call(db.add_file, name, purpose, content, seconds, tag))
 
     @router.get("/v1/files")
     async def files(purpose: str | None = None) -> Response:
         """All files, newest first."""
-        return json_response(_list(await db.call(db.files, purpose), has_more=False))
+        return json_response(
+            _list(await db.call(db.files, purpose, caller.get().tag), has_more=False)
+        )
 
     @router.get("/v1/files/{id}")
     async def file(id: str) -> Response:
-        return json_response(await db.call(db.file, id))
+        return json_response(await db.call(db.file, _mine("File", id)))
 
     @router.get("/v1/files/{id}/content")
     async def content(id: str) -> Response:
         """The bytes of a file."""
-        return Response(await db.call(db.content, id), media_type="application/octet-stream")
+        return Response(
+            await db.call(db.content, _mine("File", id)), media_type="application/octet-stream"
+        )
 
     @router.delete("/v1/files/{id}")
     async def delete(id: str) -> Response:
-        await db.call(db.delete_file, id)
+        await db.call(db.delete_file, _mine("File", id))
         return json_response({"id": id, "object": "file", "deleted": True})
 
 
@@ -127,7 +133,7 @@ def _add_batches(router: APIRouter, context: Context, db: BatchDb, runner: Batch
         headers = warnings(ignored_fields(body), strict=context.config.serve.strict_fields)
         if body.endpoint not in ENDPOINTS:
             raise BadRequest(f"endpoint: must be one of {', '.join(ENDPOINTS)}", field="endpoint")
-        await db.call(db.file, body.input_file_id)
+        await db.call(db.file, _mine("File", body.input_file_id))
         after = body.output_expires_after
         more = {
             "metadata": body.metadata,
@@ -142,19 +148,26 @@ def _add_batches(router: APIRouter, context: Context, db: BatchDb, runner: Batch
     @router.get("/v1/batches")
     async def batches(after: str | None = None, limit: int = Query(20, ge=1, le=100)) -> Response:
         """All batches, newest first."""
-        found, has_more = await db.call(db.batches, after, limit)
+        found, has_more = await db.call(db.batches, after, limit, caller.get().tag)
         return json_response(_list(found, has_more))
 
     @router.get("/v1/batches/{id}")
     async def batch(id: str) -> Response:
-        return json_response(await db.call(db.batch, id))
+        return json_response(await db.call(db.batch, _mine("Batch", id)))
 
     @router.post("/v1/batches/{id}/cancel")
     async def cancel(id: str) -> Response:
         """Start no more requests of a batch; what is done stays in its files."""
-        found = await db.call(_cancelling, db, id)
+        found = await db.call(_cancelling, db, _mine("Batch", id))
         runner.stop(id)
         return json_response(found)
+
+
+def _mine(kind: str, id: str) -> str:
+    """The id, if the caller made what has it. Raises NotFound, as if there were nothing."""
+    if not is_mine(id):
+        missing(kind, id)
+    return id
 
 
 def _cancelling(db: BatchDb, id: str) -> dict[str, Any]:

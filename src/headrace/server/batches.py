@@ -18,6 +18,7 @@ import orjson
 
 from headrace.core.errors import BadRequest, HeadraceError, Overloaded, Unsupported
 from headrace.core.messages import GenerateRequest
+from headrace.core.tenant import KeyRing, caller, new_id, tag_of
 from headrace.server import openai_chat, openai_completions, openai_responses
 from headrace.server.batch_db import BatchDb
 from headrace.server.context import Context, Job, Stamp
@@ -68,8 +69,9 @@ class Problem(Exception):
 class BatchRunner:
     """The batches of one server. `run` works until it is cancelled."""
 
-    def __init__(self, context: Context, db: BatchDb) -> None:
+    def __init__(self, context: Context, db: BatchDb, keys: KeyRing) -> None:
         self._context = context
+        self._keys = keys
         self._db = db
         self._waiting: asyncio.Queue[str] = asyncio.Queue()
         self._stopped: set[str] = set()
@@ -105,6 +107,12 @@ class BatchRunner:
         batch = await db.call(db.batch, id)
         if batch["status"] not in ("validating", "in_progress", "finalizing", "cancelling"):
             return
+        owner = self._keys.tenant(tag_of(id))
+        if owner is None:
+            problem = Problem("no_owner", "The API key of its owner is not known any more.", None)
+            await db.call(self._fail, id, [problem.value])
+            return
+        caller.set(owner)
         try:
             content = await db.call(db.content, batch["input_file_id"])
             lines = await asyncio.to_thread(read_lines, content, batch["endpoint"])
@@ -290,7 +298,7 @@ def new_batch(
     now = int(time.time())
     times = ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling")
     return {
-        "id": f"batch_{uuid.uuid4().hex}",
+        "id": new_id("batch_"),
         "object": "batch",
         "endpoint": endpoint,
         "errors": None,

@@ -8,6 +8,7 @@ The path decides. A wrong request is 400, never 422. Messages of unexpected exce
 log, not to the client.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -93,6 +94,7 @@ def anthropic_body(error: HeadraceError) -> dict[str, Any]:
 _ANTHROPIC_KINDS = {
     400: "invalid_request_error",
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     405: "invalid_request_error",
     413: "request_too_large",
@@ -118,7 +120,7 @@ def error_response(error: HeadraceError, path: str = "") -> Response:
     status = 400 if isinstance(error, Unsupported) else error.status
     headers = {}
     if error.status in (429, 503):
-        headers["retry-after"] = str(RETRY_AFTER_SECONDS)
+        headers["retry-after"] = str(math.ceil(error.retry_after or RETRY_AFTER_SECONDS))
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     if error.status == 413:

@@ -16,12 +16,13 @@ from starlette.responses import Response
 
 from headrace.core.errors import BadRequest, Cancelled, HeadraceError, Unsupported
 from headrace.core.messages import GenerateRequest, LogprobSpec, SamplingParams, pack_ids
+from headrace.core.tenant import new_id
 from headrace.frontend.requests import namespace
 from headrace.server.admin import json_response
 from headrace.server.answers import listen, prompt_ids
 from headrace.server.context import Context, Job, Stamp
 from headrace.server.errors import internal_error
-from headrace.server.generation import headers_of, new_stamp, send, take
+from headrace.server.generation import headers_of, send, take
 from headrace.server.response_store import ResponseStore, Stored
 from headrace.server.responses_input import LOGPROBS, ResponsesRequest, understand
 from headrace.server.responses_reply import ResponseBody, ResponseEvents, ResponseResult
@@ -60,7 +61,7 @@ def routes(context: Context) -> APIRouter:
     @router.post("/v1/responses", openapi_extra=body_of(ResponsesRequest))
     async def create(http: Request) -> Response:
         """OpenAI's responses."""
-        stamp = new_stamp("resp_")
+        stamp = Stamp(new_id("resp_"), int(time.time()))
         turn = await take(http, context, lambda raw: parse(raw, context, store, stamp))
         if turn.background and turn.stored is not None:
             headers = headers_of(turn.job, context)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from headrace.core.errors import BadRequest, NotFound
+from headrace.core.tenant import is_mine
 
 
 @dataclass
@@ -57,7 +58,7 @@ class ResponseStore:
         Raises:
             NotFound: there is none (any more), or the store is off.
         """
-        found = self._kept.get(id)
+        found = self._kept.get(id) if is_mine(id) else None
         if found is None:
             hint = "" if self.size else "; the store is off (--enable-response-store)"
             raise NotFound(f"Response {id!r} not found{hint}.", field="response_id")
