@@ -341,16 +341,16 @@ def test_api_key():
 def test_browsers_may_ask_before_they_call():
     client, _ = server(api_key="s3cret")
     headers = {
-        "origin": "http://page",
+        "origin": "http://localhost:3000",
         "access-control-request-method": "POST",
         "access-control-request-headers": "authorization",
     }
     answer = client.options("/v1/chat/completions", headers=headers)
     assert answer.status_code == 200
-    assert answer.headers["access-control-allow-origin"] == "*"
-    refused = client.get("/v1/models", headers={"origin": "http://page"})
+    assert answer.headers["access-control-allow-origin"] == headers["origin"]
+    refused = client.get("/v1/models", headers={"origin": headers["origin"]})
     assert refused.status_code == 401
-    assert refused.headers["access-control-allow-origin"] == "*"
+    assert refused.headers["access-control-allow-origin"] == headers["origin"]
 
 
 def test_secrets_are_not_shown():

@@ -29,12 +29,11 @@ class Bucket:
         self._refill()
         self._level -= amount
 
-    def wait(self, amount: float = 0.0) -> float:
-        """Seconds until more than `amount` is there; 0 if it is."""
+    def wait(self, amount: float) -> float:
+        """Seconds until `amount` is there, or all it can hold; 0 if it is."""
         self._refill()
-        if not self._limit or self._level > min(amount, self._limit - 1):
-            return 0.0
-        return (min(amount, self._limit - 1) - self._level) * _MINUTE / self._limit + 0.001
+        missing = min(amount, self._limit) - self._level
+        return missing * _MINUTE / self._limit if self._limit and missing > 0.0 else 0.0
 
     def _refill(self) -> None:
         now = self._clock()
@@ -88,9 +87,9 @@ class Quotas:
     def _check(self, tenant: Tenant, usage: Usage, count: int) -> None:
         if tenant.max_concurrent and usage.running + count > tenant.max_concurrent:
             raise _refusal(f"{tenant.max_concurrent} requests at once", 1.0)
-        if wait := usage.requests.wait(count - 1):
+        if wait := usage.requests.wait(count):
             raise _refusal(f"{tenant.requests_per_minute} requests per minute", wait)
-        if wait := usage.tokens.wait():
+        if wait := usage.tokens.wait(1):
             raise _refusal(f"{tenant.tokens_per_minute} tokens per minute", wait)
 
 
