@@ -70,7 +70,8 @@ def test_full_queue_is_503():
     client = run(scheduler, *(spec(str(i), 5) for i in range(3)))
     assert client.finish["0"].type == "length"
     assert {client.finish[rid].status for rid in "12"} == {503}
-    assert client.finish["2"].message == "The request queue is full."
+    assert client.finish["2"].message.startswith("The request queue is full.")
+    assert client.finish["2"].retry_after >= 1.0
 
 
 def test_full_queue_evicts_the_less_urgent():

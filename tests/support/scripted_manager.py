@@ -86,7 +86,7 @@ class ScriptedManager(TokenizerManager):
 
     def _reply(self, message: Control) -> ControlReply:
         if message.verb != "flush_cache":
-            return ControlReply(message.id)
+            return ControlReply(message.id, data={"left": 0} if message.verb == "drain" else {})
         ok = self.flushes.pop(0) if len(self.flushes) > 1 else self.flushes[0]
         return ControlReply(
             message.id, ok=ok, message="Cache flushed." if ok else "2 requests run."

@@ -114,7 +114,19 @@ class ScheduleOptions:
         None, "Most requests in a step; empty computes it.", minimum=1
     )
     max_queued_requests: int | None = option(
-        None, "Most waiting requests; more are answered 503. Empty: no limit.", minimum=1
+        None,
+        "Most waiting requests; more are answered 503. Empty: 2048 in a server, no limit in an "
+        "Engine.",
+        minimum=1,
+    )
+    max_queued_tokens: int | None = option(
+        None, "Most prompt tokens of waiting requests; beyond that 503. Empty: no limit.", minimum=1
+    )
+    req_waiting_timeout: float = option(
+        0.0, "Seconds after which a request that has not started gets 503; 0: none.", minimum=0.0
+    )
+    req_running_timeout: float = option(
+        0.0, "Seconds after which a started request is ended with 503; 0: none.", minimum=0.0
     )
     chunked_prefill_size: int = option(
         0, "Most prompt tokens in a step; 0 chooses, -1 means max-prefill-tokens.", minimum=-1
@@ -270,6 +282,9 @@ class ServeOptions:
     )
     skip_server_warmup: bool = option(False, "Be ready without a first generation.")
     max_request_bytes: int = option(64 << 20, "Largest request body in bytes.", minimum=1024)
+    drain_timeout: int = option(
+        30, "Seconds that running requests get after SIGTERM or SIGINT.", minimum=0
+    )
     timeout_keep_alive: int = option(5, "Seconds an idle connection stays open.", minimum=1)
 
 

@@ -133,7 +133,8 @@ class GenerateRequest(Message, frozen=True, array_like=True):
     a grammar constrains what follows that text, which must come; before it everything is allowed.
     `origin` is the frontend that gets the answer, here and in the other messages.
     With `pool` the answer is `Delta.pooled`, and `max_new_tokens` must be 0. `tenant` is the owner
-    of the API key, with `weight` when tenants compete.
+    of the API key, with `weight` when tenants compete. `within` and `first_token_within`: seconds
+    from arrival after which nobody waits for the answer, its first token (0: for ever).
     """
 
     rid: str
@@ -153,6 +154,8 @@ class GenerateRequest(Message, frozen=True, array_like=True):
     pool: PoolSpec | None = None
     tenant: str = ""
     weight: float = 1.0
+    within: float = 0.0
+    first_token_within: float = 0.0
 
 
 class AbortRequest(Message, frozen=True, array_like=True):
@@ -183,6 +186,7 @@ Verb = Literal[
     "slow_down",
     "log_level",
     "freeze_gc",
+    "drain",
 ]
 
 
@@ -207,7 +211,8 @@ class ControlReply(Message, frozen=True, array_like=True):
 
 
 class FinishReason(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
-    """Why a request ended. `matched` is the stop token id or stop string."""
+    """Why a request ended. `matched` is the stop token id or stop string. `retry_after`: seconds
+    after which asking again may help, 0 if that is not known."""
 
     type: Literal["stop", "length", "abort"]
     matched: int | str | None = None
@@ -215,6 +220,7 @@ class FinishReason(msgspec.Struct, frozen=True, array_like=True, omit_defaults=T
     message: str = ""
     status: int = 0
     kind: str = ""
+    retry_after: float = 0.0
 
     def to_wire(self) -> dict[str, Any]:
         """The `finish_reason` object of SGLang's meta_info."""
@@ -321,6 +327,7 @@ class SchedulerStats(msgspec.Struct, frozen=True, array_like=True, omit_defaults
     grammar_compile_seconds_total: float = 0.0
     grammar_mask_counts: list[int] = []
     grammar_mask_seconds_total: float = 0.0
+    draining: int = 0
 
 
 class Deltas(Message, frozen=True, array_like=True):

@@ -1,7 +1,7 @@
 """HTTP in front of a launched engine: app, uvicorn, the moment of being ready, the end.
 
-SIGTERM and SIGINT let running requests finish for a while; a second signal does not wait. A child
-that dies ends the server with an error. /health answers 503 while the children load.
+SIGTERM and SIGINT let running requests finish for --drain-timeout; a second signal does not wait.
+A child that dies ends the server with an error. /health answers 503 while the children load.
 """
 
 import asyncio
@@ -36,7 +36,6 @@ from headrace.server.app import build_app
 
 logger = logging.getLogger(__name__)
 
-DRAIN_SECONDS = 30
 _LOST_SECONDS = 1
 _WARM_UP = SamplingParams(max_new_tokens=4, temperature=0.0, ignore_eos=True)
 
@@ -102,7 +101,7 @@ async def end_workers(launched: Launched, ending: "Ending") -> None:
     """Let the HTTP workers finish what runs, or say why it fails; a second signal does not wait."""
     lost = ending.failure
     order = Drain() if lost is None else Fail(lost.message)
-    seconds = (DRAIN_SECONDS if lost is None else _LOST_SECONDS) + 1.0
+    seconds = (launched.config.serve.drain_timeout if lost is None else _LOST_SECONDS) + 1.0
     drained = asyncio.to_thread(launched.supervisor.drain, "http-", order, seconds)
     hurry = asyncio.create_task(ending.second.wait())
     await asyncio.wait((hurry, asyncio.create_task(drained)), return_when=asyncio.FIRST_COMPLETED)
@@ -204,7 +203,7 @@ def uvicorn_config(app: ASGIApp, config: Config) -> uvicorn.Config:
         access_log=level in ("debug", "info"),
         server_header=False,
         timeout_keep_alive=config.serve.timeout_keep_alive,
-        timeout_graceful_shutdown=DRAIN_SECONDS,
+        timeout_graceful_shutdown=config.serve.drain_timeout,
         **tls_options(config.serve),
     )
 

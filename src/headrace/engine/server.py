@@ -4,6 +4,7 @@ The port is bound first, so that a second server fails at once and clients can w
 then the children start, and only then this process imports what is heavy.
 """
 
+import dataclasses
 import logging
 import socket
 import sys
@@ -17,6 +18,8 @@ from headrace.engine.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
 
+MAX_QUEUED = 2048
+
 
 def launch_server(config: Config) -> int:
     """Serve until asked to end; returns the exit code.
@@ -27,6 +30,7 @@ def launch_server(config: Config) -> int:
     watch = Stopwatch()
     log_to_stderr(config.observe)
     check_exposure(config.serve)
+    config = bounded(config)
     with ExitStack() as stack:
         ports = [config.serve.port, *filter(None, [config.serve.admin_port])]
         listeners = [stack.enter_context(listening(config.serve.host, port)) for port in ports]
@@ -47,6 +51,14 @@ def launch_server(config: Config) -> int:
         finally:
             launched.close()
     return 0
+
+
+def bounded(config: Config) -> Config:
+    """With an end to the queue: whoever comes later is told so at once."""
+    if config.schedule.max_queued_requests is not None:
+        return config
+    schedule = dataclasses.replace(config.schedule, max_queued_requests=MAX_QUEUED)
+    return dataclasses.replace(config, schedule=schedule)
 
 
 def check_exposure(serve: ServeOptions) -> None:

@@ -4,6 +4,8 @@ Asks the scheduler through the manager and turns a reply that is not ok into an 
 protocol.
 """
 
+import asyncio
+import time
 import uuid
 
 from headrace.core.errors import BadRequest, HeadraceError, Overloaded
@@ -13,6 +15,7 @@ from headrace.frontend.tokenizer_manager import TokenizerManager
 
 # A pause waits for the steps in flight; a trace is written before it is told of.
 _PATIENCE = 120.0
+_LOOK_SECONDS = 0.05
 _ERRORS: dict[int, type[HeadraceError]] = {500: HeadraceError, 503: Overloaded}
 
 
@@ -32,6 +35,22 @@ async def pause(manager: TokenizerManager, mode: str = "abort") -> ControlReply:
 async def go_on(manager: TokenizerManager) -> ControlReply:
     """The end of a pause."""
     return expect(await manager.control("continue"))
+
+
+async def drain(manager: TokenizerManager, seconds: float) -> int:
+    """Take no more requests and let those that are here finish, for so long; returns how many are
+    left. Not an end: `take_again` undoes it."""
+    deadline = time.monotonic() + seconds
+    while True:
+        left = int(expect(await manager.control("drain", mode="on")).data["left"])
+        if not left or time.monotonic() >= deadline:
+            return left
+        await asyncio.sleep(_LOOK_SECONDS)
+
+
+async def take_again(manager: TokenizerManager) -> None:
+    """The end of a drain."""
+    expect(await manager.control("drain", mode="off"))
 
 
 async def open_session(

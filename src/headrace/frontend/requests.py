@@ -4,6 +4,7 @@ import uuid
 
 import msgspec
 
+from headrace.core.deadline import PATIENT, deadline
 from headrace.core.errors import BadRequest
 from headrace.core.messages import GenerateRequest, pack_ids, unpack_ids
 from headrace.core.tenant import Tenant, own
@@ -22,7 +23,12 @@ def namespace(cache_salt: str | None, extra_key: str | None) -> str:
 
 
 def owned(request: GenerateRequest, tenant: Tenant) -> GenerateRequest:
-    """The request of a tenant: its cached prefixes and its session are nobody else's."""
+    """The request of a tenant: its cached prefixes and its session are nobody else's. Takes the
+    caller's deadline along."""
+    if (limit := deadline.get()) is not PATIENT:
+        request = msgspec.structs.replace(
+            request, within=limit.whole, first_token_within=limit.first_token
+        )
     if not tenant.name:
         return request
     session = request.session
@@ -32,8 +38,8 @@ def owned(request: GenerateRequest, tenant: Tenant) -> GenerateRequest:
         request,
         namespace=own(request.namespace),
         session=session,
-        tenant=tenant.name,
-        weight=tenant.weight,
+        tenant=request.tenant or tenant.name,
+        weight=request.weight if request.tenant else tenant.weight,
     )
 
 

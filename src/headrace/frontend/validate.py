@@ -58,7 +58,9 @@ def error_of(finish: FinishReason) -> HeadraceError | None:
     """The error to raise for a request that ended so; None for an answer, or an abort on demand."""
     if finish.type != "abort" or finish.status not in _ERRORS:
         return None
-    return _ERRORS[finish.status](finish.message)
+    error = _ERRORS[finish.status](finish.message)
+    error.retry_after = finish.retry_after or None
+    return error
 
 
 def validate(

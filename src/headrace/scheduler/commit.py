@@ -6,6 +6,7 @@ once, as soon as no plan in flight contains the request. Knows no sockets and no
 """
 
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,23 @@ class OutputRules:
 DEFAULT_OUTPUT = OutputRules()
 
 
+class Pace:
+    """How fast requests end, measured over the last few."""
+
+    def __init__(self) -> None:
+        self._ends: deque[float] = deque(maxlen=64)
+
+    def ended(self, now: float) -> None:
+        """A request ended."""
+        self._ends.append(now)
+
+    def seconds_for(self, requests: float) -> float:
+        """How long so many take; 0 before anything is known."""
+        if len(self._ends) < 2:
+            return 0.0
+        return requests * (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+
+
 class Committer:
     """Applies results; owns the deltas that wait to be sent."""
 
@@ -63,6 +81,7 @@ class Committer:
         self.deltas: list[Delta] = []
         self.generated_total = 0
         self.aborted_total = 0
+        self.pace = Pace()
         self._eos = frozenset(output.eos_token_ids)
         self._stream_interval = output.stream_interval
 
@@ -85,6 +104,8 @@ class Committer:
             return
         request.finish = reason
         self.aborted_total += reason.type == "abort"
+        if request.cached >= 0:  # it had started
+            self.pace.ended(self.clock())
         self._send(request)
         for feature in self.features:
             feature.on_finish(request)
@@ -130,6 +151,7 @@ class Committer:
             if outcome.scores:
                 request.unsent.scores.append(outcome.scores[index])
             self.generated_total += 1
+            request.account.charge(1)
             reason = self._stop_reason(request, token)
             if reason is not None:
                 break

@@ -96,6 +96,12 @@ def _continue(scheduler: "Scheduler", args: Arguments) -> Answer:
     return "Generation continues.", {}
 
 
+def _drain(scheduler: "Scheduler", args: Arguments) -> Answer:
+    scheduler.planner.draining = args.mode != "off"
+    left = len(scheduler.planner.running) + len(scheduler.planner.queue)
+    return "", {"left": left}
+
+
 def _open_session(scheduler: "Scheduler", args: Arguments) -> Answer:
     id = scheduler.sessions.open(args.session_id, args.capacity, args.idle_seconds)
     return "", {"session_id": id}
@@ -146,6 +152,7 @@ VERBS: dict[str, Callable[["Scheduler", Arguments], Answer]] = {
     "flush_cache": _flush_cache,
     "pause": _pause,
     "continue": _continue,
+    "drain": _drain,
     "open_session": _open_session,
     "close_session": _close_session,
     "start_profile": _start_profile,

@@ -56,6 +56,7 @@ class Planner:
         self.ratio = NewTokenRatio(options.schedule_conservativeness)
         self.retracted_total = 0
         self.paused = False  # then nobody runs, and requests that come wait
+        self.draining = False  # then those that are here finish, and no others come
         # Requests by row; a finished one keeps its row until no plan in flight contains it.
         self.rows: dict[int, Request] = {}
         self.requests_total = 0
@@ -71,9 +72,10 @@ class Planner:
         draft = Draft(self.options.chunked_prefill_size)
         for request in list(self.running):
             self._grow(request, draft)
-        for request in self.queue.candidates(self.clock()):
-            if not self._try_admit(request, draft):
-                break
+        if self._free_rows or self.options.enable_priority_scheduling:
+            for request in self.queue.candidates(self.clock()):
+                if not self._try_admit(request, draft):
+                    break
         return self._finish(draft)
 
     def retract(self, request: Request) -> None:
@@ -286,24 +288,14 @@ class Planner:
         self.rows[request.row] = request
         if request.cached < 0:
             self._count_first_admission(request)
-        draft.new_rows.append(
-            NewRow(
-                row=request.row,
-                tokens=pack_ids(request.tokens()),
-                prompt_len=request.prompt_len,
-                sampling=request.spec.sampling,
-                seed=request.spec.sampling.seed or 0,
-                sample_index=request.spec.sample_index,
-                logprobs=request.spec.logprobs,
-                pool=request.spec.pool,
-            )
-        )
+        draft.new_rows.append(new_row(request))
         if request.pages:
             draft.pages.append(Pages(row=request.row, first=0, ids=list(request.pages)))
         self._grow(request, draft)
 
     def _count_first_admission(self, request: Request) -> None:
         request.cached = request.computed
+        request.account.charge(request.prompt_len - request.cached)
         request.admitted_at = self.clock()
         self.requests_total += 1
         self.prompt_tokens_total += request.prompt_len
@@ -333,3 +325,17 @@ class Planner:
         self._freed_rows = []
         self._rewritten = []
         return plan
+
+
+def new_row(request: Request) -> NewRow:
+    """What the runner must know of a request that starts."""
+    return NewRow(
+        row=request.row,
+        tokens=pack_ids(request.tokens()),
+        prompt_len=request.prompt_len,
+        sampling=request.spec.sampling,
+        seed=request.spec.sampling.seed or 0,
+        sample_index=request.spec.sample_index,
+        logprobs=request.spec.logprobs,
+        pool=request.spec.pool,
+    )

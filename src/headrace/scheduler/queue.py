@@ -5,6 +5,7 @@ budgets and no pages.
 """
 
 from headrace.core.config import ScheduleOptions
+from headrace.scheduler.fairness import Shares
 from headrace.scheduler.policy import choose
 from headrace.scheduler.request import Request
 from headrace.scheduler.space import Space
@@ -24,6 +25,9 @@ class Queue:
         self._options = options
         self._space = space
         self._order = choose(options.schedule_policy, shares=space.cache.shares)
+        self.shares = Shares()
+        # Prompt tokens of the waiting requests.
+        self.tokens = 0
 
     def __len__(self) -> int:
         return len(self.waiting)
@@ -33,15 +37,18 @@ class Queue:
         if request.spec.group:
             self.leaders.setdefault(request.spec.group, request)
         self.waiting.append(request)
+        self.tokens += request.prompt_len
         if len(self.waiting) > 1 and self._rank(self.waiting[-2]) > self._rank(request):
             self.waiting.sort(key=self._rank)
 
     def remove(self, request: Request) -> None:
         """It does not wait any more."""
         self.waiting.remove(request)
+        self.tokens -= request.prompt_len
 
     def forget(self, request: Request) -> None:
-        """The request is over; it leads no group any more."""
+        """The request is over; it leads no group and has no share any more."""
+        self.shares.leave(request)
         if self.leaders.get(request.spec.group) is request:
             del self.leaders[request.spec.group]
 
@@ -55,10 +62,10 @@ class Queue:
         return max(self.waiting, key=self._rank)
 
     def candidates(self, now: float) -> list[Request]:
-        """In the order in which they may start: by urgency, then by the policy."""
+        """In the order in which they may start: by urgency, shares, then by the policy."""
         if not self.waiting:
             return []
-        order = self._order(self.waiting, self._space, now)
+        order = self.shares.order(self._order(self.waiting, self._space, now))
         if self._options.enable_priority_scheduling:
             order.sort(key=lambda request: -self.urgency(request))
         return order[:_LOOK_AHEAD]

@@ -24,6 +24,22 @@ class StopMatcher(Protocol):
         ...
 
 
+class Payer(Protocol):
+    """Whoever the computed tokens of a request are charged to."""
+
+    def charge(self, tokens: int) -> None: ...
+
+
+class Nobody:
+    """Pays for requests that no queue knows."""
+
+    def charge(self, tokens: int) -> None:
+        """It costs nothing."""
+
+
+NOBODY = Nobody()
+
+
 class Request:
     """One sequence from arrival to release."""
 
@@ -64,6 +80,7 @@ class Request:
         start = spec.logprobs.start if spec.logprobs else -1
         self.score_from = self.prompt_len if start < 0 else start
         self.unsent = Unsent()
+        self.account: Payer = NOBODY
         # May use and leave cached prefixes; may be computed in several chunks.
         self.reuse = spec.pool is None or spec.pool.reuse
         self.pieces = spec.pool is None or spec.pool.pieces

@@ -25,6 +25,7 @@ from headrace.core.messages import (
 from headrace.core.plan import StepPlan, StepResult
 from headrace.scheduler.commit import DEFAULT_OUTPUT, Committer, OutputRules, abort
 from headrace.scheduler.control import answer
+from headrace.scheduler.deadlines import Deadlines
 from headrace.scheduler.feature import Feature, Runner
 from headrace.scheduler.planner import Planner
 from headrace.scheduler.report import Reporter
@@ -37,8 +38,10 @@ logger = logging.getLogger(__name__)
 
 # Counters are sent along with deltas at most this often (seconds).
 _STATS_INTERVAL = 0.1
+# The longest that a refused client is told to wait (seconds).
+_LONGEST_RETRY = 300.0
 # Verbs that change counters though no delta comes of them.
-_CHANGING = ("pause", "continue", "flush_cache")
+_CHANGING = ("pause", "continue", "flush_cache", "drain")
 
 
 class Scheduler:
@@ -67,6 +70,7 @@ class Scheduler:
         watchers = (*features, self.sessions)
         self.committer = Committer(self.planner, space, watchers, output, clock)
         self.reporter = Reporter(self.planner, self.committer, output.decode_log_interval, clock)
+        self.deadlines = Deadlines(options)
         self.trace = Trace(clock)
         # Seconds to sleep after each step, to make a slow server for tests of clients.
         self.slow_down = 0.0
@@ -95,6 +99,8 @@ class Scheduler:
     def step(self) -> bool:
         """Plan and launch, or commit, or both. False: nothing could be done."""
         self._poll_features()
+        for request, reason in self.deadlines.expired(self.clock()):
+            self.committer.finish(request, reason)
         launched = len(self._inflight) < self.depth and self._launch()
         if not self._inflight:
             return launched
@@ -161,11 +167,13 @@ class Scheduler:
         request = Request(spec, self._arrivals, self.clock(), None)
         self._arrivals += 1
         reason = reason or self._refusal(request)
+        self.planner.queue.shares.join(request)
         self.planner.queue.add(request)
         if reason is not None:
             self.committer.finish(request, reason)
             return
         request.stop = self._stops(spec)
+        self.deadlines.watch(request)
 
     def _go_on(self, spec: GenerateRequest) -> tuple[GenerateRequest, FinishReason | None]:
         """The request with what came before it in its session; what it replaces ends."""
@@ -188,6 +196,8 @@ class Scheduler:
                 400,
                 "BadRequestError",
             )
+        if self.planner.draining:
+            return self._busy("The server takes no more requests: it finishes those it has.")
         options = self.options
         if (
             request.spec.priority is not None
@@ -214,21 +224,32 @@ class Scheduler:
 
     def _full(self, request: Request) -> FinishReason | None:
         """With a full queue, refuse this request or, if it is more urgent, evict another."""
-        most, queue = self.options.max_queued_requests, self.planner.queue
-        if most is None or len(queue) < most:
+        options, queue = self.options, self.planner.queue
+        most, tokens = options.max_queued_requests, options.max_queued_tokens
+        if most is not None and len(queue) >= most:
+            limit = f"{most} requests (--max-queued-requests)"
+        elif tokens is not None and len(queue) and queue.tokens + request.prompt_len > tokens:
+            limit = f"{tokens} prompt tokens (--max-queued-tokens)"
+        else:
             return None
         last = queue.last()
         if queue.urgency(request) <= queue.urgency(last):
-            return abort("The request queue is full.", 503, "ServiceUnavailableError")
+            return self._busy(f"The request queue is full. It may hold {limit}.")
         self.committer.finish(
-            last,
-            abort(
-                "The request is aborted by a higher priority request.",
-                503,
-                "ServiceUnavailableError",
-            ),
+            last, self._busy("The request is aborted by a higher priority request.")
         )
         return None
+
+    def _busy(self, message: str) -> FinishReason:
+        """An end that tells when half of the queue will be gone, at the pace of late."""
+        seconds = self.committer.pace.seconds_for(len(self.planner.queue) / 2)
+        return FinishReason(
+            "abort",
+            message=message,
+            status=503,
+            kind="ServiceUnavailableError",
+            retry_after=min(max(seconds, 1.0), _LONGEST_RETRY),
+        )
 
     def _abort(self, message: AbortRequest) -> None:
         everything = [*self.planner.queue.waiting, *self.planner.running]

@@ -44,7 +44,7 @@ _USER = """
 /openapi.json /docs /docs/oauth2-redirect /redoc
 """
 _ADMIN = """
-/flush_cache /pause_generation /continue_generation /start_profile /stop_profile
+/flush_cache /pause_generation /continue_generation /drain /start_profile /stop_profile
 /configure_logging /freeze_gc /slow_down /ui/events
 """
 ROLES: dict[str, Role] = {

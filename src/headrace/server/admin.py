@@ -49,8 +49,9 @@ def _add_health(router: APIRouter, context: Context) -> None:
 
     @router.get("/ready")
     async def ready() -> Response:
-        """200 once requests are served; asks nobody."""
-        return Response(status_code=200 if context.manager.ready.is_set() else 503)
+        """200 while requests are taken; asks nobody."""
+        takes = context.manager.ready.is_set() and not context.manager.stats.draining
+        return Response(status_code=200 if takes else 503)
 
     @router.get("/ping", include_in_schema=False)
     @router.get("/health")

@@ -39,6 +39,7 @@ from headrace.server.batch_db import BatchDb
 from headrace.server.batch_routes import BatchRequest
 from headrace.server.batches import BatchRunner
 from headrace.server.context import Context
+from headrace.server.deadlines import ReadDeadlines
 from headrace.server.ollama_input import ChatBody, GenerateBody, NameBody
 from headrace.server.responses_input import ResponsesRequest
 from headrace.server.schemas import SCHEMA_PATH, all_schemas
@@ -98,6 +99,7 @@ def build_app(manager: TokenizerManager, config: Config, info: ModelInfo) -> Fas
         app.include_router(router)
     paths = [getattr(route, "path", "") for r in (app.router, *routers) for route in r.routes]
     check_roles(filter(None, paths))
+    app.add_middleware(ReadDeadlines)
     app.add_middleware(Guard, keys=keys, admin_port=config.serve.admin_port)
     app.add_middleware(
         CORSMiddleware,

@@ -36,6 +36,8 @@ _PAUSE_SECONDS = 0.05
 # A busy server still starts a line now and then, so that a batch ends some day.
 _PATIENCE_SECONDS = 5.0
 _INT32 = 2**31 - 1
+# Lines compete as a tenant of their own that gives way to those who wait for answers.
+_BATCH, _BATCH_WEIGHT = "/batch", 0.01
 _OFF = ResponseStore(0)
 
 Parse = Callable[[bytes, Context, Stamp], Job]
@@ -209,12 +211,17 @@ class BatchRunner:
         return await collect(context.manager.generate_many(requests), job.reply)
 
     def _unhurried(self, request: GenerateRequest) -> GenerateRequest:
-        """With the least urgent priority, where there are priorities."""
-        options = self._context.config.schedule
-        if not options.enable_priority_scheduling:
-            return msgspec.structs.replace(request, priority=None)
-        least = _INT32 if options.schedule_low_priority_values_first else -_INT32
-        return msgspec.structs.replace(request, priority=least)
+        """With the least urgent priority, where there are priorities, and next to no share."""
+        options, owner = self._context.config.schedule, caller.get()
+        priority = None
+        if options.enable_priority_scheduling:
+            priority = _INT32 if options.schedule_low_priority_values_first else -_INT32
+        return msgspec.structs.replace(
+            request,
+            priority=priority,
+            tenant=f"{owner.name}{_BATCH}",
+            weight=owner.weight * _BATCH_WEIGHT,
+        )
 
     async def _finish(self, batch: dict[str, Any], lines: list[Line]) -> None:
         """Give the lines that will never run a result that says so, and end the batch."""

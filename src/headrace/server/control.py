@@ -38,6 +38,15 @@ class ContinueBody(BaseModel):
     model_config = ConfigDict(extra="allow")
 
 
+class DrainBody(BaseModel):
+    """POST /drain: `on: false` takes requests again; `timeout` in seconds."""
+
+    model_config = ConfigDict(extra="allow")
+
+    on: bool = True
+    timeout: Annotated[float, Field(ge=0.0, le=3600.0, allow_inf_nan=False)] | None = None
+
+
 class OpenSessionBody(BaseModel):
     """POST /open_session. The capacity bounds the tokens of a prompt with what came before it."""
 
@@ -94,6 +103,7 @@ SETTINGS = ("log_requests", "log_requests_level", "log_requests_format", "log_le
 BODIES = (
     PauseBody,
     ContinueBody,
+    DrainBody,
     OpenSessionBody,
     CloseSessionBody,
     ProfileBody,
@@ -132,6 +142,17 @@ def _add_pause(router: APIRouter, context: Context) -> None:
         _, headers = await _read(http, context, ContinueBody)
         reply = await control.go_on(context.manager)
         return json_response({"status": "ok", "message": reply.message}, headers)
+
+    @router.post("/drain", openapi_extra=body_of(DrainBody))
+    async def drain(http: Request) -> Response:
+        """Take no more requests; answers when the last one has ended, or the time is over."""
+        body, headers = await _read(http, context, DrainBody)
+        if not body.on:
+            await control.take_again(context.manager)
+            return json_response({"status": "ok", "draining": False, "left": 0}, headers)
+        limit = context.config.serve.drain_timeout if body.timeout is None else body.timeout
+        left = await control.drain(context.manager, limit)
+        return json_response({"status": "ok", "draining": True, "left": left}, headers)
 
 
 def _add_sessions(router: APIRouter, context: Context) -> None:
