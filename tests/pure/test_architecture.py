@@ -26,6 +26,7 @@ LAYERS: dict[str, set[str]] = {
     "models": {"core", "ops", "dist", "quant", "layers"},
     "loader": {"core", "ops", "dist", "quant", "layers", "models"},
     "scheduler": {"core", "cache", "metrics"},
+    "sim": {"core", "cache", "scheduler"},
     "runner": {"core", "ops", "dist", "layers", "loader"},
     "grammar": {"core", "text", "metrics", "scheduler", "ops"},
     "frontend": {"core", "ipc", "text", "metrics"},
@@ -35,9 +36,20 @@ LAYERS: dict[str, set[str]] = {
         "models", "loader", "scheduler", "runner", "frontend", "server", "grammar",
     },
     "bench": {"core", "text", "engine", "assets", "ops", "dist", "loader", "runner", "grammar"},
-    "cli": {"core", "engine", "bench", "assets", "text", "ops"},
+    "cli": {"core", "engine", "bench", "assets", "text", "ops", "sim"},
 }  # fmt: skip
-NO_TORCH = {"core", "cache", "scheduler", "ipc", "text", "frontend", "server", "metrics", "bench"}
+NO_TORCH = {
+    "core",
+    "cache",
+    "scheduler",
+    "ipc",
+    "text",
+    "frontend",
+    "server",
+    "metrics",
+    "bench",
+    "sim",
+}
 # Words that name features; only their own folder, the composition root and config may use them.
 UNSAFE = re.compile(
     r"\b(pickle|dill|cloudpickle|marshal)\b|recv_pyobj|send_pyobj|(?<![\w.])eval\(|(?<![\w.])exec\("

@@ -311,6 +311,10 @@ class ObserveOptions:
     profile_dir: str = option(
         "", "Folder for the traces of /start_profile; empty turns profiles off."
     )
+    record_schedule: str = option(
+        "", "New file that gets everything the scheduler hears (prompts too), for headrace replay."
+    )
+    record_limit_mb: int = option(256, "Most MiB of --record-schedule.", minimum=1)
     decode_log_interval: int = option(40, "Steps between decode log lines.", minimum=1)
 
 

@@ -4,6 +4,8 @@ The only file that names features. The runner is the real worker or the fake one
 for the real one only.
 """
 
+import dataclasses
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,7 +21,8 @@ from headrace.engine.parts import grammar_backend, load_tokenizer_of
 from headrace.grammar.gate import GrammarGate, NoGrammars
 from headrace.runner.fake import FakeWorker
 from headrace.scheduler.commit import OutputRules
-from headrace.scheduler.feature import Feature
+from headrace.scheduler.feature import Feature, Runner
+from headrace.scheduler.journal import Header, JournalFile, RecordedScheduler, Recorder
 from headrace.scheduler.request import StopMatcher
 from headrace.scheduler.scheduler import Scheduler
 from headrace.scheduler.space import Space
@@ -36,7 +39,7 @@ _TAIL = 8
 class Built(NamedTuple):
     """A scheduler with its runner; `memory` in GiB and tokens, for people."""
 
-    scheduler: Scheduler
+    scheduler: Scheduler | RecordedScheduler
     limits: Limits
     memory: dict[str, float]
 
@@ -53,20 +56,65 @@ def build_scheduler(config: Config, info: ModelInfo, progress: Callable[[str], N
         worker = _worker(config, info)
         tokenizer = reading.result()
     progress("scheduler")
-    scheduler = Scheduler(
+    parts = Parts(
+        runner=worker,
+        scope=worker.prefix_scope,
+        stops=stop_factory(tokenizer),
+        features=[build_grammar(config, info, tokenizer)],
+    )
+    compose = _recorded if config.observe.record_schedule else _scheduler
+    return Built(compose(config, info, worker.limits, parts), worker.limits, dict(worker.memory))
+
+
+class Parts(NamedTuple):
+    """What stands around a scheduler."""
+
+    runner: Runner
+    scope: Callable[[int], str]
+    stops: Callable[[GenerateRequest], StopMatcher | None]
+    features: list[Feature]
+    clock: Callable[[], float] = time.monotonic
+
+
+def _scheduler(config: Config, info: ModelInfo, limits: Limits, parts: Parts) -> Scheduler:
+    return Scheduler(
         config.schedule,
-        worker.limits,
-        _space(config, worker),
-        worker,
+        limits,
+        _space(config, limits, parts.scope),
+        parts.runner,
         output=OutputRules(
             eos_token_ids=info.eos_token_ids,
-            stops=stop_factory(tokenizer),
+            stops=parts.stops,
             stream_interval=config.serve.stream_interval,
             decode_log_interval=config.observe.decode_log_interval,
         ),
-        features=(build_grammar(config, info, tokenizer),),
+        features=parts.features,
+        clock=parts.clock,
     )
-    return Built(scheduler, worker.limits, dict(worker.memory))
+
+
+def _recorded(config: Config, info: ModelInfo, limits: Limits, parts: Parts) -> RecordedScheduler:
+    """A scheduler that writes down what it hears and decides, for `headrace replay`."""
+    observe = config.observe
+    recorder = Recorder(JournalFile(observe.record_schedule, observe.record_limit_mb << 20))
+    recorder.begin(
+        Header(
+            schedule=dataclasses.asdict(config.schedule),
+            cache=dataclasses.asdict(config.cache),
+            limits=limits,
+            eos_token_ids=list(info.eos_token_ids),
+            stream_interval=config.serve.stream_interval,
+            features=len(parts.features),
+        )
+    )
+    heard = Parts(
+        runner=recorder.runner(parts.runner),
+        scope=recorder.scope(parts.scope),
+        stops=recorder.stops(parts.stops),
+        features=[recorder.feature(feature) for feature in parts.features],
+        clock=recorder.clock,
+    )
+    return RecordedScheduler(_scheduler(config, info, limits, heard), recorder, parts.clock)
 
 
 def build_grammar(config: Config, info: ModelInfo, tokenizer: Tokenizer | None) -> Feature:
@@ -114,12 +162,11 @@ def _worker(config: Config, info: ModelInfo) -> "FakeWorker | TpModelWorker":
     return TpModelWorker(config, info, hardware, halves=(MaskedLogits(),))
 
 
-def _space(config: Config, worker: "FakeWorker | TpModelWorker") -> Space:
-    limits = worker.limits
+def _space(config: Config, limits: Limits, scope: Callable[[int], str]) -> Space:
     pool = PagePool(limits.max_total_tokens // limits.page_size, limits.page_size)
     cache: PrefixCache
     if config.cache.disable_radix_cache:
         cache = ChunkCache()
     else:
         cache = RadixCache(limits.page_size, config.cache.radix_eviction_policy)
-    return Space(pool, cache, worker.prefix_scope)
+    return Space(pool, cache, scope)

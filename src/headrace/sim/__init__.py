@@ -1,0 +1,1 @@
+"""The real scheduler without a device: recordings of servers are run again."""
