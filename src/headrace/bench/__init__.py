@@ -31,6 +31,9 @@ BENCHMARKS = {
     "serving": Benchmark(
         "headrace.bench.serving", "Serve a load and run it offline; report the share that is left."
     ),
+    "abuse": Benchmark(
+        "headrace.bench.abuse", "Vanish, send garbage, flood, soak; check that nobody else suffers."
+    ),
     "kernels": Benchmark(
         "headrace.bench.kernels", "Measure this machine's limits and each kernel against them."
     ),

@@ -294,7 +294,8 @@ class Delta(Message, frozen=True, array_like=True):
 class SchedulerStats(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
     """Counters (…_total) and gauges of one scheduler, cheap enough to send often.
 
-    `..._counts` are those of a histogram with the bounds of metrics/record.
+    `..._counts` are those of a histogram with the bounds of metrics/record. `retry_after`: seconds
+    until half of the queue is gone, at the pace of late.
     """
 
     running: int = 0
@@ -328,6 +329,7 @@ class SchedulerStats(msgspec.Struct, frozen=True, array_like=True, omit_defaults
     grammar_mask_counts: list[int] = []
     grammar_mask_seconds_total: float = 0.0
     draining: int = 0
+    retry_after: float = 0.0
 
 
 class Deltas(Message, frozen=True, array_like=True):

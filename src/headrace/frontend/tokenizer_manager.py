@@ -52,6 +52,8 @@ from headrace.metrics.record import RequestMetrics
 from headrace.text.chat import TemplateManager
 from headrace.text.tokenizer import Tokenizer
 
+# How long counters of the scheduler are believed.
+_FRESH_SECONDS = 0.3
 # Raises BadRequest for a request that a feature cannot serve.
 RequestCheck = Callable[[GenerateRequest], None]
 
@@ -80,6 +82,7 @@ class TokenizerManager:
         self.limits: Limits | None = None
         self.ready = asyncio.Event()
         self.stats = SchedulerStats()
+        self._stats_at = 0.0
         self.metrics = RequestMetrics()
         self.log = RequestLog.create(config.observe)
         # For people: sizes in GiB and tokens, seconds by step of the start.
@@ -161,6 +164,7 @@ class TokenizerManager:
 
         When one request is refused, none is sent.
         """
+        self._check_room()
         tenant = caller.get()
         with self._quotas.admit(tenant, len(requests)) as usage:
             prepared = await self._prepare([owned(request, tenant) for request in requests])
@@ -267,6 +271,20 @@ class TokenizerManager:
                     flight.abandoned = True
                     self._send(AbortRequest(request.rid, origin=self._origin or -1))
 
+    def _check_room(self) -> None:
+        """With a queue that was full a moment ago, refuse before any work is done.
+
+        The scheduler decides where urgent requests displace others.
+        """
+        schedule, stats = self.config.schedule, self.stats
+        most = schedule.max_queued_requests
+        if most is None or stats.waiting < most or schedule.enable_priority_scheduling:
+            return
+        if time.monotonic() - self._stats_at < _FRESH_SECONDS:
+            error = Overloaded(f"The request queue is full. It may hold {most} requests.")
+            error.retry_after = stats.retry_after
+            raise error
+
     def _check_alive(self) -> None:
         if self._failure is not None:
             raise self._failure
@@ -288,7 +306,7 @@ class TokenizerManager:
         for message in messages:
             if isinstance(message, Deltas):
                 if message.stats is not None:
-                    self.stats = message.stats
+                    self.stats, self._stats_at = message.stats, time.monotonic()
                 self._deliver(message.items)
             elif isinstance(message, PeerMetrics):
                 self.peers.hear(message)

@@ -18,6 +18,9 @@ from headrace.scheduler.watch import STEP_FIELDS, StepLog, pages_of, tree_of
 
 logger = logging.getLogger(__name__)
 
+# The longest that a refused client is told to wait (seconds).
+_LONGEST_RETRY = 300.0
+
 
 class Reporter:
     """Counts steps and prints a line for prefills and for every n-th decode step."""
@@ -76,8 +79,15 @@ class Reporter:
             max_running_requests=planner.limits.max_running_requests,
             paused=len(planner.running) if planner.paused else 0,
             draining=int(planner.draining),
+            retry_after=self.retry_after,
             **{key: value for one in planner.features for key, value in one.stats().items()},
         )
+
+    @property
+    def retry_after(self) -> float:
+        """Seconds until half of the queue is gone, at the pace of late; 1 s to 5 min."""
+        seconds = self._committer.pace.seconds_for(len(self._planner.queue) / 2)
+        return min(max(seconds, 1.0), _LONGEST_RETRY)
 
     def watched(self, since: int, inflight: int) -> dict[str, Any]:
         """What a dashboard shows: counters, pages, tree, and the steps after number `since`."""

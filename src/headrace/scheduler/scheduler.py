@@ -38,8 +38,6 @@ logger = logging.getLogger(__name__)
 
 # Counters are sent along with deltas at most this often (seconds).
 _STATS_INTERVAL = 0.1
-# The longest that a refused client is told to wait (seconds).
-_LONGEST_RETRY = 300.0
 # Verbs that change counters though no delta comes of them.
 _CHANGING = ("pause", "continue", "flush_cache", "drain")
 
@@ -80,6 +78,8 @@ class Scheduler:
         self._arrivals = 0
         self._stats_sent = 0.0
         self._stats_due = False
+        # Idle when it was last asked for news.
+        self._rested = True
 
     @property
     def idle(self) -> bool:
@@ -138,14 +138,17 @@ class Scheduler:
         """Everything to send since the last call."""
         out: list[Outbound] = list(self._replies)
         self._replies = []
-        deltas, due = self.committer.deltas, self._stats_due
+        deltas, idle = self.committer.deltas, self.idle
+        # The last word before a rest is true: nobody will correct it.
+        due = self._stats_due or (idle and not self._rested)
         if deltas or due:
             now = self.clock()
             stats = None
-            if due or self.idle or now - self._stats_sent >= _STATS_INTERVAL:
+            if due or now - self._stats_sent >= _STATS_INTERVAL:
                 stats, self._stats_sent, self._stats_due = self.reporter.stats(), now, False
             out.append(Deltas(items=deltas, stats=stats))
             self.committer.deltas = []
+        self._rested = idle
         return out
 
     def check(self) -> None:
@@ -241,14 +244,13 @@ class Scheduler:
         return None
 
     def _busy(self, message: str) -> FinishReason:
-        """An end that tells when half of the queue will be gone, at the pace of late."""
-        seconds = self.committer.pace.seconds_for(len(self.planner.queue) / 2)
+        """An end that tells when to come back."""
         return FinishReason(
             "abort",
             message=message,
             status=503,
             kind="ServiceUnavailableError",
-            retry_after=min(max(seconds, 1.0), _LONGEST_RETRY),
+            retry_after=self.reporter.retry_after,
         )
 
     def _abort(self, message: AbortRequest) -> None:
