@@ -133,6 +133,9 @@ class GenerateRequest(Message, frozen=True, array_like=True):
     a grammar constrains what follows that text, which must come; before it everything is allowed.
     `origin` is the frontend that gets the answer, here and in the other messages.
     With `pool` the answer is `Delta.pooled`, and `max_new_tokens` must be 0.
+    A request that goes on after a crash brings the output its client has (`out`, int32 bytes) and
+    the number of this `attempt`, which its deltas repeat; `strikes` counts the crashes that it may
+    have caused.
     """
 
     rid: str
@@ -150,6 +153,9 @@ class GenerateRequest(Message, frozen=True, array_like=True):
     session: SessionParams | None = None
     origin: int = 0
     pool: PoolSpec | None = None
+    out: bytes = b""
+    attempt: int = 0
+    strikes: int = 0
 
 
 class AbortRequest(Message, frozen=True, array_like=True):
@@ -246,7 +252,10 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, omit_defaults=
 
 
 class StreamStart(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
-    """What the detokenizer must know of a request, sent with its first delta."""
+    """What the detokenizer must know of a request, sent with its first delta.
+
+    `out` is output that comes before the delta's (after a crash); its text comes with it.
+    """
 
     prompt_tail: bytes
     stop: tuple[str, ...] = ()
@@ -254,6 +263,7 @@ class StreamStart(msgspec.Struct, frozen=True, array_like=True, omit_defaults=Tr
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     no_stop_trim: bool = False
+    out: bytes = b""
 
 
 class Delta(Message, frozen=True, array_like=True):
@@ -278,6 +288,7 @@ class Delta(Message, frozen=True, array_like=True):
     first_token_time: float = 0.0
     origin: int = 0
     pooled: bytes = b""
+    attempt: int = 0
 
 
 class SchedulerStats(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
@@ -316,6 +327,7 @@ class SchedulerStats(msgspec.Struct, frozen=True, array_like=True, omit_defaults
     grammar_compile_seconds_total: float = 0.0
     grammar_mask_counts: list[int] = []
     grammar_mask_seconds_total: float = 0.0
+    is_paused: bool = False
 
 
 class Deltas(Message, frozen=True, array_like=True):

@@ -12,7 +12,7 @@ import asyncio
 import itertools
 import random
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Any
 
@@ -26,7 +26,6 @@ from headrace.core.messages import (
     ControlReply,
     Delta,
     Deltas,
-    FinishReason,
     GenerateRequest,
     Inbound,
     News,
@@ -38,9 +37,11 @@ from headrace.core.messages import (
 from headrace.core.model_info import ModelInfo
 from headrace.frontend.async_tokenizer import AsyncTokenizer
 from headrace.frontend.encode import for_model, shortened
-from headrace.frontend.mailbox import Flight, Mailbox
+from headrace.frontend.flight import Flight
+from headrace.frontend.mailbox import Mailbox
 from headrace.frontend.measure import StepMeasure
 from headrace.frontend.peers import Peers
+from headrace.frontend.recovery import Recovery
 from headrace.frontend.request_log import RequestLog
 from headrace.frontend.requests import continued, fan_out
 from headrace.frontend.validate import validate
@@ -95,6 +96,7 @@ class TokenizerManager:
         self._seeds = random.Random(config.model.random_seed)
         self._texts = AsyncTokenizer(tokenizer)
         self._checks = checks
+        self.recovery = Recovery(self._flights, origin)
         self._failure: HeadraceError | None = None
         self._loop: asyncio.AbstractEventLoop
         self._sender: Sender | None = None
@@ -118,13 +120,32 @@ class TokenizerManager:
         """Nothing can be answered any more: end every request with `error`, refuse new ones."""
         self._failure = error
         self.ready.clear()
-        finish = FinishReason("abort", message=error.message, status=error.status, kind=error.kind)
-        flights, self._flights = self._flights, {}
-        for rid, flight in flights.items():
-            flight.deliver(Delta(rid, finish=finish))
+        for rid in list(self._flights):
+            self.recovery.end(rid, error)
         for reply in self._controls.values():
             if not reply.done():
                 reply.set_exception(error)
+
+    def suspend(self, why: str, *, scheduler: bool, batch: Mapping[int, int]) -> None:
+        """A process was lost and will be back; see `Recovery.begin`. Requests wait meanwhile."""
+        self.recovery.begin(why, self.metrics, scheduler=scheduler, batch=batch)
+        for reply in self._controls.values():
+            if not reply.done():
+                reply.set_exception(Overloaded(why))
+        if scheduler and self._sender is not None:
+            self._sender.close()
+            self._sender = None
+
+    def resume(self) -> None:
+        """All processes serve again: what is in flight goes on from where its client is."""
+        if not self.recovery.why:
+            return
+        if self._sender is None:
+            self._sender = Sender(self._addresses.scheduler)
+        if self.stats.is_paused:
+            self._send(Control(0, "pause", {"mode": "in_place"}, self._origin))
+        for message in self.recovery.messages(self.metrics):
+            self._send(message)
 
     async def close(self) -> None:
         """End every request and close the channels. May be called twice."""
@@ -174,7 +195,10 @@ class TokenizerManager:
 
     def abort(self, rid: str = "", prefix: bool = False, all: bool = False) -> None:
         """End a request, those whose rid starts with `rid`, or all; unknown ones are ignored."""
-        self._send(AbortRequest(rid, prefix, all))
+        message = AbortRequest(rid, prefix, all)
+        if self.recovery.why:
+            self.recovery.abort(message)
+        self._send(message)
 
     async def control(self, verb: Verb, timeout: float = 30.0, **args: Any) -> ControlReply:
         """Ask the scheduler; `args` are those of `headrace.scheduler.control`.
@@ -183,6 +207,8 @@ class TokenizerManager:
             HeadraceError: no answer within `timeout` seconds, or the scheduler is gone.
         """
         self._check_alive()
+        if self.recovery.why:
+            raise Overloaded(self.recovery.why)
         message = Control(next(self._control_ids), verb, args, self._origin)
         reply = self._controls[message.id] = self._loop.create_future()
         try:
@@ -240,14 +266,21 @@ class TokenizerManager:
     def _send_off(self, requests: Sequence[GenerateRequest]) -> Iterator[Mailbox]:
         """Send requests; on the way out, abort those that have not ended."""
         self._check_alive()
+        if (most := self.config.schedule.max_queued_requests) is not None and self.limits:
+            self.recovery.check_room(most + self.limits.max_running_requests)
         self._check_fresh([request.rid for request in requests])
         mailbox = Mailbox(self._loop)
         now = time.monotonic()
-        flights = [Flight(mailbox, i, r.stream, now) for i, r in enumerate(requests)]
+        requests = [
+            msgspec.structs.replace(request, received=now, origin=self._origin)
+            for request in requests
+        ]
+        flights = [Flight(mailbox, i, request, now) for i, request in enumerate(requests)]
         try:
             for request, flight in zip(requests, flights, strict=True):
                 self._flights[request.rid] = flight
-                self._send(msgspec.structs.replace(request, received=now, origin=self._origin))
+                if not self.recovery.why:  # else `resume` does
+                    self._send(request)
             self.metrics.requests += len(requests)
             yield mailbox
         finally:
@@ -297,8 +330,9 @@ class TokenizerManager:
         measure = StepMeasure(self.metrics, time.monotonic())
         for delta in deltas:
             flight = flights.get(delta.rid)
-            if flight is None:
+            if flight is None or (news := flight.accept(delta)) is None:
                 continue
+            delta = news
             if delta.finish is not None:
                 del flights[delta.rid]
             measure.add(flight, delta)

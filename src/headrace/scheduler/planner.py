@@ -56,6 +56,8 @@ class Planner:
         self.ratio = NewTokenRatio(options.schedule_conservativeness)
         self.retracted_total = 0
         self.paused = False  # then nobody runs, and requests that come wait
+        # Requests that could not be planned, for the scheduler to end.
+        self.broken: list[tuple[Request, Exception]] = []
         # Requests by row; a finished one keeps its row until no plan in flight contains it.
         self.rows: dict[int, Request] = {}
         self.requests_total = 0
@@ -120,12 +122,14 @@ class Planner:
             return False
         if request.held or request.finish is not None or not request.wants_work:
             return False
-        if not self.features:
-            return request.inflight < self.depth
-        if any(feature.holds(request) for feature in self.features):
+        try:
+            if any(feature.holds(request) for feature in self.features):
+                return False
+            chains = (feature.chain(request, self.depth) for feature in self.features)
+            return request.inflight < min(chains, default=self.depth)
+        except Exception as error:  # noqa: BLE001  it fails this request, not the server
+            self.broken.append((request, error))
             return False
-        chain = min(feature.chain(request, self.depth) for feature in self.features)
-        return request.inflight < chain
 
     def _append(self, request: Request, count: int, draft: Draft) -> None:
         start, end = request.computed, request.computed + count
@@ -226,10 +230,14 @@ class Planner:
         """Nothing in the background is missing, and the group's prompt is computed."""
         if self._leader_computes(request):
             return False
-        return all(
-            feature.ready(request) and feature.admit(request, draft.requests)
-            for feature in self.features
-        )
+        try:
+            return all(
+                feature.ready(request) and feature.admit(request, draft.requests)
+                for feature in self.features
+            )
+        except Exception as error:  # noqa: BLE001  it fails this request, not the server
+            self.broken.append((request, error))
+            return False
 
     def _leader_computes(self, request: Request) -> bool:
         """Is the group's prompt still being computed by another sample?
@@ -319,7 +327,7 @@ class Planner:
             for request in self._rewritten
             if request.row >= 0
         ]
-        extras = [feature.attach(draft.chunks, draft.requests) for feature in self.features]
+        extras = [self._extra(feature, draft) for feature in self.features]
         self._steps += 1
         plan = StepPlan(
             step=self._steps,
@@ -333,3 +341,18 @@ class Planner:
         self._freed_rows = []
         self._rewritten = []
         return plan
+
+    def _extra(self, feature: Feature, draft: Draft) -> Any:
+        """What a feature adds; requests it fails for stay in the plan, but are ended after it."""
+        try:
+            return feature.attach(draft.chunks, draft.requests)
+        except Exception:  # noqa: BLE001  the next lines find out whose it is
+            pairs = list(zip(draft.chunks, draft.requests, strict=True))
+        sound = []
+        for chunk, request in pairs:
+            try:
+                feature.attach([chunk], [request])
+                sound.append((chunk, request))
+            except Exception as error:  # noqa: BLE001  it fails this request, not the server
+                self.broken.append((request, error))
+        return feature.attach([chunk for chunk, _ in sound], [request for _, request in sound])

@@ -75,6 +75,7 @@ class Reporter:
             uptime=self._clock() - self._started,
             max_running_requests=planner.limits.max_running_requests,
             paused=len(planner.running) if planner.paused else 0,
+            is_paused=planner.paused,
             **{key: value for one in planner.features for key, value in one.stats().items()},
         )
 

@@ -23,12 +23,12 @@ from headrace.core.messages import (
     Outbound,
 )
 from headrace.core.plan import StepPlan, StepResult
-from headrace.scheduler.commit import DEFAULT_OUTPUT, Committer, OutputRules, abort
+from headrace.scheduler.commit import DEFAULT_OUTPUT, Committer, OutputRules, abort, failure
 from headrace.scheduler.control import answer
 from headrace.scheduler.feature import Feature, Runner
 from headrace.scheduler.planner import Planner
 from headrace.scheduler.report import Reporter
-from headrace.scheduler.request import Request
+from headrace.scheduler.request import Request, StopMatcher
 from headrace.scheduler.sessions import Sessions
 from headrace.scheduler.space import Space
 from headrace.scheduler.trace import Trace
@@ -156,16 +156,38 @@ class Scheduler:
 
     def _accept(self, spec: GenerateRequest) -> None:
         reason = None
+        if spec.attempt:
+            self._supersede(spec)
         if spec.session is not None:
             spec, reason = self._go_on(spec)
         request = Request(spec, self._arrivals, self.clock(), None)
         self._arrivals += 1
-        reason = reason or self._refusal(request)
+        try:
+            reason = reason or self._refusal(request)
+            if reason is None:
+                request.stop = self._resumed_stop(request)
+        except HeadraceError as error:
+            reason = abort(error.message, error.status, error.kind)
+        except Exception as error:  # noqa: BLE001  it fails this request, not the server
+            reason = failure("accepting the request", error)
         self.planner.queue.add(request)
         if reason is not None:
             self.committer.finish(request, reason)
-            return
-        request.stop = self._stops(spec)
+
+    def _supersede(self, spec: GenerateRequest) -> None:
+        """An earlier attempt of the same request may still be here: its answer was lost."""
+        for other in [*self.planner.queue.waiting, *self.planner.running]:
+            if (other.spec.rid, other.spec.origin) == (spec.rid, spec.origin):
+                reason = FinishReason("abort", message="Begun anew.", status=499, kind="Cancelled")
+                self.committer.finish(other, reason)
+
+    def _resumed_stop(self, request: Request) -> StopMatcher | None:
+        """What watches for its stops, when it has seen the output so far."""
+        stop = self._stops(request.spec)
+        if stop is not None:
+            for token in request.out:
+                stop.push(token)
+        return stop
 
     def _go_on(self, spec: GenerateRequest) -> tuple[GenerateRequest, FinishReason | None]:
         """The request with what came before it in its session; what it replaces ends."""
@@ -215,7 +237,7 @@ class Scheduler:
     def _full(self, request: Request) -> FinishReason | None:
         """With a full queue, refuse this request or, if it is more urgent, evict another."""
         most, queue = self.options.max_queued_requests, self.planner.queue
-        if most is None or len(queue) < most:
+        if most is None or len(queue) < most or request.spec.attempt:
             return None
         last = queue.last()
         if queue.urgency(request) <= queue.urgency(last):
@@ -250,6 +272,9 @@ class Scheduler:
     def _launch(self) -> bool:
         began = self.trace.mark()
         plan = None if self.planner.paused else self.planner.plan()
+        while self.planner.broken:
+            request, error = self.planner.broken.pop()
+            self.committer.finish(request, failure("planning", error))
         if plan is None:
             return False
         self.trace.add("plan", began)
