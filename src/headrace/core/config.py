@@ -269,6 +269,30 @@ class ObserveOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class RecoverOptions:
+    """What happens when a process dies or is stuck; see docs/recovery.md."""
+
+    on_crash: str = option(
+        "restart",
+        "restart starts a lost process again and its requests go on; exit ends the server.",
+        choices=("restart", "exit"),
+    )
+    restart_limit: int = option(
+        10, "Most restarts within the window; one more ends the server.", minimum=1
+    )
+    restart_window: int = option(300, "Seconds over which restarts are counted.", minimum=1)
+    watchdog_timeout: float = option(
+        300.0,
+        "Seconds after which a process that is stuck in one step, or does not run at all, is "
+        "killed; 0 waits for ever.",
+        minimum=0.0,
+    )
+    crash_dump_folder: str = option(
+        "", "Folder for reports of crashes: stacks and last output, no prompts. Empty keeps none."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """All options; frozen after `resolve`."""
 
@@ -278,6 +302,7 @@ class Config:
     run: RunOptions = RunOptions()
     serve: ServeOptions = ServeOptions()
     observe: ObserveOptions = ObserveOptions()
+    recover: RecoverOptions = RecoverOptions()
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Any]) -> "Config":

@@ -25,10 +25,12 @@ from headrace.core.errors import HeadraceError
 from headrace.core.messages import Deltas
 from headrace.engine import boot as wire
 from headrace.engine.boot import Boot, Failed, Loading, Ready
+from headrace.engine.crash import STACKS_SIGNAL
 from headrace.engine.stopwatch import Stopwatch
 from headrace.engine.tied import die_with_parent
 from headrace.ipc import address
 from headrace.ipc.channels import Receiver
+from headrace.ipc.pulse import Pulse
 
 # What takes long to import, by role and runner; needed in any case.
 _EARLY = {
@@ -72,18 +74,21 @@ def main() -> None:
 
 def _schedule(boot: Boot, reports: "Reports", watch: Stopwatch) -> NoReturn:
     from headrace.engine.build import build_scheduler
-    from headrace.engine.loop import open_ports, run
+    from headrace.engine.loop import Roll, open_ports, run
 
     def progress(step: str) -> None:
         watch.begin(step)
         reports.send(Loading(step))
 
+    pulse = Pulse(boot.addresses.folder, "scheduler")
+    pulse.beat_for_ever()
     ports = open_ports(boot.addresses, boot.config.serve)
     built = build_scheduler(boot.config, boot.info, progress)
     watch.begin("")
     reports.send(Ready(watch.seconds, built.limits, built.memory))
     _settle()
-    run(built.scheduler, ports)
+    built.scheduler.on_batch = Roll(pulse).call
+    run(built.scheduler, ports, pulse)
 
 
 def _detokenize(boot: Boot, number: int, reports: "Reports", watch: Stopwatch) -> NoReturn:
@@ -93,13 +98,16 @@ def _detokenize(boot: Boot, number: int, reports: "Reports", watch: Stopwatch) -
     from headrace.ipc.address import numbered
 
     watch.begin("tokenizer")
+    role = f"detokenizer-{number}" if number else "detokenizer"
+    pulse = Pulse(boot.addresses.folder, role)
+    pulse.beat_for_ever()
     inbox = Receiver[Deltas](numbered(boot.addresses.detokenizer, number), Deltas)
     outbox = to_frontends(boot.addresses, boot.config.serve.tokenizer_worker_num)
     manager = DetokenizerManager(load_tokenizer_of(boot.config))
     watch.begin("")
     reports.send(Ready(watch.seconds))
     _settle()
-    manager.run(inbox, outbox)
+    manager.run(inbox, outbox, pulse)
 
 
 def _serve(boot: Boot, number: int, reports: "Reports", lifeline: "Lifeline") -> None:
@@ -153,6 +161,7 @@ class Lifeline:
         self._leaving = threading.Lock()
         setproctitle.setproctitle(f"headrace::{role}")
         faulthandler.enable()
+        faulthandler.register(STACKS_SIGNAL, all_threads=True)
         # Ctrl-C and service managers signal every process; only the parent decides what it means.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

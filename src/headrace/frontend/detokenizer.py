@@ -15,6 +15,7 @@ from headrace.core.errors import BadRequest
 from headrace.core.messages import Delta, Deltas, FinishReason, StreamStart, unpack_ids
 from headrace.frontend.router import Outlet
 from headrace.ipc.channels import Receiver
+from headrace.ipc.pulse import Pulse
 from headrace.text.detokenize import IncrementalDecoder
 from headrace.text.stop import StopFilter
 from headrace.text.tokenizer import Tokenizer
@@ -28,10 +29,13 @@ class DetokenizerManager:
         # By frontend and rid: two frontends may have requests of one name for a moment.
         self._streams: dict[tuple[int, str], TextStream] = {}
 
-    def run(self, inbox: Receiver[Deltas], outbox: Outlet) -> NoReturn:
+    def run(self, inbox: Receiver[Deltas], outbox: Outlet, pulse: Pulse) -> NoReturn:
         """Serve for ever."""
         while True:
-            for deltas in inbox.take(None):
+            pulse.rest()
+            waiting = inbox.take(None)
+            pulse.begin()
+            for deltas in waiting:
                 outbox.send(self.advance(deltas))
 
     def advance(self, deltas: Deltas) -> Deltas:

@@ -10,12 +10,9 @@ from collections.abc import Mapping
 
 import msgspec
 
-from headrace.core.messages import Delta, GenerateRequest, pack_ids
+from headrace.core.messages import CLEARED_AFTER, Delta, GenerateRequest, pack_ids
 from headrace.frontend.delta import merge
 from headrace.frontend.mailbox import Mailbox
-
-# A request that has come this far since it went on had no part in the crash before.
-CLEARED_AFTER = 16
 
 
 def key_of(rid: str, origin: int) -> int:

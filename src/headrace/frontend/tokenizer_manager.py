@@ -200,6 +200,10 @@ class TokenizerManager:
             self.recovery.abort(message)
         self._send(message)
 
+    def abort_of(self, origin: int) -> None:
+        """End the requests of another frontend, which is gone."""
+        self._send(AbortRequest(all=True, origin=origin))
+
     async def control(self, verb: Verb, timeout: float = 30.0, **args: Any) -> ControlReply:
         """Ask the scheduler; `args` are those of `headrace.scheduler.control`.
 

@@ -228,7 +228,7 @@ class Planner:
 
     def _is_ready(self, request: Request, draft: Draft) -> bool:
         """Nothing in the background is missing, and the group's prompt is computed."""
-        if self._leader_computes(request):
+        if self._leader_computes(request) or self._on_trial(request):
             return False
         try:
             return all(
@@ -238,6 +238,10 @@ class Planner:
         except Exception as error:  # noqa: BLE001  it fails this request, not the server
             self.broken.append((request, error))
             return False
+
+    def _on_trial(self, request: Request) -> bool:
+        """Has it, like one that runs, been in several crashes? Then they run one at a time."""
+        return request.strikes > 1 and any(other.strikes > 1 for other in self.running)
 
     def _leader_computes(self, request: Request) -> bool:
         """Is the group's prompt still being computed by another sample?

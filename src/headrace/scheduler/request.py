@@ -12,7 +12,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from headrace.core.messages import FinishReason, GenerateRequest, TokenLogprobs, unpack_ids
+from headrace.core.messages import (
+    CLEARED_AFTER,
+    FinishReason,
+    GenerateRequest,
+    TokenLogprobs,
+    unpack_ids,
+)
 from headrace.core.plan import ScoredToken
 
 
@@ -72,6 +78,12 @@ class Request:
     @property
     def rid(self) -> str:
         return self.spec.rid
+
+    @property
+    def strikes(self) -> int:
+        """Crashes it may have caused; none once it has gone on for a while."""
+        made = len(self.out) - len(self.spec.out) // 4 if self.spec.strikes else 0
+        return self.spec.strikes if made < CLEARED_AFTER else 0
 
     @property
     def total(self) -> int:

@@ -70,6 +70,9 @@ class Scheduler:
         self.trace = Trace(clock)
         # Seconds to sleep after each step, to make a slow server for tests of clients.
         self.slow_down = 0.0
+        # Told who is about to be computed whenever that changes; while it returns True, each time.
+        self.on_batch: Callable[[Sequence[Request]], bool] = lambda requests: False
+        self._watching = False
         self._stops = output.stops
         self._inflight: deque[tuple[StepPlan, Future[StepResult]]] = deque()
         self._replies: list[ControlReply] = []
@@ -279,6 +282,8 @@ class Scheduler:
             return False
         self.trace.add("plan", began)
         self.reporter.planned(plan)
+        if self._watching or plan.new_rows or plan.freed_rows:
+            self._watching = self.on_batch(self.planner.running)
         began = self.trace.mark()
         future = self.runner.launch(plan)
         self.trace.add("launch", began)
