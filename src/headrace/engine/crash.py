@@ -56,7 +56,6 @@ def native_stacks(pid: int) -> str:
 
 def write_report(folder: str, child: Child, why: str, pulse: Pulse) -> Path | None:
     """Describe a dead child in a file of `folder`, if there is one; returns the file."""
-    logger.error(why)
     if not folder:
         return None
     reading = pulse.read()

@@ -123,6 +123,7 @@ class Launched:
             if on_lost is not None:
                 on_lost(event)
         elif isinstance(event, Down):
+            logger.error(event.why)
             for role in event.roles:
                 if role.startswith(HTTP):
                     self.manager.abort_of(int(role.removeprefix(HTTP)))

@@ -148,9 +148,14 @@ class Supervisor:
             except subprocess.TimeoutExpired:
                 child.process.kill()
                 child.process.wait()
-        if self._thread.is_alive():
+        with contextlib.suppress(OSError):  # closed by an earlier call
             os.write(self._waker, b"x")
         self._thread.join()
+        with self._lock:
+            if self._waker >= 0:
+                os.close(self._wake)
+                os.close(self._waker)
+                self._waker = -1
 
     # -- the supervising thread ---------------------------------------------------------------
 
@@ -162,6 +167,8 @@ class Supervisor:
             for child in self._children:
                 child.process.kill()
                 child.close()
+            os.close(self._wake)
+            os.close(self._waker)
             self._started.set_exception(LoadError(f"a process cannot be started: {error}"))
             return
         self._started.set_result(None)
@@ -178,8 +185,6 @@ class Supervisor:
         self._selector.close()
         for child in self._children:
             child.close()
-        os.close(self._wake)
-        os.close(self._waker)
 
     def _start(self, role: str) -> Child:
         """Make a child, in the place of the one before it."""

@@ -45,6 +45,7 @@ from headrace.frontend.recovery import Recovery
 from headrace.frontend.request_log import RequestLog
 from headrace.frontend.requests import continued, fan_out
 from headrace.frontend.validate import validate
+from headrace.frontend.vitals import Vitals
 from headrace.ipc.address import Addresses, numbered
 from headrace.ipc.channels import Receiver, Sender
 from headrace.metrics.record import RequestMetrics
@@ -101,6 +102,11 @@ class TokenizerManager:
         self._loop: asyncio.AbstractEventLoop
         self._sender: Sender | None = None
         self._receiver: Receiver[News] | None = None
+        self._vitals = Vitals(
+            addresses.folder,
+            config.serve.detokenizer_worker_num,
+            config.recover.watchdog_timeout,
+        )
 
     # -- life ---------------------------------------------------------------------------------
 
@@ -125,6 +131,12 @@ class TokenizerManager:
         for reply in self._controls.values():
             if not reply.done():
                 reply.set_exception(error)
+
+    def trouble(self) -> str:
+        """What keeps requests from being answered now, or ""; asks nobody."""
+        if self._failure is not None:
+            return self._failure.message
+        return self.recovery.why or self._vitals.trouble()
 
     def suspend(self, why: str, *, scheduler: bool, batch: Mapping[int, int]) -> None:
         """A process was lost and will be back; see `Recovery.begin`. Requests wait meanwhile."""

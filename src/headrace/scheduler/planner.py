@@ -13,6 +13,7 @@ from headrace.core.messages import pack_ids
 from headrace.core.plan import Chunk, NewRow, Pages, StepPlan
 from headrace.scheduler.admission import NewTokenRatio, needed, reserved
 from headrace.scheduler.feature import Feature
+from headrace.scheduler.questions import Questions
 from headrace.scheduler.queue import Queue
 from headrace.scheduler.request import Request
 from headrace.scheduler.space import Space, shares_prefix
@@ -49,15 +50,13 @@ class Planner:
         self.limits = limits
         self.space = space
         self.features = features
-        self.depth = depth
+        self.questions = Questions(features, depth)
         self.clock = clock
         self.queue = Queue(options, space)
         self.running: list[Request] = []
         self.ratio = NewTokenRatio(options.schedule_conservativeness)
         self.retracted_total = 0
         self.paused = False  # then nobody runs, and requests that come wait
-        # Requests that could not be planned, for the scheduler to end.
-        self.broken: list[tuple[Request, Exception]] = []
         # Requests by row; a finished one keeps its row until no plan in flight contains it.
         self.rows: dict[int, Request] = {}
         self.requests_total = 0
@@ -122,14 +121,7 @@ class Planner:
             return False
         if request.held or request.finish is not None or not request.wants_work:
             return False
-        try:
-            if any(feature.holds(request) for feature in self.features):
-                return False
-            chains = (feature.chain(request, self.depth) for feature in self.features)
-            return request.inflight < min(chains, default=self.depth)
-        except Exception as error:  # noqa: BLE001  it fails this request, not the server
-            self.broken.append((request, error))
-            return False
+        return self.questions.may_run(request)
 
     def _append(self, request: Request, count: int, draft: Draft) -> None:
         start, end = request.computed, request.computed + count
@@ -230,14 +222,7 @@ class Planner:
         """Nothing in the background is missing, and the group's prompt is computed."""
         if self._leader_computes(request) or self._on_trial(request):
             return False
-        try:
-            return all(
-                feature.ready(request) and feature.admit(request, draft.requests)
-                for feature in self.features
-            )
-        except Exception as error:  # noqa: BLE001  it fails this request, not the server
-            self.broken.append((request, error))
-            return False
+        return self.questions.may_start(request, draft.requests)
 
     def _on_trial(self, request: Request) -> bool:
         """Has it, like one that runs, been in several crashes? Then they run one at a time."""
@@ -331,7 +316,7 @@ class Planner:
             for request in self._rewritten
             if request.row >= 0
         ]
-        extras = [self._extra(feature, draft) for feature in self.features]
+        extras = self.questions.extras(draft.chunks, draft.requests)
         self._steps += 1
         plan = StepPlan(
             step=self._steps,
@@ -340,23 +325,8 @@ class Planner:
             new_rows=draft.new_rows,
             pages=rewritten + draft.pages,
             copies=draft.copies,
-            extras=tuple(extra for extra in extras if extra is not None),
+            extras=extras,
         )
         self._freed_rows = []
         self._rewritten = []
         return plan
-
-    def _extra(self, feature: Feature, draft: Draft) -> Any:
-        """What a feature adds; requests it fails for stay in the plan, but are ended after it."""
-        try:
-            return feature.attach(draft.chunks, draft.requests)
-        except Exception:  # noqa: BLE001  the next lines find out whose it is
-            pairs = list(zip(draft.chunks, draft.requests, strict=True))
-        sound = []
-        for chunk, request in pairs:
-            try:
-                feature.attach([chunk], [request])
-                sound.append((chunk, request))
-            except Exception as error:  # noqa: BLE001  it fails this request, not the server
-                self.broken.append((request, error))
-        return feature.attach([chunk for chunk, _ in sound], [request for _, request in sound])

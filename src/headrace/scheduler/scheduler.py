@@ -275,8 +275,8 @@ class Scheduler:
     def _launch(self) -> bool:
         began = self.trace.mark()
         plan = None if self.planner.paused else self.planner.plan()
-        while self.planner.broken:
-            request, error = self.planner.broken.pop()
+        while self.planner.questions.broken:
+            request, error = self.planner.questions.broken.pop()
             self.committer.finish(request, failure("planning", error))
         if plan is None:
             return False

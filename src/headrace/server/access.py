@@ -8,7 +8,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from headrace.core.errors import Unauthorized
 from headrace.server.errors import error_response
 
-OPEN_PATHS = frozenset(("/", "/health", "/health_generate", "/ready", "/ping", "/metrics", "/ui"))
+OPEN_PATHS = frozenset(
+    ("/", "/health", "/health_generate", "/livez", "/readyz", "/ready", "/ping", "/metrics", "/ui")
+)
 # The files of the web page, which then asks its user for the key.
 OPEN_FOLDER = "/ui/static/"
 
