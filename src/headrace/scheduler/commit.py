@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from headrace.core import faults
 from headrace.core.errors import HeadraceError
 from headrace.core.messages import Delta, FinishReason, GenerateRequest, StreamStart, pack_ids
 from headrace.core.plan import Chunk, ChunkResult, StepPlan, StepResult
@@ -117,6 +118,8 @@ class Committer:
     def _apply(
         self, request: Request, chunk: Chunk, outcome: ChunkResult, extras: Sequence[Any]
     ) -> None:
+        if faults.ON:
+            faults.strike("commit", [request.spec.sampling.seed])
         if outcome.error:
             self.finish(request, abort(outcome.error, 500, "InternalServerError"))
             return

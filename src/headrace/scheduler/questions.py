@@ -7,6 +7,7 @@ the scheduler to end. Knows no feature by name.
 from collections.abc import Sequence
 from typing import Any
 
+from headrace.core import faults
 from headrace.core.plan import Chunk
 from headrace.scheduler.feature import Feature
 from headrace.scheduler.request import Request
@@ -25,6 +26,8 @@ class Questions:
         if not self._features:
             return request.inflight < self._depth
         try:
+            if faults.ON:
+                faults.strike("plan", [request.spec.sampling.seed])
             if any(feature.holds(request) for feature in self._features):
                 return False
             chain = min(feature.chain(request, self._depth) for feature in self._features)

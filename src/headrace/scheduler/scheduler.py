@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
+from headrace.core import faults
 from headrace.core.config import Limits, ScheduleOptions
 from headrace.core.errors import HeadraceError
 from headrace.core.messages import (
@@ -166,6 +167,8 @@ class Scheduler:
         request = Request(spec, self._arrivals, self.clock(), None)
         self._arrivals += 1
         try:
+            if faults.ON:
+                faults.strike("accept", [spec.sampling.seed])
             reason = reason or self._refusal(request)
             if reason is None:
                 request.stop = self._resumed_stop(request)
