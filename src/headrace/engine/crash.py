@@ -77,6 +77,8 @@ def write_report(folder: str, child: Child, why: str, pulse: Pulse) -> Path | No
         path.write_text("\n".join([*lines, ""]), encoding="utf-8")
     except OSError as error:
         logger.error("the report of the crash cannot be written: %s", error)
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
         return None
     logger.error("a report of the crash is %s", path)
     return path
