@@ -244,6 +244,37 @@ def test_the_scheduler_goes_on_with_the_tokens_of_an_undisturbed_run(had, supers
     assert ("r" in client.input_logprobs) == (had == 0)
 
 
+def test_a_session_outlives_the_detokenizer():
+    """The scheduler knows an earlier attempt, that runs or has ended, and its place in the tree."""
+    scheduler = make_scheduler(pages=100)
+    scheduler.sessions.open("id", 0, None)
+
+    def ask(rid, after, **fields):
+        scheduler.submit(spec(rid, session=SessionParams("id", after), **fields))
+
+    def run():
+        client = Client(scheduler)
+        client.run()
+        return client
+
+    ask("a", "")
+    assert run().last["a"].prompt_tokens == 9
+    ask("b", "a")
+    right = run().out["b"]
+    ask("b", "a", out=pack_ids(right[:5]), attempt=1)  # it had ended
+    assert run().out["b"] == right[5:]
+    ask("b", "a", attempt=2)
+    for _ in range(6):
+        scheduler.step()
+    ask("b", "a", out=pack_ids(right[:3]), attempt=3)  # it was running
+    scheduler.take()
+    client = run()
+    assert client.out["b"] == right[3:] and client.last["b"].prompt_tokens == 9 + 20 + 9
+    ask("c", "b")
+    assert run().last["c"].prompt_tokens == 38 + 20 + 9
+    scheduler.check()
+
+
 def test_suspects_run_one_at_a_time():
     scheduler = make_scheduler(pages=200)
     for number in range(4):

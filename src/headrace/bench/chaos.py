@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         HeadraceError: the engine could not be started.
     """
-    options = {"model_path": args.model_path, "restart_limit": 1_000_000, "log_level": "error"}
+    # A short window, so that rounds do not add up to longer and longer pauses.
+    options = {"model_path": args.model_path, "restart_window": 1, "log_level": "error"}
     if args.signal == "STOP":
         options["watchdog_timeout"] = args.watchdog
     roles = (args.role,) if args.role else ROLES

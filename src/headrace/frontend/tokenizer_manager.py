@@ -162,6 +162,7 @@ class TokenizerManager:
     async def close(self) -> None:
         """End every request and close the channels. May be called twice."""
         self.fail(Overloaded("The server is shutting down."))
+        self.recovery.why = ""
         self._texts.close()
         for channel in (self._receiver, self._sender):
             if channel is not None:
