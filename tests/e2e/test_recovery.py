@@ -177,6 +177,22 @@ def test_workers_and_a_pause_survive(tmp_path):
             assert json.load(answer)["meta_info"]["completion_tokens"] == 4
 
 
+def test_a_scheduler_in_waiting_takes_over(tmp_path):
+    with Server(tmp_path, "--runner", "fake", "--standby") as server:
+        server.wait_ready()
+        waiting = wait_for(lambda: server.children().get("headrace::scheduler-standby"))
+        time.sleep(1.0)  # it has imported everything
+        server.children()[SCHEDULER].kill()
+        wait_for(lambda: "scheduler back after" in server.text)
+        assert server.children()[SCHEDULER].pid == waiting.pid
+        with server.post("/generate", body(4)) as answer:
+            assert json.load(answer)["meta_info"]["completion_tokens"] == 4
+        children = list(server.children().values())
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(10) == 0
+        wait_for(lambda: not any(child.is_running() for child in children), 5)
+
+
 def test_a_server_that_cannot_stay_up_ends(tmp_path):
     with Server(tmp_path, "--runner", "fake", "--restart-limit", "1") as server:
         server.wait_ready()

@@ -44,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--role", choices=ROLES, help="always this process (default: a random one)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and processes")
     parser.add_argument("--model-path", default="", help="default: the demo model")
+    parser.add_argument("--weight-cache", default="", help="as of the server")
+    parser.add_argument("--standby", action="store_true", help="as of the server")
     parser.add_argument(
         "--watchdog", type=positive_float, default=1.0, help="--watchdog-timeout with STOP"
     )
@@ -57,7 +59,12 @@ def run(args: argparse.Namespace) -> int:
         HeadraceError: the engine could not be started.
     """
     # A short window, so that rounds do not add up to longer and longer pauses.
-    options = {"model_path": args.model_path, "restart_window": 1, "log_level": "error"}
+    options = {
+        "model_path": args.model_path,
+        "weight_cache": args.weight_cache,
+        "standby": args.standby,
+        "restart_window": 1,
+    }
     if args.signal == "STOP":
         options["watchdog_timeout"] = args.watchdog
     roles = (args.role,) if args.role else ROLES

@@ -281,6 +281,11 @@ class RecoverOptions:
         10, "Most restarts within the window; one more ends the server.", minimum=1
     )
     restart_window: int = option(300, "Seconds over which restarts are counted.", minimum=1)
+    standby: bool = option(
+        False,
+        "Keep a second scheduler process that has everything but the weights, to replace a lost "
+        "one sooner.",
+    )
     watchdog_timeout: float = option(
         300.0,
         "Seconds after which a process that is stuck in one step, or does not run at all, is "

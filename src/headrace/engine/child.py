@@ -26,7 +26,10 @@ _LINES_KEPT = 400
 class Child:
     """One process and its pipes. Used by the supervising thread, but for `send`."""
 
-    def __init__(self, role: str, runner: str, inherited: Sequence[int] = ()) -> None:
+    def __init__(
+        self, role: str, runner: str, inherited: Sequence[int] = (), *, standby: bool = False
+    ) -> None:
+        """A `standby` child waits for its configuration until it is needed."""
         self.role = role
         self.started = time.monotonic()
         self.ready: Ready | None = None
@@ -38,7 +41,7 @@ class Child:
         self.open_pipes = 2
         self._partial = {"report": b"", "output": b""}
         read_end, write_end = os.pipe()
-        arguments = [role, str(write_end), str(os.getpid()), runner]
+        arguments = [role, str(write_end), str(os.getpid()), runner, *["standby"] * standby]
         try:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "headrace.engine.process", *arguments],
@@ -81,6 +84,13 @@ class Child:
             if sys.stderr is not None:
                 with contextlib.suppress(OSError, ValueError):
                     print(text, file=sys.stderr, flush=True)
+
+    def drain(self) -> None:
+        """Read what it still had to say; it is dead."""
+        os.set_blocking(self.output.fileno(), False)
+        with contextlib.suppress(BlockingIOError):
+            while data := os.read(self.output.fileno(), 1 << 16):
+                self.show(data)
 
     def pipe_ended(self) -> None:
         """One of the two that are read has nothing more to come."""

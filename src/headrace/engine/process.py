@@ -1,4 +1,5 @@
-"""The main program of a child: `python -m headrace.engine.process ROLE REPORT_FD PARENT RUNNER`.
+"""The main program of a child: `python -m headrace.engine.process ROLE REPORT_FD PARENT RUNNER`,
+with `standby` behind it if it shall wait until it is needed.
 
 It names itself, loads while it reports, serves, and never outlives its parent: the kernel kills the
 scheduler with the parent, whatever it is doing; the detokenizer, which is never busy for long, also
@@ -159,7 +160,8 @@ class Lifeline:
         self.orders: queue.SimpleQueue[wire.Order] = queue.SimpleQueue()
         self._folder = ""
         self._leaving = threading.Lock()
-        setproctitle.setproctitle(f"headrace::{role}")
+        self._role = role
+        setproctitle.setproctitle(f"headrace::{'-'.join([role, *sys.argv[5:]])}")
         faulthandler.enable()
         faulthandler.register(STACKS_SIGNAL, all_threads=True)
         # Ctrl-C and service managers signal every process; only the parent decides what it means.
@@ -175,6 +177,7 @@ class Lifeline:
     def boot(self) -> Boot:
         """The parent's message; waits for it."""
         boot = self._boots.get()
+        setproctitle.setproctitle(f"headrace::{self._role}")
         self._folder = boot.addresses.folder
         return boot
 

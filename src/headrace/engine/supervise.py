@@ -20,20 +20,21 @@ from concurrent.futures import Future
 from headrace.core.config import Limits, RecoverOptions
 from headrace.core.errors import HeadraceError, LoadError, WorkerLost
 from headrace.engine import boot as wire
-from headrace.engine import crash
+from headrace.engine import crash, watchdog
 from headrace.engine.boot import Boot, Failed, Loading, Order, Ready
 from headrace.engine.child import Child, describe
 from headrace.engine.restart import SCHEDULER, Budget, Down, Up, team_of
-from headrace.ipc.pulse import SILENT, Pulse
+from headrace.ipc.pulse import Pulse
 
 logger = logging.getLogger(__name__)
 
 _READ = 1 << 16
 # From hanging up to SIGKILL; children have nothing to save.
 _GRACE_SECONDS = 2.0
-# How often pulses are looked at, and how long a stuck child may take to write its stacks.
+# How often pulses are looked at.
 _LOOK_SECONDS = 0.5
-_STACKS_SECONDS = 1.0
+# How long everything has been well before a scheduler in waiting is made.
+_STANDBY_SECONDS = 2.0
 
 Descriptors = Mapping[str, Sequence[int]]
 Event = Down | Up | WorkerLost
@@ -67,6 +68,9 @@ class Supervisor:
         # Roles that are being started again: since when, and when the next start is due.
         self._down: list[str] = []
         self._down_since = self._due = 0.0
+        # A scheduler in waiting, and when one may be made: not while others start.
+        self._standby: Child | None = None
+        self._standby_due = 0.0
         self._lost: WorkerLost | None = None
         self._told: list[Event] = []
         self._tell: Callable[[Event], None] = self._told.append
@@ -139,10 +143,11 @@ class Supervisor:
             return  # a fork of the process that owns the children
         with self._lock:
             self._closing = True
-        for child in self._children:
+        everybody = [*self._children, *filter(None, [self._standby])]
+        for child in everybody:
             child.hang_up()
         deadline = time.monotonic() + (_GRACE_SECONDS if self._lost is None else 0.0)
-        for child in self._children:
+        for child in everybody:
             try:
                 child.process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
@@ -181,22 +186,43 @@ class Supervisor:
                     self._read(key.data, key.fd)
             if self._ready.done() and not self._closing and self._lost is None:
                 self._start_again()
-                self._look_at_pulses()
+                watchdog.look(self._children, self._pulses, self._options.watchdog_timeout)
+                self._stand_by()
         self._selector.close()
         for child in self._children:
             child.close()
 
     def _start(self, role: str) -> Child:
         """Make a child, in the place of the one before it."""
-        child = Child(role, self._runner, self._inherited.get(role, ()))
+        if role == SCHEDULER and self._standby is not None:
+            child, self._standby = self._standby, None
+        else:
+            child = self._make(role)
         before = [index for index, one in enumerate(self._children) if one.role == role]
         if before:
             self._children[before[0]] = child
         else:
             self._children.append(child)
+        return child
+
+    def _make(self, role: str, *, standby: bool = False) -> Child:
+        child = Child(role, self._runner, self._inherited.get(role, ()), standby=standby)
         self._selector.register(child.reports, selectors.EVENT_READ, child)
         self._selector.register(child.output, selectors.EVENT_READ, child)
         return child
+
+    def _stand_by(self) -> None:
+        """Have a scheduler in waiting, once everything else has been up for a while."""
+        now = time.monotonic()
+        if not self._options.standby or self._standby is not None or self._down:
+            self._standby_due = 0.0
+        elif not self._standby_due:
+            self._standby_due = now + _STANDBY_SECONDS
+        elif now >= self._standby_due:
+            with self._lock, contextlib.suppress(OSError):
+                self._standby_due = 0.0
+                if not self._closing:
+                    self._standby = self._make(SCHEDULER, standby=True)
 
     def _read(self, child: Child, fd: int) -> None:
         data = os.read(fd, _READ)
@@ -233,14 +259,16 @@ class Supervisor:
     def _ended(self, child: Child) -> None:
         """Its report pipe is closed: the process has ended or is about to."""
         code = child.process.wait()
-        if self._closing:
+        if child is self._standby:
+            self._standby = None
+        elif self._closing:
             if not self._ready.done():
                 self._ready.set_exception(LoadError("the launch was canceled"))
         elif not self._ready.done():
-            self._drain(child)
+            child.drain()
             self._ready.set_exception(launch_error(child, code))
         elif not child.unwanted and self._lost is None:
-            self._drain(child)
+            child.drain()
             self._crashed(child, code)
 
     def _crashed(self, child: Child, code: int) -> None:
@@ -302,34 +330,9 @@ class Supervisor:
         self._down = []
         self._send(Up(reports, seconds))
 
-    def _look_at_pulses(self) -> None:
-        """Have children that are stuck write their stacks, then kill them."""
-        limit = self._options.watchdog_timeout
-        for child in self._children:
-            if child.ready is None or not limit:
-                continue
-            if child.stuck:
-                if time.monotonic() - child.stuck_at > _STACKS_SECONDS:
-                    child.process.kill()
-                continue
-            reading = self._pulses[child.role].read()
-            if reading is not None and max(reading.busy, reading.silent - SILENT) > limit:
-                doing = "at one step" if reading.busy > reading.silent else "not running at all"
-                child.stuck = f"The {child.role} process was stuck ({doing} for {limit:g} s)."
-                child.stuck_at = time.monotonic()
-                logger.error(child.stuck)
-                crash.ask_for_stacks(child)
-
     def _send(self, event: Event) -> None:
         with self._lock:
             self._tell(event)
-
-    def _drain(self, child: Child) -> None:
-        """Read what a dead child still had to say."""
-        os.set_blocking(child.output.fileno(), False)
-        with contextlib.suppress(BlockingIOError):
-            while data := os.read(child.output.fileno(), _READ):
-                child.show(data)
 
 
 def launch_error(child: Child, code: int) -> HeadraceError:
