@@ -108,7 +108,7 @@ def body(tokens, **fields):
 
 def test_a_stopped_scheduler_is_noticed_killed_and_replaced(tmp_path):
     crashes = tmp_path / "crashes"
-    options = ["--watchdog-timeout", "1.5", "--crash-dump-folder", str(crashes)]
+    options = ["--watchdog-timeout", "1.0", "--crash-dump-folder", str(crashes)]
     with Server(tmp_path, "--runner", "fake", *options) as server:
         server.wait_ready()
         secret = "a prompt that nobody else shall read"
@@ -122,7 +122,7 @@ def test_a_stopped_scheduler_is_noticed_killed_and_replaced(tmp_path):
         assert server.status("/livez") == server.status("/readyz") == 200
         (report,) = crashes.iterdir()
         text = report.read_text()
-        assert "was stuck (not running at all for 1.5 s)" in text and "loop.py" in text
+        assert "was stuck (not running at all for 1 s)" in text and "loop.py" in text
         assert secret not in text
         server.children()[DETOKENIZER].send_signal(signal.SIGSEGV)
         wait_for(lambda: len(list(crashes.iterdir())) == 2)
@@ -137,13 +137,12 @@ def test_a_busy_scheduler_is_not_called_dead(tmp_path):
     with Server(tmp_path, "--runner", "fake") as server:
         server.wait_ready()
         server.post("/slow_down", {"forward_sleep_time": 4.0}).close()
-        asking = threading.Thread(target=lambda: server.post("/generate", body(2)).read())
+        asking = threading.Thread(target=lambda: server.post("/generate", body(1)).read())
         asking.start()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 3.8
         while time.monotonic() < deadline:
             assert server.status("/livez") == server.status("/health") == 200
             time.sleep(0.2)
-        server.post("/slow_down", {}).close()
         asking.join()
 
 

@@ -47,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weight-cache", default="", help="as of the server")
     parser.add_argument("--standby", action="store_true", help="as of the server")
     parser.add_argument(
+        "--pause", type=float, default=0.0, help="seconds between rounds (default: 0)"
+    )
+    parser.add_argument(
         "--watchdog", type=positive_float, default=1.0, help="--watchdog-timeout with STOP"
     )
     report.add_arguments(parser)
@@ -71,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
     with Engine(**options) as engine:
         chaos = Chaos(engine, calls(args.streams), args.signal, args.seed)
         for number in range(args.rounds):
+            time.sleep(max(0.0, args.pause))
             wrong = chaos.round(roles)
             report.note(f"round {number + 1} of {args.rounds}: {len(wrong)} answers differ")
     result = chaos.summary()

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 # A child writes the Python stacks of all threads when it gets this.
 STACKS_SIGNAL = signal.SIGUSR2
-_TOOL_SECONDS = 5.0
+_TOOL_SECONDS = 15.0
 _PREFIX = "headrace-crash-"
 _KEEP = 50
 
