@@ -46,6 +46,9 @@ BENCHMARKS = {
     "compare": Benchmark(
         "headrace.bench.compare", "Start several servers; measure them in turn, with one client."
     ),
+    "chaos": Benchmark(
+        "headrace.bench.chaos", "Kill processes of an engine while it streams; compare the answers."
+    ),
     "write-model": Benchmark(
         "headrace.bench.write_model", "Write a model folder of a known shape, weights made up."
     ),

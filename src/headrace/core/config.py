@@ -7,30 +7,14 @@ kebab-case, with SGLang's spelling. Knows nothing of torch, models or machines.
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
 from headrace.core.errors import BadRequest
+from headrace.core.option import check_value, kept, option
 from headrace.core.parser_names import REASONING_PARSERS, TOOL_CALL_PARSERS
 from headrace.core.secret import Secret
-
-T = TypeVar("T")
-
-
-class Option(msgspec.Struct, frozen=True, kw_only=True):
-    """How an option appears on the command line and which values it takes."""
-
-    help: str
-    choices: tuple[str, ...] = ()
-    aliases: tuple[str, ...] = ()
-    minimum: float | None = None
-    maximum: float | None = None
-
-
-def option(default: T, help: str, **details: Any) -> T:
-    """A dataclass field with an `Option` in its metadata."""
-    return dataclasses.field(default=default, metadata={"option": Option(help=help, **details)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,6 +303,35 @@ class ObserveOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class RecoverOptions:
+    """What happens when a process dies or is stuck; see docs/recovery.md."""
+
+    on_crash: str = option(
+        "restart",
+        "restart starts a lost process again and its requests go on; exit ends the server.",
+        choices=("restart", "exit"),
+    )
+    restart_limit: int = option(
+        10, "Most restarts within the window; one more ends the server.", minimum=1
+    )
+    restart_window: int = option(300, "Seconds over which restarts are counted.", minimum=1)
+    standby: bool = option(
+        False,
+        "Keep a second scheduler process that has everything but the weights, to replace a lost "
+        "one sooner.",
+    )
+    watchdog_timeout: float = option(
+        300.0,
+        "Seconds after which a process that is stuck in one step, or does not run at all, is "
+        "killed; 0 waits for ever.",
+        minimum=0.0,
+    )
+    crash_dump_folder: str = option(
+        "", "Folder for reports of crashes: stacks and last output, no prompts. Empty keeps none."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """All options; frozen after `resolve`."""
 
@@ -328,6 +341,7 @@ class Config:
     run: RunOptions = RunOptions()
     serve: ServeOptions = ServeOptions()
     observe: ObserveOptions = ObserveOptions()
+    recover: RecoverOptions = RecoverOptions()
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Any]) -> "Config":
@@ -342,7 +356,7 @@ class Config:
             section: Any = part.default
             names = {field.name: field for field in dataclasses.fields(section)}
             chosen = {
-                name: _kept(names[name], rest.pop(name)) for name in list(rest) if name in names
+                name: kept(names[name], rest.pop(name)) for name in list(rest) if name in names
             }
             parts[part.name] = dataclasses.replace(section, **chosen)
         if rest:
@@ -373,44 +387,6 @@ class Config:
     def public(self) -> dict[str, Any]:
         """{option name: value} without secrets, for /server_info and logs."""
         return {field.name: value for field, value in self.items() if not isinstance(value, Secret)}
-
-
-def _kept(field: "dataclasses.Field[Any]", value: Any) -> Any:
-    """What an option keeps of `value`: the text of a secret is hidden at once."""
-    return Secret(value) if value_type(field) is Secret and isinstance(value, str) else value
-
-
-def check_value(field: "dataclasses.Field[Any]", value: Any) -> None:
-    """Raise BadRequest when `value` is not allowed for the option `field`."""
-    details: Option = field.metadata["option"]
-    flag = "--" + field.name.replace("_", "-")
-    kind = value_type(field)
-    if value is None and field.default is None:
-        return
-    number_for_float = kind is float and isinstance(value, int)
-    if (not isinstance(value, kind) and not number_for_float) or (
-        kind is int and isinstance(value, bool)
-    ):
-        raise BadRequest(f"{flag} must be {kind.__name__}, not {value!r}", field=field.name)
-    if details.choices and value not in details.choices:
-        raise BadRequest(
-            f"{flag} must be one of {', '.join(details.choices)}, not {value!r}", field=field.name
-        )
-    if details.minimum is not None and value < details.minimum:
-        raise BadRequest(
-            f"{flag} must be at least {details.minimum}, not {value}", field=field.name
-        )
-    if details.maximum is not None and value > details.maximum:
-        raise BadRequest(f"{flag} must be at most {details.maximum}, not {value}", field=field.name)
-
-
-def value_type(field: "dataclasses.Field[Any]") -> type:
-    """The plain type of an option, `int` for `int | None`."""
-    annotation: Any = field.type
-    arguments = getattr(annotation, "__args__", ())
-    kinds = [item for item in arguments if item is not type(None)]
-    kind: type = kinds[0] if kinds else annotation
-    return kind
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):

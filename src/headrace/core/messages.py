@@ -26,6 +26,9 @@ def unpack_ids(data: bytes) -> np.ndarray:
     return np.frombuffer(data, dtype="<i4")
 
 
+# Output tokens after which a request that goes on had no part in the crash before.
+CLEARED_AFTER = 16
+
 GRAMMAR_FIELDS = ("json_schema", "regex", "ebnf", "structural_tag")
 
 
@@ -135,6 +138,9 @@ class GenerateRequest(Message, frozen=True, array_like=True):
     With `pool` the answer is `Delta.pooled`, and `max_new_tokens` must be 0. `tenant` is the owner
     of the API key, with `weight` when tenants compete. `within` and `first_token_within`: seconds
     from arrival after which nobody waits for the answer, its first token (0: for ever).
+    A request that goes on after a crash brings the output its client has (`out`, int32 bytes) and
+    the number of this `attempt`, which its deltas repeat; `strikes` counts the crashes that it may
+    have caused.
     """
 
     rid: str
@@ -156,6 +162,9 @@ class GenerateRequest(Message, frozen=True, array_like=True):
     weight: float = 1.0
     within: float = 0.0
     first_token_within: float = 0.0
+    out: bytes = b""
+    attempt: int = 0
+    strikes: int = 0
 
 
 class AbortRequest(Message, frozen=True, array_like=True):
@@ -257,7 +266,10 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, omit_defaults=
 
 
 class StreamStart(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
-    """What the detokenizer must know of a request, sent with its first delta."""
+    """What the detokenizer must know of a request, sent with its first delta.
+
+    `out` is output that comes before the delta's (after a crash); its text comes with it.
+    """
 
     prompt_tail: bytes
     stop: tuple[str, ...] = ()
@@ -265,6 +277,7 @@ class StreamStart(msgspec.Struct, frozen=True, array_like=True, omit_defaults=Tr
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     no_stop_trim: bool = False
+    out: bytes = b""
 
 
 class Delta(Message, frozen=True, array_like=True):
@@ -289,6 +302,7 @@ class Delta(Message, frozen=True, array_like=True):
     first_token_time: float = 0.0
     origin: int = 0
     pooled: bytes = b""
+    attempt: int = 0
 
 
 class SchedulerStats(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
@@ -330,6 +344,7 @@ class SchedulerStats(msgspec.Struct, frozen=True, array_like=True, omit_defaults
     grammar_mask_seconds_total: float = 0.0
     draining: int = 0
     retry_after: float = 0.0
+    is_paused: bool = False
 
 
 class Deltas(Message, frozen=True, array_like=True):

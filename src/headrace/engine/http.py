@@ -150,6 +150,7 @@ async def open_for_service(
         logger.info(line)
     assert manager.limits is not None
     serve = Serve(manager.limits, manager.memory, manager.startup)
+    launched.serve_order = serve
     launched.supervisor.tell("http-", serve)
     manager.ready.set()
     logger.info("The server is ready at %s", url_of(listener, launched.config.serve))

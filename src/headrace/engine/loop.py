@@ -1,16 +1,35 @@
 """The scheduler's loop: messages in, one step, results out. Knows no processes and no models."""
 
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple, NoReturn, Protocol
 
 from headrace.core.config import ServeOptions
 from headrace.core.messages import ControlReply, Inbound, Outbound
+from headrace.frontend.flight import key_of
 from headrace.frontend.router import Outlet, to_detokenizers, to_frontends
 from headrace.ipc.address import Addresses
 from headrace.ipc.channels import Receiver
+from headrace.ipc.pulse import Pulse
+from headrace.scheduler.request import Request
 from headrace.scheduler.trace import Trace
 
 # When requests wait but none can run: how long until the next look.
 _BLOCKED_MS = 2
+
+
+class Roll:
+    """Writes down who is being computed, for the case that it is the last thing we do."""
+
+    def __init__(self, pulse: Pulse) -> None:
+        self._pulse = pulse
+        self._key = lru_cache(maxsize=1 << 14)(key_of)
+
+    def call(self, requests: Sequence[Request]) -> bool:
+        """Remember these; are any of them under suspicion, so that their progress counts?"""
+        entries = [(self._key(one.rid, one.spec.origin), one.strikes) for one in requests]
+        self._pulse.batch(entries)
+        return any(strikes for _, strikes in entries)
 
 
 class Steps(Protocol):
@@ -42,17 +61,21 @@ def open_ports(addresses: Addresses, serve: ServeOptions) -> Ports:
     )
 
 
-def run(scheduler: Steps, ports: Ports) -> NoReturn:
+def run(scheduler: Steps, ports: Ports, pulse: Pulse) -> NoReturn:
     """Serve for ever. Sleeps while the scheduler is idle."""
     progressed = True
     while True:
-        progressed = turn(scheduler, ports, progressed)
+        progressed = turn(scheduler, ports, pulse, progressed)
 
 
-def turn(scheduler: Steps, ports: Ports, progressed: bool) -> bool:
+def turn(scheduler: Steps, ports: Ports, pulse: Pulse, progressed: bool) -> bool:
     """One round; `progressed` is what the round before returned."""
     wait = None if scheduler.idle else 0 if progressed else _BLOCKED_MS
-    for message in ports.inbox.take(wait):
+    if wait is None:
+        pulse.rest()
+    messages = ports.inbox.take(wait)
+    pulse.begin()
+    for message in messages:
         scheduler.submit(message)
     progressed = scheduler.step()
     if news := scheduler.take():

@@ -16,7 +16,7 @@ from headrace.loader.files import resolve_model_path
 from headrace.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
-    from headrace.frontend.tokenizer_manager import RequestCheck
+    from headrace.frontend.prepare import RequestCheck
     from headrace.grammar.engine import Backend
     from headrace.text.chat import TemplateManager
 

@@ -1,7 +1,7 @@
 """Which numbers the news of a step adds to the metrics. Pure bookkeeping, once for every token."""
 
 from headrace.core.messages import Delta
-from headrace.frontend.mailbox import Flight
+from headrace.frontend.flight import Flight
 from headrace.metrics.record import RequestMetrics
 
 

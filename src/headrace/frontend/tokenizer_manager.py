@@ -10,9 +10,8 @@ no protocols and no processes.
 
 import asyncio
 import itertools
-import random
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Any
 
@@ -26,7 +25,6 @@ from headrace.core.messages import (
     ControlReply,
     Delta,
     Deltas,
-    FinishReason,
     GenerateRequest,
     Inbound,
     News,
@@ -38,14 +36,16 @@ from headrace.core.messages import (
 from headrace.core.model_info import ModelInfo
 from headrace.core.tenant import caller
 from headrace.frontend.async_tokenizer import AsyncTokenizer
-from headrace.frontend.encode import for_model, shortened
-from headrace.frontend.mailbox import Flight, Mailbox
+from headrace.frontend.flight import Flight
+from headrace.frontend.mailbox import Mailbox
 from headrace.frontend.measure import StepMeasure
 from headrace.frontend.peers import Peers
+from headrace.frontend.prepare import Preparation, Refused, RequestCheck
 from headrace.frontend.quota import Quotas
+from headrace.frontend.recovery import Recovery
 from headrace.frontend.request_log import RequestLog
-from headrace.frontend.requests import continued, fan_out, owned
-from headrace.frontend.validate import validate
+from headrace.frontend.requests import fan_out, owned
+from headrace.frontend.vitals import Vitals
 from headrace.ipc.address import Addresses, numbered
 from headrace.ipc.channels import Receiver, Sender
 from headrace.metrics.record import RequestMetrics
@@ -54,8 +54,6 @@ from headrace.text.tokenizer import Tokenizer
 
 # How long counters of the scheduler are believed.
 _FRESH_SECONDS = 0.3
-# Raises BadRequest for a request that a feature cannot serve.
-RequestCheck = Callable[[GenerateRequest], None]
 
 
 class TokenizerManager:
@@ -97,14 +95,19 @@ class TokenizerManager:
         self._flights: dict[str, Flight] = {}
         self._controls: dict[int, asyncio.Future[ControlReply]] = {}
         self._control_ids = itertools.count(1)
-        self._seeds = random.Random(config.model.random_seed)
         self._texts = AsyncTokenizer(tokenizer)
-        self._checks = checks
+        self._preparation = Preparation(config, tokenizer, self._texts, checks)
         self._quotas = Quotas()
+        self.recovery = Recovery(self._flights, origin)
         self._failure: HeadraceError | None = None
         self._loop: asyncio.AbstractEventLoop
         self._sender: Sender | None = None
         self._receiver: Receiver[News] | None = None
+        self._vitals = Vitals(
+            addresses.folder,
+            config.serve.detokenizer_worker_num,
+            config.recover.watchdog_timeout,
+        )
 
     # -- life ---------------------------------------------------------------------------------
 
@@ -124,17 +127,45 @@ class TokenizerManager:
         """Nothing can be answered any more: end every request with `error`, refuse new ones."""
         self._failure = error
         self.ready.clear()
-        finish = FinishReason("abort", message=error.message, status=error.status, kind=error.kind)
-        flights, self._flights = self._flights, {}
-        for rid, flight in flights.items():
-            flight.deliver(Delta(rid, finish=finish))
+        for rid in list(self._flights):
+            self.recovery.end(rid, error)
         for reply in self._controls.values():
             if not reply.done():
                 reply.set_exception(error)
 
+    def trouble(self) -> str:
+        """What keeps requests from being answered now, or ""; asks nobody."""
+        if self._failure is not None:
+            return self._failure.message
+        return self.recovery.why or self._vitals.trouble()
+
+    def suspend(self, why: str, *, scheduler: bool, batch: Mapping[int, int]) -> None:
+        """A process was lost and will be back; see `Recovery.begin`. Requests wait meanwhile."""
+        self.recovery.begin(why, self.metrics, scheduler=scheduler, batch=batch)
+        for reply in self._controls.values():
+            if not reply.done():
+                reply.set_exception(Overloaded(why))
+        if scheduler and self._sender is not None:
+            self._sender.close()
+            self._sender = None
+
+    def resume(self) -> None:
+        """All processes serve again: what is in flight goes on from where its client is."""
+        if not self.recovery.why:
+            return
+        if self._sender is None:
+            self._sender = Sender(self._addresses.scheduler)
+        if self.stats.is_paused:
+            self._send(Control(0, "pause", {"mode": "in_place"}, self._origin))
+        for message in self.recovery.messages(self.metrics):
+            self._send(message)
+        if self.stats.draining:
+            self._send(Control(0, "drain", {}, self._origin))
+
     async def close(self) -> None:
         """End every request and close the channels. May be called twice."""
         self.fail(Overloaded("The server is shutting down."))
+        self.recovery.why = ""
         self._texts.close()
         for channel in (self._receiver, self._sender):
             if channel is not None:
@@ -189,7 +220,14 @@ class TokenizerManager:
         A tenant ends only its own.
         """
         tenant = caller.get()
-        self._send(AbortRequest(rid, prefix, all, tenant="" if tenant.admin else tenant.name))
+        message = AbortRequest(rid, prefix, all, tenant="" if tenant.admin else tenant.name)
+        if self.recovery.why:
+            self.recovery.abort(message)
+        self._send(message)
+
+    def abort_of(self, origin: int) -> None:
+        """End the requests of another frontend, which is gone."""
+        self._send(AbortRequest(all=True, origin=origin))
 
     async def control(self, verb: Verb, timeout: float = 30.0, **args: Any) -> ControlReply:
         """Ask the scheduler; `args` are those of `headrace.scheduler.control`.
@@ -198,6 +236,8 @@ class TokenizerManager:
             HeadraceError: no answer within `timeout` seconds, or the scheduler is gone.
         """
         self._check_alive()
+        if self.recovery.why:
+            raise Overloaded(self.recovery.why)
         message = Control(next(self._control_ids), verb, args, self._origin)
         reply = self._controls[message.id] = self._loop.create_future()
         try:
@@ -224,45 +264,35 @@ class TokenizerManager:
     # -- the way out --------------------------------------------------------------------------
 
     async def _prepare(self, requests: Sequence[GenerateRequest]) -> list[GenerateRequest]:
-        """Tokenized and checked requests, with seeds. Samples of a group share theirs."""
+        """Tokenized and checked requests, with seeds."""
         self._check_alive()
         if self.limits is None:
             raise Overloaded("The model is still loading; try again in a moment.")
-        truncate = self.config.serve.allow_auto_truncate
-        seeds: dict[str, int] = {}
-        prepared = []
-        for request in await self._texts.with_ids(requests):
-            assert request.sampling.n == 1, "fan_out first"
-            bos = self.tokenizer.bos_token_id if self.tokenizer else None
-            special = self.tokenizer.special_ids if self.tokenizer else frozenset[int]()
-            fitting = for_model(continued(request, bos), self.info)
-            fitting = shortened(fitting, self.limits.max_request_tokens, special, truncate)
-            checked = validate(fitting, self.info.vocab_size, self.limits, truncate)
-            for check in self._checks:
-                try:
-                    await self._texts.apply(check, checked)
-                except BadRequest:
-                    self.metrics.refused += 1
-                    raise
-            if checked.sampling.seed is None:
-                seed = seeds.setdefault(checked.group or checked.rid, self._seeds.getrandbits(63))
-                sampling = msgspec.structs.replace(checked.sampling, seed=seed)
-                checked = msgspec.structs.replace(checked, sampling=sampling)
-            prepared.append(checked)
-        return prepared
+        try:
+            return await self._preparation.prepare(requests, self.info, self.limits)
+        except Refused as refusal:
+            self.metrics.refused += 1
+            raise refusal.error from None
 
     @contextmanager
     def _send_off(self, requests: Sequence[GenerateRequest]) -> Iterator[Mailbox]:
         """Send requests; on the way out, abort those that have not ended."""
         self._check_alive()
+        if (most := self.config.schedule.max_queued_requests) is not None and self.limits:
+            self.recovery.check_room(most + self.limits.max_running_requests)
         self._check_fresh([request.rid for request in requests])
         mailbox = Mailbox(self._loop)
         now = time.monotonic()
-        flights = [Flight(mailbox, i, r.stream, now) for i, r in enumerate(requests)]
+        requests = [
+            msgspec.structs.replace(request, received=now, origin=self._origin)
+            for request in requests
+        ]
+        flights = [Flight(mailbox, i, request, now) for i, request in enumerate(requests)]
         try:
             for request, flight in zip(requests, flights, strict=True):
                 self._flights[request.rid] = flight
-                self._send(msgspec.structs.replace(request, received=now, origin=self._origin))
+                if not self.recovery.why:  # else `resume` does
+                    self._send(request)
             self.metrics.requests += len(requests)
             yield mailbox
         finally:
@@ -326,8 +356,9 @@ class TokenizerManager:
         measure = StepMeasure(self.metrics, time.monotonic())
         for delta in deltas:
             flight = flights.get(delta.rid)
-            if flight is None:
+            if flight is None or (news := flight.accept(delta)) is None:
                 continue
+            delta = news
             if delta.finish is not None:
                 del flights[delta.rid]
             measure.add(flight, delta)

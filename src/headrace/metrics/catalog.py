@@ -114,6 +114,31 @@ CATALOG: tuple[Metric, ...] = (
         "Output length in tokens.",
         lambda s: s.requests.generation_length,
     ),
+    # lost processes
+    Metric(
+        "headrace_process_crashes_total",
+        "counter",
+        "Processes that were lost while they served; each was started again.",
+        lambda s: s.requests.crashes,
+    ),
+    Metric(
+        "headrace_recovery_time_seconds",
+        "histogram",
+        "From the loss of a process until requests go on.",
+        lambda s: s.requests.recovery,
+    ),
+    Metric(
+        "headrace_num_resumed_requests_total",
+        "counter",
+        "Times that a request went on after a process was lost.",
+        lambda s: s.requests.resumed,
+    ),
+    Metric(
+        "headrace_num_poisonous_requests_total",
+        "counter",
+        "Requests that were failed since they ended their process twice.",
+        lambda s: s.requests.poisonous,
+    ),
     # the scheduler
     Metric(
         "headrace_num_running_reqs",

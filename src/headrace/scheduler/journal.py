@@ -222,6 +222,14 @@ class RecordedScheduler:
     def runner(self) -> Runner:
         return self.inner.runner
 
+    @property
+    def on_batch(self) -> Callable[[Sequence[Request]], bool]:
+        return self.inner.on_batch
+
+    @on_batch.setter
+    def on_batch(self, call: Callable[[Sequence[Request]], bool]) -> None:
+        self.inner.on_batch = call
+
     def submit(self, message: Inbound) -> None:
         """See `Scheduler.submit`."""
         self._begin()

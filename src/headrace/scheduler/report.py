@@ -80,6 +80,7 @@ class Reporter:
             paused=len(planner.running) if planner.paused else 0,
             draining=int(planner.draining),
             retry_after=self.retry_after,
+            is_paused=planner.paused,
             **{key: value for one in planner.features for key, value in one.stats().items()},
         )
 

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
+from headrace.core import faults
 from headrace.core.config import Limits, ScheduleOptions
 from headrace.core.errors import HeadraceError
 from headrace.core.messages import (
@@ -23,13 +24,13 @@ from headrace.core.messages import (
     Outbound,
 )
 from headrace.core.plan import StepPlan, StepResult
-from headrace.scheduler.commit import DEFAULT_OUTPUT, Committer, OutputRules, abort
+from headrace.scheduler.commit import DEFAULT_OUTPUT, Committer, OutputRules, abort, failure
 from headrace.scheduler.control import answer
 from headrace.scheduler.deadlines import Deadlines
 from headrace.scheduler.feature import Feature, Runner
 from headrace.scheduler.planner import Planner
 from headrace.scheduler.report import Reporter
-from headrace.scheduler.request import Request
+from headrace.scheduler.request import Request, StopMatcher
 from headrace.scheduler.sessions import Sessions
 from headrace.scheduler.space import Space
 from headrace.scheduler.trace import Trace
@@ -72,6 +73,9 @@ class Scheduler:
         self.trace = Trace(clock)
         # Seconds to sleep after each step, to make a slow server for tests of clients.
         self.slow_down = 0.0
+        # Told who is about to be computed whenever that changes; while it returns True, each time.
+        self.on_batch: Callable[[Sequence[Request]], bool] = lambda requests: False
+        self._watching = False
         self._stops = output.stops
         self._inflight: deque[tuple[StepPlan, Future[StepResult]]] = deque()
         self._replies: list[ControlReply] = []
@@ -165,18 +169,43 @@ class Scheduler:
 
     def _accept(self, spec: GenerateRequest) -> None:
         reason = None
+        if spec.attempt:
+            self._supersede(spec)
         if spec.session is not None:
             spec, reason = self._go_on(spec)
         request = Request(spec, self._arrivals, self.clock(), None)
         self._arrivals += 1
-        reason = reason or self._refusal(request)
+        try:
+            if faults.ON:
+                faults.strike("accept", [spec.sampling.seed])
+            reason = reason or self._refusal(request)
+            if reason is None:
+                request.stop = self._resumed_stop(request)
+        except HeadraceError as error:
+            reason = abort(error.message, error.status, error.kind)
+        except Exception as error:  # noqa: BLE001  it fails this request, not the server
+            reason = failure("accepting the request", error)
         self.planner.queue.shares.join(request)
         self.planner.queue.add(request)
         if reason is not None:
             self.committer.finish(request, reason)
             return
-        request.stop = self._stops(spec)
         self.deadlines.watch(request)
+
+    def _supersede(self, spec: GenerateRequest) -> None:
+        """An earlier attempt of the same request may still be here: its answer was lost."""
+        for other in [*self.planner.queue.waiting, *self.planner.running]:
+            if (other.spec.rid, other.spec.origin) == (spec.rid, spec.origin):
+                reason = FinishReason("abort", message="Begun anew.", status=499, kind="Cancelled")
+                self.committer.finish(other, reason)
+
+    def _resumed_stop(self, request: Request) -> StopMatcher | None:
+        """What watches for its stops, when it has seen the output so far."""
+        stop = self._stops(request.spec)
+        if stop is not None:
+            for token in request.out:
+                stop.push(token)
+        return stop
 
     def _go_on(self, spec: GenerateRequest) -> tuple[GenerateRequest, FinishReason | None]:
         """The request with what came before it in its session; what it replaces ends."""
@@ -199,7 +228,7 @@ class Scheduler:
                 400,
                 "BadRequestError",
             )
-        if self.planner.draining:
+        if self.planner.draining and not request.spec.attempt:
             return self._busy("The server takes no more requests: it finishes those it has.")
         options = self.options
         if (
@@ -229,6 +258,8 @@ class Scheduler:
         """With a full queue, refuse this request or, if it is more urgent, evict another."""
         options, queue = self.options, self.planner.queue
         most, tokens = options.max_queued_requests, options.max_queued_tokens
+        if request.spec.attempt:  # it had its place before a crash
+            return None
         if most is not None and len(queue) >= most:
             limit = f"{most} requests (--max-queued-requests)"
         elif tokens is not None and len(queue) and queue.tokens + request.prompt_len > tokens:
@@ -275,10 +306,15 @@ class Scheduler:
     def _launch(self) -> bool:
         began = self.trace.mark()
         plan = None if self.planner.paused else self.planner.plan()
+        while self.planner.questions.broken:
+            request, error = self.planner.questions.broken.pop()
+            self.committer.finish(request, failure("planning", error))
         if plan is None:
             return False
         self.trace.add("plan", began)
         self.reporter.planned(plan)
+        if self._watching or plan.new_rows or plan.freed_rows:
+            self._watching = self.on_batch(self.planner.running)
         began = self.trace.mark()
         future = self.runner.launch(plan)
         self.trace.add("launch", began)

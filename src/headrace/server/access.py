@@ -29,7 +29,7 @@ class Role(Enum):
     ADMIN = "admin"
 
 
-_OPEN = "/ /health /health_generate /ready /ping /metrics /ui /ui/static/{name}"
+_OPEN = "/ /health /health_generate /livez /readyz /ready /ping /metrics /ui /ui/static/{name}"
 _USER = """
 /generate /encode /classify /rerank /tokenize /detokenize /invocations /abort_request
 /open_session /close_session /parse_function_call /separate_reasoning
