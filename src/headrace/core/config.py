@@ -266,6 +266,16 @@ class ObserveOptions:
         "", "Folder for the traces of /start_profile; empty turns profiles off."
     )
     decode_log_interval: int = option(40, "Steps between decode log lines.", minimum=1)
+    enable_request_time_stats_logging: bool = option(
+        False, "Log for every request how long it was where."
+    )
+    enable_trace: bool = option(
+        False, "Send a trace of every request over OTLP (needs the extra otel)."
+    )
+    otlp_traces_endpoint: str = option(
+        "localhost:4317", "Where traces go: host:port for gRPC, a URL with a path for HTTP."
+    )
+    otlp_service_name: str = option("headrace", "Name of this service in traces.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,8 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
+from headrace.core.timeline import Timeline
+
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, omit_defaults=True):
     """Base of all messages; the class name is the tag on the wire."""
@@ -132,7 +134,8 @@ class GenerateRequest(Message, frozen=True, array_like=True):
     `namespace` separates prefix caches (extra_key, cache_salt). With `reasoning_end` ("</think>")
     a grammar constrains what follows that text, which must come; before it everything is allowed.
     `origin` is the frontend that gets the answer, here and in the other messages.
-    With `pool` the answer is `Delta.pooled`, and `max_new_tokens` must be 0.
+    With `pool` the answer is `Delta.pooled`, and `max_new_tokens` must be 0. With `timings` the
+    last delta has a timeline.
     """
 
     rid: str
@@ -150,6 +153,7 @@ class GenerateRequest(Message, frozen=True, array_like=True):
     session: SessionParams | None = None
     origin: int = 0
     pool: PoolSpec | None = None
+    timings: bool = False
 
 
 class AbortRequest(Message, frozen=True, array_like=True):
@@ -260,7 +264,7 @@ class Delta(Message, frozen=True, array_like=True):
     """News of one request: new token ids (scheduler) and their text (detokenizer).
 
     Counters are totals so far. `input_logprobs` comes once, with the first delta. `pooled`: fp32
-    little-endian bytes, the answer to a request with `pool`.
+    little-endian bytes, the answer to a request with `pool`. `timeline` comes with the finish.
     """
 
     rid: str
@@ -278,6 +282,7 @@ class Delta(Message, frozen=True, array_like=True):
     first_token_time: float = 0.0
     origin: int = 0
     pooled: bytes = b""
+    timeline: Timeline | None = None
 
 
 class SchedulerStats(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):

@@ -7,6 +7,7 @@ comes in goes out, once and in order. Imports neither torch nor transformers; kn
 only what its first delta says.
 """
 
+import time
 from typing import NoReturn
 
 import msgspec
@@ -52,6 +53,8 @@ class DetokenizerManager:
         else:
             del self._streams[key]
             text, finish = stream.end(delta.ids, delta.finish)
+        if delta.timeline is not None:
+            delta.timeline.text_done = time.monotonic()
         return msgspec.structs.replace(delta, text=text, finish=finish, start=None)
 
 

@@ -40,6 +40,7 @@ from headrace.frontend.async_tokenizer import AsyncTokenizer
 from headrace.frontend.encode import for_model, shortened
 from headrace.frontend.mailbox import Flight, Mailbox
 from headrace.frontend.measure import StepMeasure
+from headrace.frontend.observer import Observer
 from headrace.frontend.peers import Peers
 from headrace.frontend.request_log import RequestLog
 from headrace.frontend.requests import continued, fan_out
@@ -80,6 +81,7 @@ class TokenizerManager:
         self.stats = SchedulerStats()
         self.metrics = RequestMetrics()
         self.log = RequestLog.create(config.observe)
+        self.observer = Observer(config, self.log)
         # For people: sizes in GiB and tokens, seconds by step of the start.
         self.memory: dict[str, float] = {}
         self.startup: dict[str, float] = {}
@@ -135,6 +137,7 @@ class TokenizerManager:
                 channel.close()
         self._receiver = self._sender = None
         self.peers.close()
+        await asyncio.to_thread(self.observer.stop)
 
     # -- requests -----------------------------------------------------------------------------
 
@@ -158,8 +161,12 @@ class TokenizerManager:
 
         When one request is refused, none is sent.
         """
+        began = time.monotonic()
         prepared = await self._prepare(requests)
-        with self._send_off(prepared) as mailbox:
+        with (
+            self.observer.watching(prepared, began) as marked,
+            self._send_off(marked) as mailbox,
+        ):
             if self.log.on:
                 self.log.received(requests, prepared)
             left = len(prepared)
@@ -302,7 +309,11 @@ class TokenizerManager:
             if delta.finish is not None:
                 del flights[delta.rid]
             measure.add(flight, delta)
+            if delta.timeline is not None:
+                self.observer.end(delta)
             if self.log.on:
                 self.log.add(delta)
+            if delta.timeline is not None:
+                delta = self.observer.shown(delta)
             flight.deliver(delta)
         measure.close()

@@ -74,6 +74,10 @@ class Committer:
         for chunk, outcome in zip(plan.chunks, result.chunks, strict=True):
             request = self.planner.rows[chunk.row]
             self._land(request, chunk)
+            if request.timeline is not None and request.finish is None:
+                request.timeline.ran(
+                    self.clock(), result.seconds, chunk.start, chunk.count, request.prompt_len
+                )
             if request.finish is None:
                 self._apply(request, chunk, outcome, result.extras)
             elif request.inflight == 0:
@@ -85,6 +89,9 @@ class Committer:
             return
         request.finish = reason
         self.aborted_total += reason.type == "abort"
+        if (timeline := request.timeline) is not None:
+            timeline.admitted, timeline.first_token = request.admitted_at, request.first_token_at
+            timeline.finished = self.clock()
         self._send(request)
         for feature in self.features:
             feature.on_finish(request)
@@ -205,6 +212,7 @@ class Committer:
                 queue_time=max(0.0, request.admitted_at - request.arrived),
                 first_token_time=max(0.0, request.first_token_at - request.arrived),
                 pooled=unsent.pooled,
+                timeline=None if request.finish is None else request.timeline,
             )
         )
         unsent.ids = []
