@@ -78,6 +78,11 @@ class RadixCache:
     def evictable(self) -> int:
         return self._held - self._locked_pages
 
+    @property
+    def namespaces(self) -> int:
+        """How many prompts begin anew at a root of their own."""
+        return len(self._roots)
+
     def match(self, namespace: str, tokens: np.ndarray, *, use: bool = True) -> Prefix:
         pages: list[int] = []
         node = self._root(namespace)

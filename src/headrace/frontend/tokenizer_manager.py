@@ -41,6 +41,7 @@ from headrace.frontend.encode import for_model, shortened
 from headrace.frontend.mailbox import Flight, Mailbox
 from headrace.frontend.measure import StepMeasure
 from headrace.frontend.observer import Observer
+from headrace.frontend.outlook import Outlook
 from headrace.frontend.peers import Peers
 from headrace.frontend.request_log import RequestLog
 from headrace.frontend.requests import continued, fan_out
@@ -82,6 +83,7 @@ class TokenizerManager:
         self.metrics = RequestMetrics()
         self.log = RequestLog.create(config.observe)
         self.observer = Observer(config, self.log)
+        self.outlook = Outlook(addresses.folder)
         # For people: sizes in GiB and tokens, seconds by step of the start.
         self.memory: dict[str, float] = {}
         self.startup: dict[str, float] = {}
@@ -137,6 +139,7 @@ class TokenizerManager:
                 channel.close()
         self._receiver = self._sender = None
         self.peers.close()
+        self.outlook.close()
         await asyncio.to_thread(self.observer.stop)
 
     # -- requests -----------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from typing import Any
 
 from headrace.core.config import Limits, ScheduleOptions
 from headrace.core.errors import HeadraceError
@@ -26,6 +27,7 @@ from headrace.core.plan import StepPlan, StepResult
 from headrace.scheduler.commit import DEFAULT_OUTPUT, Committer, OutputRules, abort
 from headrace.scheduler.control import answer
 from headrace.scheduler.feature import Feature, Runner
+from headrace.scheduler.overview import overview
 from headrace.scheduler.planner import Planner
 from headrace.scheduler.report import Reporter
 from headrace.scheduler.request import Request
@@ -107,6 +109,20 @@ class Scheduler:
     def inflight(self) -> int:
         """Steps that were launched and not committed."""
         return len(self._inflight)
+
+    @property
+    def plans(self) -> list[StepPlan]:
+        """Those steps, oldest first."""
+        return [plan for plan, _ in self._inflight]
+
+    @property
+    def arrivals(self) -> int:
+        """Requests that have come so far."""
+        return self._arrivals
+
+    def overview(self) -> dict[str, Any]:
+        """What an operator sees of it."""
+        return overview(self)
 
     def drain(self) -> None:
         """Wait for the plans in flight and commit them."""

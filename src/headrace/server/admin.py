@@ -216,6 +216,12 @@ def _add_loads(router: APIRouter, context: Context) -> None:
         exporter = Exporter(lambda: sources, {"model_name": context.model_name})
         return Response(exporter.render(), media_type=CONTENT_TYPE)
 
+    @router.get("/debug/scheduler")
+    async def debug_scheduler() -> Response:
+        """What the scheduler runs and what waits, with the age of that picture in seconds. Asks
+        nobody: it answers while the scheduler hangs."""
+        return json_response(manager.outlook.look())
+
     @router.get("/get_load")
     async def load() -> Response:
         """The older, shorter form of /v1/loads."""
