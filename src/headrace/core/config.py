@@ -251,6 +251,11 @@ class ObserveOptions:
         "warning", "Log level of the HTTP server.", choices=("debug", "info", "warning", "error")
     )
     enable_metrics: bool = option(True, "Serve Prometheus metrics at /metrics.")
+    metrics_compat: str = option(
+        "none",
+        "Serve metrics also under the names of another server, for dashboards and routers.",
+        choices=("none", "sglang", "vllm"),
+    )
     log_requests: bool = option(False, "Log every request when it comes and when it ends.")
     log_requests_level: int = option(
         2,

@@ -1,8 +1,8 @@
 """The pictures that a scheduler leaves of itself, for /debug/scheduler.
 
-Written between steps: every 100 ms, sooner when requests have come, and before the loop goes to
-sleep. A picture costs tens of microseconds, so all of them cost less than a thousandth of the time.
-They are in shared memory, where they stay when the scheduler computes for long, hangs, or dies.
+Written between steps: every 100 ms, or less often when that would take more than two thousandths of
+the time; sooner when requests have come; and before the loop goes to sleep. They are in shared
+memory, where they stay when the scheduler computes for long, hangs, or dies.
 """
 
 import logging
@@ -18,8 +18,9 @@ from headrace.ipc.snapshot import SnapshotWriter, path_in
 logger = logging.getLogger(__name__)
 
 _INTERVAL = 0.1
-# After requests have come: they may be what the next step hangs on.
-_SOON = 0.02
+_COSTS = 500  # how many times its own cost lies between two pictures, at least
+# After requests have come, which may be what the next step hangs on, this much sooner.
+_SOONER = 5
 
 
 class Subject(Protocol):
@@ -38,6 +39,7 @@ class Snapshots:
     def __init__(self, folder: str) -> None:
         self._encode = msgspec.msgpack.Encoder().encode
         self._written = 0.0
+        self._interval = _INTERVAL
         self._arrivals = 0
         self._writer: SnapshotWriter | None = None
         try:
@@ -48,10 +50,12 @@ class Snapshots:
     def update(self, subject: Subject) -> None:
         """Between two steps: take a picture if one is due."""
         now = time.monotonic()
-        age = now - self._written
-        fresh = subject.arrivals != self._arrivals
-        if age < (_SOON if fresh else _INTERVAL) and not subject.idle:
+        wait = self._interval
+        if subject.arrivals != self._arrivals:
+            wait /= _SOONER
+        if now - self._written < wait and not subject.idle:
             return
         self._written, self._arrivals = now, subject.arrivals
         if self._writer is not None:
             self._writer.write(self._encode({"pid": os.getpid(), **subject.overview()}))
+            self._interval = max(_INTERVAL, _COSTS * (time.monotonic() - now))

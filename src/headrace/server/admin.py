@@ -212,8 +212,10 @@ def _add_loads(router: APIRouter, context: Context) -> None:
         """Counters and histograms in Prometheus' text format."""
         if not context.config.observe.enable_metrics:
             raise NotFound("Metrics are off; start the server with --enable-metrics.")
-        sources = Sources(manager.stats, await manager.peers.metrics(manager.metrics))
-        exporter = Exporter(lambda: sources, {"model_name": context.model_name})
+        requests = await manager.peers.metrics(manager.metrics)
+        sources = Sources(manager.stats, requests, manager.limits)
+        names = context.config.observe.metrics_compat
+        exporter = Exporter(lambda: sources, {"model_name": context.model_name}, names)
         return Response(exporter.render(), media_type=CONTENT_TYPE)
 
     @router.get("/debug/scheduler")
