@@ -271,6 +271,12 @@ class ObserveOptions:
         "", "Folder for the traces of /start_profile; empty turns profiles off."
     )
     decode_log_interval: int = option(40, "Steps between decode log lines.", minimum=1)
+    log_cache_divergence: int = option(
+        0,
+        "Log where a prompt parts from a cached one with which it shares at least so many tokens; "
+        "0 does not.",
+        minimum=0,
+    )
     enable_request_time_stats_logging: bool = option(
         False, "Log for every request how long it was where."
     )

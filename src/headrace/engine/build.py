@@ -63,6 +63,7 @@ def build_scheduler(config: Config, info: ModelInfo, progress: Callable[[str], N
             stops=stop_factory(tokenizer),
             stream_interval=config.serve.stream_interval,
             decode_log_interval=config.observe.decode_log_interval,
+            log_cache_divergence=config.observe.log_cache_divergence,
         ),
         features=(build_grammar(config, info, tokenizer),),
     )

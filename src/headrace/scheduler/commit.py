@@ -40,6 +40,7 @@ class OutputRules:
     stops: Callable[[GenerateRequest], StopMatcher | None] = no_stops
     stream_interval: int = 1
     decode_log_interval: int = 40
+    log_cache_divergence: int = 0
 
 
 DEFAULT_OUTPUT = OutputRules()

@@ -68,7 +68,7 @@ class Scheduler:
         self.sessions = Sessions(options.max_sessions, options.session_timeout, clock)
         watchers = (*features, self.sessions)
         self.committer = Committer(self.planner, space, watchers, output, clock)
-        self.reporter = Reporter(self.planner, self.committer, output.decode_log_interval, clock)
+        self.reporter = Reporter(self.planner, self.committer, output, clock)
         self.trace = Trace(clock)
         # Seconds to sleep after each step, to make a slow server for tests of clients.
         self.slow_down = 0.0

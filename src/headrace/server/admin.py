@@ -36,7 +36,7 @@ LOAD_SECTIONS = ("core", "memory", "queues", "all")
 def routes(context: Context) -> APIRouter:
     """Health, information, load and control."""
     router = APIRouter()
-    for add in (_add_health, _add_information, _add_loads, _add_control):
+    for add in (_add_health, _add_information, _add_loads, _add_metrics, _add_control):
         add(router, context)
     return router
 
@@ -205,6 +205,23 @@ def _add_loads(router: APIRouter, context: Context) -> None:
             }
         )
 
+    @router.get("/get_load")
+    async def load() -> Response:
+        """The older, shorter form of /v1/loads."""
+        stats = context.manager.stats
+        return json_response(
+            [
+                {
+                    "dp_rank": 0,
+                    "num_reqs": stats.running + stats.waiting,
+                    "num_waiting_reqs": stats.waiting,
+                    "num_tokens": stats.used_tokens,
+                }
+            ]
+        )
+
+
+def _add_metrics(router: APIRouter, context: Context) -> None:
     manager = context.manager
 
     @router.get("/metrics")
@@ -223,21 +240,6 @@ def _add_loads(router: APIRouter, context: Context) -> None:
         """What the scheduler runs and what waits, with the age of that picture in seconds. Asks
         nobody: it answers while the scheduler hangs."""
         return json_response(manager.outlook.look())
-
-    @router.get("/get_load")
-    async def load() -> Response:
-        """The older, shorter form of /v1/loads."""
-        stats = context.manager.stats
-        return json_response(
-            [
-                {
-                    "dp_rank": 0,
-                    "num_reqs": stats.running + stats.waiting,
-                    "num_waiting_reqs": stats.waiting,
-                    "num_tokens": stats.used_tokens,
-                }
-            ]
-        )
 
 
 def _load(stats: SchedulerStats, wanted: list[str]) -> dict[str, Any]:
