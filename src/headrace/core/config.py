@@ -170,6 +170,12 @@ class RunOptions:
     """Where and how the model runs."""
 
     device: str = option("auto", "Device of the model.", choices=("auto", "cpu"))
+    numa_node: int | None = option(
+        None,
+        "Run the model on the cores and with the memory of this NUMA node; empty takes all.",
+        minimum=0,
+        maximum=63,
+    )
     threads: int = option(0, "Compute threads; 0 takes the usable cores.", minimum=0)
     runner: str = option(
         "model",

@@ -73,11 +73,14 @@ def main() -> None:
 def _schedule(boot: Boot, reports: "Reports", watch: Stopwatch) -> NoReturn:
     from headrace.engine.build import build_scheduler
     from headrace.engine.loop import open_ports, run
+    from headrace.engine.numa import bind
 
     def progress(step: str) -> None:
         watch.begin(step)
         reports.send(Loading(step))
 
+    if (node := boot.config.run.numa_node) is not None:
+        bind(node)
     ports = open_ports(boot.addresses, boot.config.serve)
     built = build_scheduler(boot.config, boot.info, progress)
     watch.begin("")

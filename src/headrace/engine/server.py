@@ -4,6 +4,7 @@ The port is bound first, so that a second server fails at once and clients can w
 then the children start, and only then this process imports what is heavy.
 """
 
+import faulthandler
 import logging
 import socket
 import sys
@@ -23,6 +24,7 @@ def launch_server(config: Config) -> int:
         HeadraceError: the server could not start, or one of its processes died.
     """
     watch = Stopwatch()
+    faulthandler.enable()
     log_to_stderr(config.observe)
     with listening(config.serve) as listener:
         launched = launch(config, watch, listener.fileno())
