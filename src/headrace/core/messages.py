@@ -11,6 +11,8 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
+from headrace.core.timeline import Timeline
+
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, omit_defaults=True):
     """Base of all messages; the class name is the tag on the wire."""
@@ -140,7 +142,7 @@ class GenerateRequest(Message, frozen=True, array_like=True):
     from arrival after which nobody waits for the answer, its first token (0: for ever).
     A request that goes on after a crash brings the output its client has (`out`, int32 bytes) and
     the number of this `attempt`, which its deltas repeat; `strikes` counts the crashes that it may
-    have caused.
+    have caused. With `timings` the last delta has a timeline.
     """
 
     rid: str
@@ -165,6 +167,7 @@ class GenerateRequest(Message, frozen=True, array_like=True):
     out: bytes = b""
     attempt: int = 0
     strikes: int = 0
+    timings: bool = False
 
 
 class AbortRequest(Message, frozen=True, array_like=True):
@@ -284,7 +287,7 @@ class Delta(Message, frozen=True, array_like=True):
     """News of one request: new token ids (scheduler) and their text (detokenizer).
 
     Counters are totals so far. `input_logprobs` comes once, with the first delta. `pooled`: fp32
-    little-endian bytes, the answer to a request with `pool`.
+    little-endian bytes, the answer to a request with `pool`. `timeline` comes with the finish.
     """
 
     rid: str
@@ -303,6 +306,7 @@ class Delta(Message, frozen=True, array_like=True):
     origin: int = 0
     pooled: bytes = b""
     attempt: int = 0
+    timeline: Timeline | None = None
 
 
 class SchedulerStats(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):

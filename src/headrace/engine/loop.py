@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 from headrace.core.config import ServeOptions
 from headrace.core.messages import ControlReply, Inbound, Outbound
+from headrace.engine.snapshots import Snapshots
 from headrace.frontend.flight import key_of
 from headrace.frontend.router import Outlet, to_detokenizers, to_frontends
 from headrace.ipc.address import Addresses
@@ -39,6 +40,9 @@ class Steps(Protocol):
     def idle(self) -> bool: ...
     @property
     def trace(self) -> Trace: ...
+    @property
+    def arrivals(self) -> int: ...
+    def overview(self) -> dict[str, Any]: ...
     def submit(self, message: Inbound) -> None: ...
     def step(self) -> bool: ...
     def take(self) -> list[Outbound]: ...
@@ -50,6 +54,7 @@ class Ports(NamedTuple):
     inbox: Receiver[Inbound]
     deltas: Outlet
     replies: Outlet
+    snapshots: Snapshots
 
 
 def open_ports(addresses: Addresses, serve: ServeOptions) -> Ports:
@@ -58,6 +63,7 @@ def open_ports(addresses: Addresses, serve: ServeOptions) -> Ports:
         inbox=Receiver[Inbound](addresses.scheduler, Inbound),
         deltas=to_detokenizers(addresses, serve.detokenizer_worker_num),
         replies=to_frontends(addresses, serve.tokenizer_worker_num),
+        snapshots=Snapshots(addresses.folder),
     )
 
 
@@ -66,6 +72,7 @@ def run(scheduler: Steps, ports: Ports, pulse: Pulse) -> NoReturn:
     progressed = True
     while True:
         progressed = turn(scheduler, ports, pulse, progressed)
+        ports.snapshots.update(scheduler)
 
 
 def turn(scheduler: Steps, ports: Ports, pulse: Pulse, progressed: bool) -> bool:

@@ -76,6 +76,7 @@ def main() -> None:
 def _schedule(boot: Boot, reports: "Reports", watch: Stopwatch) -> NoReturn:
     from headrace.engine.build import build_scheduler
     from headrace.engine.loop import Roll, open_ports, run
+    from headrace.engine.numa import bind
 
     def progress(step: str) -> None:
         watch.begin(step)
@@ -83,6 +84,8 @@ def _schedule(boot: Boot, reports: "Reports", watch: Stopwatch) -> NoReturn:
 
     pulse = Pulse(boot.addresses.folder, "scheduler")
     pulse.beat_for_ever()
+    if (node := boot.config.run.numa_node) is not None:
+        bind(node)
     ports = open_ports(boot.addresses, boot.config.serve)
     built = build_scheduler(boot.config, boot.info, progress)
     watch.begin("")

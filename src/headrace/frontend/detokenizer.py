@@ -7,6 +7,7 @@ comes in goes out, once and in order, but for streams whose beginning another pr
 Imports neither torch nor transformers; knows of a request only what its first delta says.
 """
 
+import time
 from typing import NoReturn
 
 import msgspec
@@ -60,6 +61,8 @@ class DetokenizerManager:
         else:
             del self._streams[key]
             text, finish = stream.end(delta.ids, delta.finish)
+        if delta.timeline is not None:
+            delta.timeline.text_done = time.monotonic()
         return msgspec.structs.replace(delta, text=before + text, finish=finish, start=None)
 
 

@@ -9,7 +9,6 @@ no protocols and no processes.
 """
 
 import asyncio
-import itertools
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
@@ -39,12 +38,15 @@ from headrace.frontend.async_tokenizer import AsyncTokenizer
 from headrace.frontend.flight import Flight
 from headrace.frontend.mailbox import Mailbox
 from headrace.frontend.measure import StepMeasure
+from headrace.frontend.observer import Observer
+from headrace.frontend.outlook import Outlook
 from headrace.frontend.peers import Peers
 from headrace.frontend.prepare import Preparation, Refused, RequestCheck
+from headrace.frontend.questions import Questions
 from headrace.frontend.quota import Quotas
 from headrace.frontend.recovery import Recovery
 from headrace.frontend.request_log import RequestLog
-from headrace.frontend.requests import fan_out, owned
+from headrace.frontend.requests import owned
 from headrace.frontend.vitals import Vitals
 from headrace.ipc.address import Addresses, numbered
 from headrace.ipc.channels import Receiver, Sender
@@ -83,6 +85,8 @@ class TokenizerManager:
         self._stats_at = 0.0
         self.metrics = RequestMetrics()
         self.log = RequestLog.create(config.observe)
+        self.observer = Observer(config, self.log)
+        self.outlook = Outlook(addresses.folder)
         # For people: sizes in GiB and tokens, seconds by step of the start.
         self.memory: dict[str, float] = {}
         self.startup: dict[str, float] = {}
@@ -93,8 +97,7 @@ class TokenizerManager:
         others = set(range(1, workers + 1)) - {origin} if origin else set()
         self.peers = Peers(origin, {n: numbered(addresses.tokenizer, n) for n in others})
         self._flights: dict[str, Flight] = {}
-        self._controls: dict[int, asyncio.Future[ControlReply]] = {}
-        self._control_ids = itertools.count(1)
+        self._questions = Questions(origin)
         self._texts = AsyncTokenizer(tokenizer)
         self._preparation = Preparation(config, tokenizer, self._texts, checks)
         self._quotas = Quotas()
@@ -129,9 +132,7 @@ class TokenizerManager:
         self.ready.clear()
         for rid in list(self._flights):
             self.recovery.end(rid, error)
-        for reply in self._controls.values():
-            if not reply.done():
-                reply.set_exception(error)
+        self._questions.fail(error)
 
     def trouble(self) -> str:
         """What keeps requests from being answered now, or ""; asks nobody."""
@@ -142,9 +143,7 @@ class TokenizerManager:
     def suspend(self, why: str, *, scheduler: bool, batch: Mapping[int, int]) -> None:
         """A process was lost and will be back; see `Recovery.begin`. Requests wait meanwhile."""
         self.recovery.begin(why, self.metrics, scheduler=scheduler, batch=batch)
-        for reply in self._controls.values():
-            if not reply.done():
-                reply.set_exception(Overloaded(why))
+        self._questions.fail(Overloaded(why))
         if scheduler and self._sender is not None:
             self._sender.close()
             self._sender = None
@@ -172,6 +171,8 @@ class TokenizerManager:
                 channel.close()
         self._receiver = self._sender = None
         self.peers.close()
+        self.outlook.close()
+        await asyncio.to_thread(self.observer.stop)
 
     # -- requests -----------------------------------------------------------------------------
 
@@ -196,10 +197,13 @@ class TokenizerManager:
         When one request is refused, none is sent.
         """
         self._check_room()
-        tenant = caller.get()
+        began, tenant = time.monotonic(), caller.get()
         with self._quotas.admit(tenant, len(requests)) as usage:
             prepared = await self._prepare([owned(request, tenant) for request in requests])
-            with self._send_off(prepared) as mailbox:
+            with (
+                self.observer.watching(prepared, began) as marked,
+                self._send_off(marked) as mailbox,
+            ):
                 if self.log.on:
                     self.log.received(requests, prepared)
                 left = len(prepared)
@@ -209,10 +213,6 @@ class TokenizerManager:
                         if usage is not None:
                             usage.spend(delta)
                         yield index, delta
-
-    def fan_out(self, request: GenerateRequest) -> list[GenerateRequest]:
-        """The n samples of a request, each a request of its own."""
-        return fan_out(request)
 
     def abort(self, rid: str = "", prefix: bool = False, all: bool = False) -> None:
         """End a request, those whose rid starts with `rid`, or all; unknown ones are ignored.
@@ -238,16 +238,7 @@ class TokenizerManager:
         self._check_alive()
         if self.recovery.why:
             raise Overloaded(self.recovery.why)
-        message = Control(next(self._control_ids), verb, args, self._origin)
-        reply = self._controls[message.id] = self._loop.create_future()
-        try:
-            self._send(message)
-            async with asyncio.timeout(timeout):
-                return await reply
-        except TimeoutError:
-            raise HeadraceError(f"no answer to {verb} within {timeout:g} s") from None
-        finally:
-            del self._controls[message.id]
+        return await self._questions.ask(self._send, verb, args, timeout)
 
     async def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. Raises BadRequest on a server without a tokenizer."""
@@ -342,8 +333,8 @@ class TokenizerManager:
                 self.peers.hear(message)
             elif isinstance(message, PeerAsk):
                 self._answer_peer(message)
-            elif (reply := self._controls.get(message.id)) is not None and not reply.done():
-                reply.set_result(message)
+            else:
+                self._questions.answer(message)
 
     def _answer_peer(self, ask: PeerAsk) -> None:
         if ask.logging is None:
@@ -362,7 +353,11 @@ class TokenizerManager:
             if delta.finish is not None:
                 del flights[delta.rid]
             measure.add(flight, delta)
+            if delta.timeline is not None:
+                self.observer.end(delta)
             if self.log.on:
                 self.log.add(delta)
+            if delta.timeline is not None:
+                delta = self.observer.shown(delta)
             flight.deliver(delta)
         measure.close()

@@ -45,6 +45,8 @@ class RequestMetrics:
         self.resumed = 0
         self.poisonous = 0
         self.crashes = 0
+        self.stopped = 0
+        self.cut_short = 0
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self.generation_tokens = 0
@@ -54,5 +56,8 @@ class RequestMetrics:
         self.e2e_latency = Histogram(SECONDS)
         self.queue_time = Histogram(SECONDS)
         self.recovery = Histogram(SECONDS)
+        self.prefill_time = Histogram(SECONDS)
+        self.decode_time = Histogram(SECONDS)
+        self.inference_time = Histogram(SECONDS)
         self.prompt_length = Histogram(TOKENS)
         self.generation_length = Histogram(TOKENS)

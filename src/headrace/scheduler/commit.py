@@ -44,6 +44,7 @@ class OutputRules:
     stops: Callable[[GenerateRequest], StopMatcher | None] = no_stops
     stream_interval: int = 1
     decode_log_interval: int = 40
+    log_cache_divergence: int = 0
 
 
 DEFAULT_OUTPUT = OutputRules()
@@ -96,6 +97,10 @@ class Committer:
         for chunk, outcome in zip(plan.chunks, result.chunks, strict=True):
             request = self.planner.rows[chunk.row]
             self._land(request, chunk)
+            if request.timeline is not None and request.finish is None:
+                request.timeline.ran(
+                    self.clock(), result.seconds, chunk.start, chunk.count, request.prompt_len
+                )
             if request.finish is None:
                 try:
                     self._apply(request, chunk, outcome, result.extras)
@@ -112,6 +117,9 @@ class Committer:
         self.aborted_total += reason.type == "abort"
         if request.cached >= 0:  # it had started
             self.pace.ended(self.clock())
+        if (timeline := request.timeline) is not None:
+            timeline.admitted, timeline.first_token = request.admitted_at, request.first_token_at
+            timeline.finished = self.clock()
         try:
             self._send(request)
         except Exception as error:  # noqa: BLE001  there is an answer in any case
@@ -246,6 +254,7 @@ class Committer:
                 first_token_time=max(0.0, request.first_token_at - request.arrived),
                 pooled=unsent.pooled,
                 attempt=spec.attempt,
+                timeline=None if request.finish is None else request.timeline,
             )
         )
         unsent.ids = []

@@ -223,6 +223,14 @@ class RecordedScheduler:
         return self.inner.runner
 
     @property
+    def arrivals(self) -> int:
+        return self.inner.arrivals
+
+    def overview(self) -> dict[str, Any]:
+        """See `Scheduler.overview`."""
+        return self.inner.overview()
+
+    @property
     def on_batch(self) -> Callable[[Sequence[Request]], bool]:
         return self.inner.on_batch
 

@@ -85,10 +85,7 @@ class Planner:
         self.running.remove(request)
         self.space.leave(request, keep=0)
         self.release_row(request)
-        request.computed = 0
-        request.held = False
-        request.prompt_kept = False
-        request.retractions += 1
+        request.retract(self.clock())
         self.retracted_total += 1
         self.queue.add(request)
 

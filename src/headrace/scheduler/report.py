@@ -12,8 +12,10 @@ import msgspec
 
 from headrace.core.messages import SchedulerStats
 from headrace.core.plan import StepPlan
-from headrace.scheduler.commit import Committer
+from headrace.scheduler.commit import Committer, OutputRules
 from headrace.scheduler.planner import Planner
+from headrace.scheduler.request import Request
+from headrace.scheduler.space import diverged
 from headrace.scheduler.watch import STEP_FIELDS, StepLog, pages_of, tree_of
 
 logger = logging.getLogger(__name__)
@@ -29,12 +31,13 @@ class Reporter:
         self,
         planner: Planner,
         committer: Committer,
-        decode_log_interval: int,
+        output: OutputRules,
         clock: Callable[[], float],
     ) -> None:
         self._planner = planner
         self._committer = committer
-        self._interval = decode_log_interval
+        self._interval = output.decode_log_interval
+        self._divergence = output.log_cache_divergence
         self._clock = clock
         self._started = self._window_start = clock()
         self._window_tokens = 0
@@ -50,6 +53,8 @@ class Reporter:
         prefill, cached = sum(prompts), 0
         if plan.new_rows:
             cached = self._prefilled(plan, prefill)
+            for new in plan.new_rows:
+                self._diverged(self._planner.rows[new.row])
         age = self._clock() - self._started
         self.log.launched(self.steps, age, prefill, len(plan.chunks) - len(prompts), cached)
         if not prefill:
@@ -116,6 +121,24 @@ class Reporter:
             len(self._planner.queue),
         )
         return cached
+
+    def _diverged(self, request: Request) -> None:
+        """Tell where the prompt left one that is in the cache, if that is asked for."""
+        if request.retractions or not (self._divergence or request.timeline):
+            return
+        found = diverged(request, self._planner.space.page_size)
+        if found is None:
+            return
+        if request.timeline is not None:
+            request.timeline.diverged = found
+        if self._divergence and found.at >= self._divergence:
+            logger.info(
+                "Cache: the prompt of request %s diverged at token %d of %d from request %s",
+                request.rid,
+                found.at,
+                found.length,
+                found.rid,
+            )
 
     def _decoded(self) -> None:
         now = self._clock()

@@ -20,6 +20,7 @@ from headrace.core.messages import (
     unpack_ids,
 )
 from headrace.core.plan import ScoredToken
+from headrace.core.timeline import Timeline
 
 
 class StopMatcher(Protocol):
@@ -83,6 +84,8 @@ class Request:
         self.arrived = now
         self.admitted_at = 0.0
         self.first_token_at = 0.0
+        # Kept only if it is asked for.
+        self.timeline = Timeline(sent=spec.received, arrived=now) if spec.timings else None
         # Next prompt position whose logits score its successor; `prompt_len` when none is wanted.
         start = spec.logprobs.start if spec.logprobs and not spec.out else -1
         self.score_from = self.prompt_len if start < 0 else start
@@ -116,6 +119,15 @@ class Request:
     @property
     def priority(self) -> int:
         return self.spec.priority or 0
+
+    def retract(self, now: float) -> None:
+        """Row and pages are gone; what was computed has to be computed again."""
+        self.computed = 0
+        self.held = False
+        self.prompt_kept = False
+        self.retractions += 1
+        if self.timeline is not None:
+            self.timeline.retract(now)
 
     def append(self, token: int) -> None:
         """A sampled token has become known."""

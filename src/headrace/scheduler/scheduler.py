@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from typing import Any
 
 from headrace.core import faults
 from headrace.core.config import Limits, ScheduleOptions
@@ -27,7 +28,9 @@ from headrace.core.plan import StepPlan, StepResult
 from headrace.scheduler.commit import DEFAULT_OUTPUT, Committer, OutputRules, abort, failure
 from headrace.scheduler.control import answer
 from headrace.scheduler.deadlines import Deadlines
+from headrace.scheduler.entry import Entry
 from headrace.scheduler.feature import Feature, Runner
+from headrace.scheduler.overview import overview
 from headrace.scheduler.planner import Planner
 from headrace.scheduler.report import Reporter
 from headrace.scheduler.request import Request, StopMatcher
@@ -68,7 +71,8 @@ class Scheduler:
         self.sessions = Sessions(options.max_sessions, options.session_timeout, clock)
         watchers = (*features, self.sessions)
         self.committer = Committer(self.planner, space, watchers, output, clock)
-        self.reporter = Reporter(self.planner, self.committer, output.decode_log_interval, clock)
+        self.reporter = Reporter(self.planner, self.committer, output, clock)
+        self.entry = Entry(options, limits, self.planner, self.committer, self.reporter)
         self.deadlines = Deadlines(options)
         self.trace = Trace(clock)
         # Seconds to sleep after each step, to make a slow server for tests of clients.
@@ -117,6 +121,20 @@ class Scheduler:
     def inflight(self) -> int:
         """Steps that were launched and not committed."""
         return len(self._inflight)
+
+    @property
+    def plans(self) -> list[StepPlan]:
+        """Those steps, oldest first."""
+        return [plan for plan, _ in self._inflight]
+
+    @property
+    def arrivals(self) -> int:
+        """Requests that have come so far."""
+        return self._arrivals
+
+    def overview(self) -> dict[str, Any]:
+        """What an operator sees of it."""
+        return overview(self)
 
     def drain(self) -> None:
         """Wait for the plans in flight and commit them."""
@@ -178,7 +196,7 @@ class Scheduler:
         try:
             if faults.ON:
                 faults.strike("accept", [spec.sampling.seed])
-            reason = reason or self._refusal(request)
+            reason = reason or self.entry.refusal(request)
             if reason is None:
                 request.stop = self._resumed_stop(request)
         except HeadraceError as error:
@@ -215,74 +233,6 @@ class Scheduler:
             return self.sessions.extend(spec, self.limits.max_request_tokens), None
         except HeadraceError as error:
             return spec, abort(error.message, error.status, error.kind)
-
-    def _refusal(self, request: Request) -> FinishReason | None:
-        """Why the request cannot be taken, if so."""
-        longest = self.limits.max_request_tokens
-        if request.prompt_len == 0:
-            return abort("The prompt is empty.", 400, "BadRequestError")
-        if request.limit > longest:
-            return abort(
-                f"The request needs {request.limit} tokens ({request.prompt_len} of prompt and "
-                f"{request.max_new_tokens} of output); the server holds {longest}.",
-                400,
-                "BadRequestError",
-            )
-        if self.planner.draining and not request.spec.attempt:
-            return self._busy("The server takes no more requests: it finishes those it has.")
-        options = self.options
-        if (
-            request.spec.priority is not None
-            and options.abort_on_priority_when_disabled
-            and not options.enable_priority_scheduling
-        ):
-            return abort(
-                "Using priority is disabled for this server.", 503, "ServiceUnavailableError"
-            )
-        if request.spec.origin and self._in_use(request.rid):
-            return abort(
-                f"rid {request.rid!r} is in use by another request", 400, "BadRequestError"
-            )
-        for feature in self.features:
-            error = feature.check(request)
-            if error is not None:
-                return abort(error, 400, "BadRequestError")
-        return self._full(request)
-
-    def _in_use(self, rid: str) -> bool:
-        """One frontend knows its own requests; of several only the scheduler knows all."""
-        everything = (self.planner.queue.waiting, self.planner.running)
-        return any(other.rid == rid for some in everything for other in some)
-
-    def _full(self, request: Request) -> FinishReason | None:
-        """With a full queue, refuse this request or, if it is more urgent, evict another."""
-        options, queue = self.options, self.planner.queue
-        most, tokens = options.max_queued_requests, options.max_queued_tokens
-        if request.spec.attempt:  # it had its place before a crash
-            return None
-        if most is not None and len(queue) >= most:
-            limit = f"{most} requests (--max-queued-requests)"
-        elif tokens is not None and len(queue) and queue.tokens + request.prompt_len > tokens:
-            limit = f"{tokens} prompt tokens (--max-queued-tokens)"
-        else:
-            return None
-        last = queue.last()
-        if queue.urgency(request) <= queue.urgency(last):
-            return self._busy(f"The request queue is full. It may hold {limit}.")
-        self.committer.finish(
-            last, self._busy("The request is aborted by a higher priority request.")
-        )
-        return None
-
-    def _busy(self, message: str) -> FinishReason:
-        """An end that tells when to come back."""
-        return FinishReason(
-            "abort",
-            message=message,
-            status=503,
-            kind="ServiceUnavailableError",
-            retry_after=self.reporter.retry_after,
-        )
 
     def _abort(self, message: AbortRequest) -> None:
         everything = [*self.planner.queue.waiting, *self.planner.running]

@@ -45,7 +45,7 @@ _USER = """
 """
 _ADMIN = """
 /flush_cache /pause_generation /continue_generation /drain /start_profile /stop_profile
-/configure_logging /freeze_gc /slow_down /ui/events
+/configure_logging /freeze_gc /slow_down /ui/events /debug/scheduler
 """
 ROLES: dict[str, Role] = {
     path: role

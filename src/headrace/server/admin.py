@@ -36,7 +36,7 @@ LOAD_SECTIONS = ("core", "memory", "queues", "all")
 def routes(context: Context) -> APIRouter:
     """Health, information, load and control."""
     router = APIRouter()
-    for add in (_add_health, _add_information, _add_loads, _add_control):
+    for add in (_add_health, _add_information, _add_loads, _add_metrics, _add_control):
         add(router, context)
     return router
 
@@ -230,17 +230,6 @@ def _add_loads(router: APIRouter, context: Context) -> None:
             }
         )
 
-    manager = context.manager
-
-    @router.get("/metrics")
-    async def metrics() -> Response:
-        """Counters and histograms in Prometheus' text format."""
-        if not context.config.observe.enable_metrics:
-            raise NotFound("Metrics are off; start the server with --enable-metrics.")
-        sources = Sources(manager.stats, await manager.peers.metrics(manager.metrics))
-        exporter = Exporter(lambda: sources, {"model_name": context.model_name})
-        return Response(exporter.render(), media_type=CONTENT_TYPE)
-
     @router.get("/get_load")
     async def load() -> Response:
         """The older, shorter form of /v1/loads."""
@@ -255,6 +244,27 @@ def _add_loads(router: APIRouter, context: Context) -> None:
                 }
             ]
         )
+
+
+def _add_metrics(router: APIRouter, context: Context) -> None:
+    manager = context.manager
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        """Counters and histograms in Prometheus' text format."""
+        if not context.config.observe.enable_metrics:
+            raise NotFound("Metrics are off; start the server with --enable-metrics.")
+        requests = await manager.peers.metrics(manager.metrics)
+        sources = Sources(manager.stats, requests, manager.limits)
+        names = context.config.observe.metrics_compat
+        exporter = Exporter(lambda: sources, {"model_name": context.model_name}, names)
+        return Response(exporter.render(), media_type=CONTENT_TYPE)
+
+    @router.get("/debug/scheduler")
+    async def debug_scheduler() -> Response:
+        """What the scheduler runs and what waits, with the age of that picture in seconds. Asks
+        nobody: it answers while the scheduler hangs."""
+        return json_response(manager.outlook.look())
 
 
 def _load(stats: SchedulerStats, wanted: list[str]) -> dict[str, Any]:
