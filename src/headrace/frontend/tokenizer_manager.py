@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from headrace.core.config import Config, Limits
-from headrace.core.errors import BadRequest, HeadraceError, Overloaded
+from headrace.core.errors import HeadraceError, Overloaded
 from headrace.core.messages import (
     AbortRequest,
     Control,
@@ -46,7 +46,7 @@ from headrace.frontend.questions import Questions
 from headrace.frontend.quota import Quotas
 from headrace.frontend.recovery import Recovery
 from headrace.frontend.request_log import RequestLog
-from headrace.frontend.requests import owned
+from headrace.frontend.requests import check_fresh, owned
 from headrace.frontend.vitals import Vitals
 from headrace.ipc.address import Addresses, numbered
 from headrace.ipc.channels import Receiver, Sender
@@ -271,7 +271,7 @@ class TokenizerManager:
         self._check_alive()
         if (most := self.config.schedule.max_queued_requests) is not None and self.limits:
             self.recovery.check_room(most + self.limits.max_running_requests)
-        self._check_fresh([request.rid for request in requests])
+        check_fresh([request.rid for request in requests], self._flights)
         mailbox = Mailbox(self._loop)
         now = time.monotonic()
         requests = [
@@ -309,13 +309,6 @@ class TokenizerManager:
     def _check_alive(self) -> None:
         if self._failure is not None:
             raise self._failure
-
-    def _check_fresh(self, rids: Sequence[str]) -> None:
-        taken = [rid for rid in rids if rid in self._flights]
-        if not taken and len(set(rids)) < len(rids):
-            taken = [rid for rid in rids if rids.count(rid) > 1]
-        if taken:
-            raise BadRequest(f"rid {taken[0]!r} is in use by another request", field="rid")
 
     def _send(self, message: Inbound) -> None:
         if self._sender is not None:
