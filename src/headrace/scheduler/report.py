@@ -54,7 +54,9 @@ class Reporter:
         if plan.new_rows:
             cached = self._prefilled(plan, prefill)
             for new in plan.new_rows:
-                self._diverged(self._planner.rows[new.row])
+                # One that failed in planning has left its row.
+                if (request := self._planner.rows.get(new.row)) is not None:
+                    self._diverged(request)
         age = self._clock() - self._started
         self.log.launched(self.steps, age, prefill, len(plan.chunks) - len(prompts), cached)
         if not prefill:
