@@ -117,7 +117,7 @@ def _new(shape: tuple[int, ...], format: str, group: int = 0, variant: int = 0) 
     """Memory for a weight [out, in] and, where kernels want them apart, for its scales."""
     out_size, in_size = shape
     asked = Weight(None, None, out_size, in_size, _DTYPES[format], group, variant)
-    data = _memory(native().hr_weight_bytes(ctypes.byref(asked)))
+    data = reserve(native().hr_weight_bytes(ctypes.byref(asked)))
     scales = None
     if format in ("int8", "fp8"):
         groups = -(-in_size // group) if group else 1
@@ -184,7 +184,7 @@ class _Slab(threading.local):
 _slab = _Slab()
 
 
-def _memory(size: int) -> Tensor:
+def reserve(size: int) -> Tensor:
     """uint8 [size]; its slab goes with the last tensor. A page more than asked for, as slack."""
     taken = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE + mmap.PAGESIZE
     if _slab.memory is None or _slab.used + taken > _slab.size:
