@@ -251,8 +251,7 @@ def moe_packed(
         zip(experts.gates, experts.ups, experts.downs, strict=True)
     ):
         tokens, place = (ids == index).nonzero(as_tuple=True)
-        gate_up = pack(torch.cat((gate.data, up.data)))
-        inner = gated_packed(x[tokens], gate_up, activation, None)
+        inner = gated(linear_parts(x[tokens], (gate, up), None), activation)
         chosen[tokens, place] = linear_packed(inner, down, None)
     y = torch.zeros(chosen.shape[::2])
     for weight, output in zip(weights.unbind(1), chosen.unbind(1), strict=True):
