@@ -251,6 +251,8 @@ def moe_packed(
         zip(experts.gates, experts.ups, experts.downs, strict=True)
     ):
         tokens, place = (ids == index).nonzero(as_tuple=True)
+        if not len(tokens):
+            continue
         inner = gated(linear_parts(x[tokens], (gate, up), None), activation)
         chosen[tokens, place] = linear_packed(inner, down, None)
     y = torch.zeros(chosen.shape[::2])

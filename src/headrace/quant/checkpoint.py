@@ -13,7 +13,7 @@ import torch
 
 from headrace.core.errors import LoadError
 from headrace.core.model_info import ModelInfo
-from headrace.quant import fp8
+from headrace.quant import compressed_tensors, fp8
 from headrace.quant.base import Kind, QuantMethod
 from headrace.quant.dense import AS_IS
 from headrace.quant.parts import by_part
@@ -21,12 +21,16 @@ from headrace.quant.scheme import Builder, Config, Scheme
 from headrace.quant.stored import StoredWeights
 
 BUILDERS: dict[str, Builder] = {
+    "compressed-tensors": compressed_tensors.scheme,
     "fp8": fp8.scheme,
     "fbgemm_fp8": fp8.scheme,
 }
 """By `quant_method`."""
 
-_ALIASES: dict[str, tuple[str, ...]] = {"fbgemm_fp8": ("fp8",)}
+_ALIASES: dict[str, tuple[str, ...]] = {
+    "compressed-tensors": ("w8a8_int8", "w8a8_fp8"),
+    "fbgemm_fp8": ("fp8",),
+}
 """What else --quantization may say for a `quant_method`."""
 
 

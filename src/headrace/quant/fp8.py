@@ -40,7 +40,7 @@ def scheme(config: Config) -> Scheme:
             field="weight_block_size",
         )
     ignored = modules_from_config(config, *_IGNORED)
-    storage = Fp8((block[0], block[1]) if block else None)
+    storage = Fp8((block[0], block[1]), "weight_scale_inv") if block else Fp8()
 
     def of(module: str, kind: Kind) -> Storage | None:
         return None if kind == "embedding" or listed(module, ignored) else storage
@@ -50,15 +50,12 @@ def scheme(config: Config) -> Scheme:
 
 @dataclass(frozen=True)
 class Fp8:
-    """`weight` e4m3 [rows, columns]; with a `block` (rows, columns) `weight_scale_inv` of each,
-    else `weight_scale` of the tensor or of each row."""
+    """`weight` e4m3 [rows, columns] and scales in `marker`: of each `block` (rows, columns), or of
+    the tensor or each row."""
 
     block: tuple[int, int] | None = None
+    marker: str = "weight_scale"
     name: str = "fp8"
-
-    @property
-    def marker(self) -> str:
-        return "weight_scale_inv" if self.block else "weight_scale"
 
     @property
     def align(self) -> tuple[int, int]:
