@@ -137,7 +137,7 @@ def unpacked(words: Tensor, bits: int) -> Tensor:
     """int32 [n, m] -> uint8 [n, m * 32 / bits], the lowest bits first."""
     if not words.shape[1]:
         return torch.empty(len(words), 0, dtype=torch.uint8)
-    octets = words.contiguous().view(torch.uint8)
+    octets = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
     if bits == 8:
         return octets
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8)

@@ -145,8 +145,19 @@ def _in_groups(cut: Cut, group: int) -> Cut:
 
 
 def _moved(cut: Cut, first: int) -> Cut:
-    spans = tuple(replace(span, source=span.source - first) for span in cut.spans)
-    return replace(cut, spans=spans)
+    """The same cut of what begins at `first`, with spans that follow each other in one."""
+    spans: list[Span] = []
+    for span in cut.spans:
+        span = replace(span, source=span.source - first)
+        last = spans[-1] if spans else None
+        if last and (last.source + last.count, last.target + last.count) == (
+            span.source,
+            span.target,
+        ):
+            spans[-1] = replace(last, count=last.count + span.count)
+        else:
+            spans.append(span)
+    return replace(cut, spans=tuple(spans))
 
 
 def _placed(tensor: Tensor, dim: int, cut: Cut) -> Tensor:
