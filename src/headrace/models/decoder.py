@@ -18,6 +18,7 @@ from headrace.layers.attention import Attention
 from headrace.layers.batch import ForwardBatch
 from headrace.layers.build import Build
 from headrace.layers.embedding import LMHead, PositionEmbedding, VocabEmbedding
+from headrace.layers.kv_scale import with_kv_scales
 from headrace.layers.mlp import MLP
 from headrace.layers.moe import MoE, MoESpec
 from headrace.layers.norm import Norm, NormSpec
@@ -158,11 +159,21 @@ class Decoder(ABC):
     def state_specs(self) -> list[StateSpec]:
         return [layer.attention.state_spec() for layer in self.layers]
 
+    def kv_scales(self) -> list[tuple[float, float]]:
+        """What a stored 1 means in an fp8 cache: keys and values of each layer."""
+        pairs = (layer.attention.kv_scale.tolist() for layer in self.layers)
+        return [(keys, values) for keys, values in pairs]
+
+    def set_kv_scale(self, layer: int, scale: float) -> None:
+        self.layers[layer].attention.kv_scale.fill_(scale)
+
     def prefix_scope(self, prompt_len: int) -> str:
         return "".join(prefix_scope(rope.spec, prompt_len) for rope in self.ropes)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        load_targets(self.targets(), self.spec.layout.canonical(weights), self._ignored)
+        targets = self.targets()
+        weights = with_kv_scales(self.spec.layout.canonical(weights), targets)
+        load_targets(targets, weights, self._ignored)
 
     def checkpoint_shapes(self) -> dict[str, tuple[int, ...]]:
         return {
