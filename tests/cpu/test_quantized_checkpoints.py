@@ -1,29 +1,37 @@
 """Checkpoints that are quantized already: the values that their tools define, and their logits."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from headrace import ops
+from headrace.core.errors import LoadError
 from headrace.core.model_info import read_model_info
 from headrace.dist.comm import SoloGroup
 from headrace.dist.topology import Cut
 from headrace.layers.linear import ColumnLinear, RowLinear
 from headrace.loader import load_model
 from headrace.models import Model
+from headrace.quant.stored import _tell
 from tests.cpu.test_models_parity import expected, random_ids
 from tests.support.checkpoints import make_case
 from tests.support.paged import run_all
 from tests.support.quantized import (
+    PROJECTIONS,
     compressed,
     compressed_config,
+    edit_config,
     fp8_blocks,
     fp8_tensor,
     oracle_of,
     rewrite,
+    scale_range,
 )
 from tests.support.threads import run_ranks
 
@@ -111,7 +119,9 @@ def local(values: Tensor, rows: Cut, columns: Cut) -> Tensor:
     return found
 
 
-def check_values(model: Model, values: dict[str, Tensor], format: str | None) -> None:
+def check_values(
+    model: Model, values: dict[str, Tensor], format: str | None, atol: float = 1e-6
+) -> None:
     """Every linear layer holds this rank's part of the values."""
     for at, linear in linears(model).items():
         prefix = at.rpartition(".")[0]
@@ -122,7 +132,7 @@ def check_values(model: Model, values: dict[str, Tensor], format: str | None) ->
         packed = linear.weights["packed"]
         assert format in (packed.format, None), (at, packed.format)
         ours = ops.embedding_packed(torch.arange(packed.out_size), packed, torch.float32)
-        torch.testing.assert_close(ours, torch.cat(whole), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(ours, torch.cat(whole), rtol=1e-6, atol=atol)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -180,3 +190,242 @@ def check_experts(model: Any, values: dict[str, Tensor]) -> set[str]:
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
             found.add(packed.format)
     return found
+
+
+def spoil(folder: Path, name: str, change: Any) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    changed = change(tensors.pop(name))
+    tensors |= {} if changed is None else {name: changed}
+    save_file(tensors, folder / "model.safetensors")
+
+
+Q = "model.layers.1.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("case", "suffix", "change", "message"),
+    [
+        ("fp8 blocks", "weight_scale_inv", lambda t: t * torch.nan, "no finite number"),
+        ("fp8 blocks", "weight_scale_inv", lambda t: t * 0, "not positive"),
+        ("fp8 blocks", "weight_scale_inv", lambda t: -t, "not positive"),
+        ("fp8 blocks", "weight_scale_inv", lambda t: t.repeat(2, 1), "has shape (2, 1)"),
+        ("fp8 blocks", "weight_scale_inv", lambda t: None, "missing tensor"),
+        ("fp8 blocks", "weight", lambda t: t.float(), "dtype float32, not float8_e4m3fn"),
+        (
+            "fp8 blocks",
+            "weight",
+            lambda t: torch.full_like(t.view(torch.uint8), 0x7F).view(t.dtype),
+            "not a number",
+        ),
+        ("w4a16", "weight_packed", lambda t: t[:, 1:].contiguous(), "has shape (64, 7)"),
+        ("w4a16", "weight_scale", lambda t: t * torch.inf, "no finite number"),
+        ("w4 plain", "weight", lambda t: t + 9, "an int4 value is"),
+        ("w4a16 zero points", "weight_zero_point", lambda t: None, "missing tensor"),
+        ("w8a8", "weight_scale", lambda t: t[1:].contiguous(), "has shape (63, 1)"),
+    ],
+)
+def test_wrong_tensors_are_named(
+    tmp_path: Path, case: str, suffix: str, change: Any, message: str
+) -> None:
+    config, store, _ = CASES[case]
+    make_case(tmp_path, "llama", **_SIZES)
+    rewrite(tmp_path, config, store)
+    spoil(tmp_path, f"{Q}.{suffix}", change)
+    with pytest.raises(LoadError, match=re.escape(message)) as raised:
+        load(tmp_path)
+    assert "q_proj" in raised.value.message
+
+
+_GROUP = {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "group", "group_size": 32}}
+
+
+def _with_group(**weights: Any) -> dict[str, Any]:
+    group = _GROUP | {"weights": _GROUP["weights"] | weights, "format": "pack-quantized"}
+    return {"quant_method": "compressed-tensors", "config_groups": {"g": group}}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"quant_method": "magic"}, "quant_method='magic'"),
+        ({}, None),
+        (3, "quantization_config must be an object"),
+        (_FP8 | {"activation_scheme": "odd"}, "activation_scheme must be"),
+        (_FP8 | {"weight_block_size": [128]}, "weight_block_size must be"),
+        (_FP8 | {"modules_to_not_convert": "lm_head"}, "modules_to_not_convert must be a list"),
+        ({"quant_method": "compressed-tensors"}, "config_groups must be an object"),
+        (_with_group(num_bits=3), "weights.num_bits is 3"),
+        (_with_group(strategy="tensor_group"), "weights.strategy is 'tensor_group'"),
+        (_with_group(group_size=0), "weights.group_size is"),
+        (_with_group(group_size=48), "not whole groups of 48"),
+        (_with_group(type="float"), "stores type 'float' as 'pack-quantized'"),
+        (_with_group() | {"ignore": ["re:("]}, "ignore has a pattern"),
+        (_with_group() | {"sparsity_config": {"format": "sparse-24"}}, "sparsity_config.format"),
+        (_with_group() | {"transform_config": {"config_groups": {"a": {}}}}, "transform_config"),
+    ],
+)
+def test_wrong_configurations_are_named(tmp_path: Path, config: Any, message: str | None) -> None:
+    make_case(tmp_path, "llama", **_SIZES)
+    edit_config(tmp_path, quantization_config=config)
+    if message is None:
+        load(tmp_path)
+        return
+    with pytest.raises(LoadError, match=re.escape(message)):
+        load(tmp_path)
+
+
+def test_the_option_and_the_checkpoint_agree(tmp_path: Path) -> None:
+    make_case(tmp_path, "llama", **_SIZES)
+
+    def load_as(asked: str) -> Model:
+        info = read_model_info(tmp_path)
+        return load_model(info, torch.float32, SoloGroup(), quantization=asked)
+
+    with pytest.raises(LoadError, match="gptq needs a checkpoint that is stored so"):
+        load_as("gptq")
+    rewrite(tmp_path, *CASES["fp8 tensor"][:2])
+    load_as("fp8")
+    for asked in ("int8", "gptq"):
+        with pytest.raises(LoadError, match=f"{asked} was asked for, .* quantized with fp8"):
+            load_as(asked)
+
+
+@pytest.mark.parametrize("case", ["w4a16", "fp8 tensor", "fp8 small blocks"])
+def test_parts_stored_in_different_ways(tmp_path: Path, case: str) -> None:
+    """k stays as it is, so q, k and v are three matrices; so do a router and a head, by name."""
+    config, store, _ = CASES[case]
+    make_case(tmp_path, "llama-bias", **_SIZES)
+    left = [f"model.layers.{layer}.self_attn.k_proj" for layer in range(2)] + ["lm_head"]
+    named = "ignore" if "config_groups" in config else "ignored_layers"
+    values = rewrite(tmp_path, config | {named: left}, store, rf"(?!.*k_proj){PROJECTIONS}")
+    assert f"{left[0]}.weight" in load_file(tmp_path / "model.safetensors")
+    model, oracle = load(tmp_path), oracle_of(tmp_path, values)
+    limit = 1e-4 if case.startswith("fp8") else 1.0
+    assert difference(model, oracle, random_ids(30)[0]) < limit
+    parts = model.layers[0].attention.qkv.weights  # type: ignore[attr-defined]
+    formats = [parts[name]["packed"].format for name in ("q_proj", "k_proj", "v_proj")]
+    usual = {"w4a16": "int4", "fp8 tensor": "fp8", "fp8 small blocks": "float32"}[case]
+    assert formats == [usual, "float32", usual]
+
+
+@pytest.mark.parametrize("case", ["w4a16", "fp8 tensor", "w8a8", "float outputs"])
+def test_stacked_matrices(tmp_path: Path, case: str) -> None:
+    """Phi-3 stores q, k, v as one matrix, gate and up as another."""
+    config, store, format = CASES[case]
+    make_case(tmp_path, "phi3", **_SIZES)
+    values = rewrite(tmp_path, config, store)
+    model = load(tmp_path)
+    packed = model.layers[0].attention.qkv.weights["packed"]  # type: ignore[attr-defined]
+    assert packed.format == format
+    ours = ops.embedding_packed(torch.arange(packed.out_size), packed, torch.float32)
+    expected = values["model.layers.0.self_attn.qkv_proj.weight"]
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_what_no_kernel_has_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_case(tmp_path, "llama", **_SIZES)
+    rewrite(tmp_path, *CASES["w8 zero points"][:2])
+    _tell.cache_clear()
+    load(tmp_path)
+    assert caplog.text.count("they are widened to float32") == 1
+
+
+def test_order_of_activations(tmp_path: Path) -> None:
+    """`weight_g_idx`: the groups of scattered inputs."""
+    weights = _INT4 | {"actorder": "group"}
+    config = compressed_config(_INT4, "pack-quantized")
+    config["config_groups"]["group_0"]["weights"]["actorder"] = weights["actorder"]
+    store = compressed(_INT4, "pack-quantized")
+    generator = torch.Generator().manual_seed(1)
+
+    def shuffled(module: str, weight: Tensor) -> Any:
+        order = torch.randperm(weight.shape[1], generator=generator)
+        small, values = store(module, weight)
+        words = small["weight_packed"]
+        numbers = (words[:, :, None] >> torch.arange(0, 32, 4) & 15).flatten(1)[:, order]
+        packed = (numbers.unflatten(1, (-1, 8)) << torch.arange(0, 32, 4)).sum(-1)
+        index = (torch.arange(weight.shape[1]) // 32)[order].int()
+        own = {"weight_packed": packed.to(torch.int32), "weight_g_idx": index}
+        return small | own, values[:, order]
+
+    make_case(tmp_path, "llama", **_SIZES)
+    values = rewrite(tmp_path, config, shuffled)
+    check_values(load(tmp_path), values, "float32")
+    for one in run_ranks(3, lambda group: load(tmp_path, group)):
+        check_values(one, values, None)
+    spoil(tmp_path, f"{Q}.weight_g_idx", lambda t: t + 1)
+    with pytest.raises(LoadError, match="weight_g_idx names a group that is none of 2"):
+        load(tmp_path)
+
+
+TORCHAO = Path(__file__).parents[1] / "data" / "torchao"
+
+
+@pytest.mark.parametrize(
+    ("case", "format"),
+    [("int8", "int8"), ("int8-dynamic", "int8"), ("float8", "fp8"), ("int4", "int4")],
+)
+def test_torchao(case: str, format: str) -> None:
+    """Written by torchao (tests/data/torchao/make.py), which dequantizes to bf16."""
+    model, values = load(TORCHAO / case), load_file(TORCHAO / case / "values")
+    for at, linear in linears(model).items():
+        packed = linear.weights["packed"]
+        assert packed.format == format
+        ours = ops.embedding_packed(torch.arange(packed.out_size), packed, torch.float32)
+        names = [f"{at.rpartition('.')[0]}.{part.name}.weight" for part in linear.shape.parts]
+        assert torch.equal(ours.bfloat16(), torch.cat([values[name] for name in names]))
+    for one in run_ranks(2, lambda group: load(TORCHAO / case, group)):
+        check_values(one, values, None, atol=0.002)
+
+
+def test_torchao_kinds_without_a_reader_are_named(tmp_path: Path) -> None:
+    make_case(tmp_path, "llama", **_SIZES)
+    kind = {"default": {"_type": "Int4WeightOnlyConfig", "_data": {"group_size": 32}}}
+    edit_config(tmp_path, quantization_config={"quant_method": "torchao", "quant_type": kind})
+    with pytest.raises(LoadError, match=r"Int4WeightOnlyConfig .* is not supported"):
+        load(tmp_path)
+
+
+def test_fp8_blocks_as_transformers_reads_them(tmp_path: Path) -> None:
+    make_case(tmp_path, "qwen3", **_SIZES)
+    config = _FP8 | {"weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head"]}
+    rewrite(tmp_path, config, fp8_blocks())
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path,
+        quantization_config=transformers.FineGrainedFP8Config(dequantize=True),
+        attn_implementation="eager",
+        dtype=torch.float32,
+    )
+    assert difference(load(tmp_path), oracle.eval(), random_ids(30)[0]) < 1e-4
+
+
+def test_a_whole_model_compressed_and_read_by_transformers(tmp_path: Path) -> None:
+    """The path of llm-compressor: scales on modules, compressed in memory, saved."""
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    model = make_case(tmp_path / "plain", "llama", **_SIZES)
+    given = {"g": {"targets": ["Linear"], "weights": _INT4 | {"symmetric": False}}}
+    apply_quantization_config(model, QuantizationConfig(config_groups=given, ignore=["lm_head"]))
+    for module in model.modules():
+        if hasattr(module, "quantization_scheme"):
+            args = module.quantization_scheme.weights
+            low, high = scale_range(module.weight.data, args)
+            module.weight_scale.data, module.weight_zero_point.data = calculate_qparams(
+                low, high, args
+            )
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(tmp_path / "small")
+    compressor.update_config(str(tmp_path / "small"))
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "small",
+        quantization_config=transformers.CompressedTensorsConfig(run_compressed=False),
+        attn_implementation="eager",
+    ).eval()
+    ours = load(tmp_path / "small")
+    values = {name: value for name, value in oracle.state_dict().items() if "_proj" in name}
+    check_values(ours, values, "int4")
+    quantize_inputs(oracle, 32)
+    assert difference(ours, oracle, random_ids(30)[0]) < 0.02

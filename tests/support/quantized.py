@@ -75,7 +75,7 @@ def compressed(weights: dict[str, Any], format: str, *, scale: torch.dtype = tor
     compressor = BaseCompressor.get_value_from_registry(format)
 
     def store(module: str, weight: Tensor) -> Stored:
-        low, high = _range(weight, args)
+        low, high = scale_range(weight, args)
         scales, zeros = calculate_qparams(low, high, args)
         state = {"weight": weight, "weight_scale": scales.to(scale), "weight_zero_point": zeros}
         small = compressor.compress(state, scheme)
@@ -86,7 +86,7 @@ def compressed(weights: dict[str, Any], format: str, *, scale: torch.dtype = tor
     return store
 
 
-def _range(weight: Tensor, args: Any) -> tuple[Tensor, Tensor]:
+def scale_range(weight: Tensor, args: Any) -> tuple[Tensor, Tensor]:
     """Smallest and largest of what shares a scale."""
     if args.strategy == "tensor":
         return weight.min().reshape(1), weight.max().reshape(1)

@@ -13,7 +13,7 @@ import torch
 
 from headrace.core.errors import LoadError
 from headrace.core.model_info import ModelInfo
-from headrace.quant import compressed_tensors, fp8
+from headrace.quant import compressed_tensors, fp8, torchao
 from headrace.quant.base import Kind, QuantMethod
 from headrace.quant.dense import AS_IS
 from headrace.quant.parts import by_part
@@ -24,6 +24,7 @@ BUILDERS: dict[str, Builder] = {
     "compressed-tensors": compressed_tensors.scheme,
     "fp8": fp8.scheme,
     "fbgemm_fp8": fp8.scheme,
+    "torchao": torchao.scheme,
 }
 """By `quant_method`."""
 

@@ -50,6 +50,8 @@ def scheme(config: Config) -> Scheme:
     sparsity = config.get("sparsity_config") or {}
     if sparsity and sparsity.get("format", "dense") != "dense":
         raise _unsupported("sparsity_config.format", sparsity.get("format"), ("dense",))
+    if (config.get("transform_config") or {}).get("config_groups"):
+        raise _unsupported("transform_config", "given", ("none",))
     ignored = _targets(modules_from_config(config, "ignore"), "ignore")
     chosen = [_group(f"config_groups.{name}", group, config) for name, group in groups.items()]
 

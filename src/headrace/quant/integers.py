@@ -98,7 +98,8 @@ class Integers:
         scales = scales if scales.dim() == 2 and self.group else scales.reshape(-1, 1)
         scales = scales.expand(rows, -1)
         zeros = self._zeros(tensors, rows, scales)
-        native = self.bits <= 4 or (self.symmetric and not self.group)
+        plain = self.symmetric or bool((zeros == middle).all())
+        native = self.bits <= 4 or (plain and not self.group)
         if self.shuffled or not native:
             return self._floats(tensors, values, scales, zeros)
         if self.bits == 8:

@@ -100,7 +100,9 @@ class StoredWeights:
         for suffix, stored in self.storage.tensors(rows, shape.columns.full).items():
             names = [f"{prefix}{part.name}.{suffix}" for part in shape.parts]
             members = {name: single[name] for name in names}
-            found[f"{prefix}{name}.{suffix}"] = _pour(members, stored, rows)
+            per = stored.rows.per if stored.rows else 1
+            sizes = [-(-part.rows.full // per) for part in shape.parts]
+            found[f"{prefix}{name}.{suffix}"] = _pour(members, stored, sizes)
         return found
 
     def process_after_loading(self, weights: Weights) -> None:
@@ -209,14 +211,13 @@ def _within(source: Tensor, axis: Axis | None, window: tuple[int, int], full: in
     return source.narrow(axis.dim, first, last - first)
 
 
-def _pour(members: Targets, stored: Stored, rows: int) -> WeightTarget:
-    """One target for a tensor of all parts: cut along its rows, or given to each."""
+def _pour(members: Targets, stored: Stored, sizes: list[int]) -> WeightTarget:
+    """One target for a tensor of all parts: cut along its rows into `sizes`, or given to each."""
     targets, axis = tuple(members.values()), stored.rows
 
     def copy(source: Tensor) -> None:
         pieces = [source] * len(targets)
         if axis is not None and source.dim() > axis.dim and source.shape[axis.dim] > 1:
-            sizes = [target.shape[axis.dim] for target in targets]
             if sum(sizes) != source.shape[axis.dim]:
                 raise LoadError(f"the parts {', '.join(members)} of a stacked tensor share a scale")
             pieces = list(torch.split(source, sizes, dim=axis.dim))
@@ -229,7 +230,38 @@ def _pour(members: Targets, stored: Stored, rows: int) -> WeightTarget:
         copy=copy,
         covers=tuple(members),
         dtypes=stored.dtypes,
+        optional=stored.unused,
     )
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """The same storage under other suffixes: (its own, the checkpoint's)."""
+
+    storage: Storage
+    suffixes: tuple[tuple[str, str], ...]
+
+    @property
+    def name(self) -> str:
+        return self.storage.name
+
+    @property
+    def marker(self) -> str:
+        return dict(self.suffixes).get(self.storage.marker, self.storage.marker)
+
+    @property
+    def align(self) -> tuple[int, int]:
+        return self.storage.align
+
+    def tensors(self, rows: int, columns: int) -> dict[str, Stored]:
+        names = dict(self.suffixes)
+        own = self.storage.tensors(rows, columns)
+        return {names.get(suffix, suffix): stored for suffix, stored in own.items()}
+
+    def read(self, tensors: Mapping[str, Tensor], window: Window) -> Quantized | Tensor:
+        names = {theirs: own for own, theirs in self.suffixes}
+        own = {names.get(suffix, suffix): tensor for suffix, tensor in tensors.items()}
+        return self.storage.read(own, window)
 
 
 def wrong_scale(scale: Tensor) -> str:
