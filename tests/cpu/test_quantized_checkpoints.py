@@ -1,5 +1,6 @@
 """Checkpoints that are quantized already: the values that their tools define, and their logits."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -429,3 +430,42 @@ def test_a_whole_model_compressed_and_read_by_transformers(tmp_path: Path) -> No
     check_values(ours, values, "int4")
     quantize_inputs(oracle, 32)
     assert difference(ours, oracle, random_ids(30)[0]) < 0.02
+
+
+@pytest.mark.parametrize("place", ["config.json", "hf_quant_config.json"])
+def test_modelopt(tmp_path: Path, place: str) -> None:
+    make_case(tmp_path, "llama", **_SIZES)
+    own = {"quant_algo": "FP8", "exclude_modules": ["lm_head", "model.layers.*.mlp*"]}
+    stored = fp8_tensor(static=True)
+    values = rewrite(tmp_path, {"quant_method": "modelopt"} | own, stored, r".*attn\.\w_proj")
+    if place != "config.json":
+        edit_config(tmp_path, quantization_config=None)
+        (tmp_path / place).write_text(json.dumps({"quantization": own}))
+    model = load(tmp_path)
+    check_values(model, values, None)
+    formats = [linear.weights["packed"].format for linear in linears(model).values()]
+    assert formats == ["fp8", "fp8", "float32", "float32"] * 2
+    edit_config(tmp_path, quantization_config={"quant_method": "modelopt", "quant_algo": "NVFP4"})
+    with pytest.raises(LoadError, match="quant_algo is NVFP4"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("case", ["w4a16", "fp8 blocks"])
+def test_packed_weights_are_cached(tmp_path: Path, case: str) -> None:
+    config, store, format = CASES[case]
+    make_case(tmp_path / "model", "qwen3-moe", **EXPERTS["qwen3-moe"])
+    values = rewrite(tmp_path / "model", config, store)
+    info, folder = read_model_info(tmp_path / "model"), str(tmp_path / "cache")
+    for _ in range(2):
+        model = load_model(info, torch.float32, SoloGroup(), weight_cache=folder)
+        assert check_experts(model, values) == {format}
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_made_up_weights_are_floats(tmp_path: Path) -> None:
+    make_case(tmp_path, "llama", **_SIZES)
+    edit_config(tmp_path, quantization_config=_FP8)
+    with pytest.raises(LoadError, match="json-model-override-args"):
+        load_model(read_model_info(tmp_path), torch.float32, SoloGroup(), "dummy")
+    info = read_model_info(tmp_path, {"quantization_config": None})
+    load_model(info, torch.float32, SoloGroup(), "dummy")

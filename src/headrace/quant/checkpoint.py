@@ -4,16 +4,18 @@
 names the storage of a module. Knows no layers and reads no weights.
 """
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from headrace.core.errors import LoadError
 from headrace.core.model_info import ModelInfo
-from headrace.quant import compressed_tensors, fp8, torchao
+from headrace.quant import compressed_tensors, fp8, modelopt, torchao
 from headrace.quant.base import Kind, QuantMethod
 from headrace.quant.dense import AS_IS
 from headrace.quant.parts import by_part
@@ -24,6 +26,7 @@ BUILDERS: dict[str, Builder] = {
     "compressed-tensors": compressed_tensors.scheme,
     "fp8": fp8.scheme,
     "fbgemm_fp8": fp8.scheme,
+    "modelopt": modelopt.scheme,
     "torchao": torchao.scheme,
 }
 """By `quant_method`."""
@@ -31,8 +34,12 @@ BUILDERS: dict[str, Builder] = {
 _ALIASES: dict[str, tuple[str, ...]] = {
     "compressed-tensors": ("w8a8_int8", "w8a8_fp8"),
     "fbgemm_fp8": ("fp8",),
+    "modelopt": ("modelopt_fp8",),
 }
 """What else --quantization may say for a `quant_method`."""
+
+
+_MODELOPT = "hf_quant_config.json"
 
 
 def method_names(method: str) -> tuple[str, ...]:
@@ -44,7 +51,7 @@ def stored_config(info: ModelInfo) -> dict[str, Any] | None:
     """The checkpoint's own description, None if it is not quantized.
 
     Raises:
-        LoadError: it is no object.
+        LoadError: it is no object, or cannot be read.
     """
     for place in (info.hf, info.text):
         for key in ("quantization_config", "compression_config"):
@@ -53,7 +60,16 @@ def stored_config(info: ModelInfo) -> dict[str, Any] | None:
                 raise LoadError(f"{key} must be an object, not {found!r}", field=key)
             if found:
                 return dict(found)
-    return None
+    path = Path(info.path) / _MODELOPT
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise LoadError(f"{path} holds {type(found).__name__}, not an object")
+    return {"quant_method": "modelopt"} | found
 
 
 def from_checkpoint(config: Config, info: ModelInfo, stored: Iterable[str]) -> "FromCheckpoint":
