@@ -148,3 +148,11 @@ def fp8_tensor(static: bool = False) -> Callable[[str, Tensor], Stored]:
         return found, small.float() * scale
 
     return store
+
+
+def spoil(folder: Path, name: str, change: Callable[[Tensor], Tensor | None]) -> None:
+    """Change a stored tensor; None takes it away."""
+    tensors = load_file(folder / "model.safetensors")
+    changed = change(tensors.pop(name))
+    tensors |= {} if changed is None else {name: changed}
+    save_file(tensors, folder / "model.safetensors")
