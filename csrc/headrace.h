@@ -314,7 +314,8 @@ typedef struct {
 } hr_router_args;
 
 // moe: y[i] = sum over r of weights[i][r] * expert ids[i][r] of x[i], in the order of r, in fp32. An
-// expert is gated_linear, then linear with `down`, each rounded to x's dtype.
+// expert is gated_linear, then linear with `down`, each rounded to x's dtype. Weights are floats;
+// moe_single takes those of any format.
 typedef struct {
   hr_rows x;
   hr_rows y;

@@ -1,4 +1,4 @@
-// router and moe: mixtures of experts (arXiv 2401.04088).
+// router, moe and moe_single: mixtures of experts (arXiv 2401.04088).
 //
 // Rows are sorted by expert, so that an expert's weights are read once for all its rows; an
 // expert's sums do not depend on how many rows it has, and each token adds its experts in the order
@@ -104,19 +104,22 @@ struct Sorted {
   Expert* experts;
   int32_t *order, *place;
   char *inner, *outer;  // [rows, inner], [rows, hidden], of x's dtype
+  char* room;           // `extra` bytes
 };
 
 static int64_t lined_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-static Sorted memory(const hr_moe_args& args, int64_t rows) {
+static Sorted memory(const hr_moe_args& args, int64_t rows, int64_t extra) {
   const int64_t size = args.x.dtype == HR_F32 ? 4 : 2;
   const int64_t experts = lined_up((args.experts + 1) * static_cast<int64_t>(sizeof(Expert)));
   const int64_t index = lined_up(rows * 4), inner = lined_up(rows * args.gates[0].out * size);
-  const int64_t all = experts + 2 * index + inner + rows * args.y.columns * size;
+  const int64_t outer = lined_up(rows * args.y.columns * size);
+  const int64_t all = experts + 2 * index + inner + outer + extra;
   char* at = static_cast<char*>(hr::scratch(static_cast<size_t>(all), 3));
   char* const order = at + experts;
   return {reinterpret_cast<Expert*>(at), reinterpret_cast<int32_t*>(order),
-          reinterpret_cast<int32_t*>(order + index), order + 2 * index, order + 2 * index + inner};
+          reinterpret_cast<int32_t*>(order + index), order + 2 * index, order + 2 * index + inner,
+          order + 2 * index + inner + outer};
 }
 
 static void sort(const hr_moe_args& args, int64_t token, int64_t tokens, const Sorted& sorted) {
@@ -195,7 +198,7 @@ static void combine(const hr_moe_args& args, int64_t token, int64_t tokens, cons
 
 static void part(const hr_moe_args& args, int64_t token, int64_t tokens) {
   const int64_t inner_size = args.gates[0].out;
-  const Sorted sorted = memory(args, tokens * args.top_k);
+  const Sorted sorted = memory(args, tokens * args.top_k, 0);
   sort(args, token, tokens, sorted);
   const hr_rows inner{sorted.inner, inner_size, inner_size, args.x.dtype};
   const hr_rows outer{sorted.outer, args.y.columns, args.y.columns, args.x.dtype};
@@ -221,7 +224,67 @@ static void moe(const hr_moe_args& args, const hr_step& step) {
   }
 }
 
+// ---- moe_single ---------------------------------------------------------------------------------
+
+static const char* linear_of(int32_t dtype) {
+  if (dtype == HR_I8) return "linear_int8";
+  if (dtype == HR_I4) return "linear_int4";
+  return dtype == HR_F8 ? "linear_fp8" : "linear";
+}
+
+static void call(const char* name, const void* args, int64_t args_size, int64_t rows) {
+  hr_step step = {};
+  step.tokens = rows;
+  hr::kernel_of(hr_operator(name, args_size))(args, step);
+}
+
+static void product(const hr_rows& x, const hr_rows& y, const hr_weight& weight, int64_t rows) {
+  const hr_linear_args args{x, y, weight, nullptr, 0, HR_TOKENS, hr_rows{}};
+  call(linear_of(weight.dtype), &args, sizeof(args), rows);
+}
+
+// As `part`; `room` has x, gate | up and inner of the expert with the most rows.
+static void single_part(const hr_moe_args& args, int64_t token, int64_t tokens) {
+  const int64_t hidden = args.x.columns, width = args.gates[0].out;
+  const int64_t size = args.x.dtype == HR_F32 ? 4 : 2, most = tokens * args.top_k;
+  const Sorted sorted = memory(args, most, (hidden + 3 * width) * tokens * size);
+  sort(args, token, tokens, sorted);
+  char* const wide = sorted.room + hidden * tokens * size;
+  const hr_rows x{sorted.room, hidden, hidden, args.x.dtype};
+  const hr_rows gate{wide, 2 * width, width, args.x.dtype};
+  const hr_rows up{wide + width * size, 2 * width, width, args.x.dtype};
+  const hr_rows both{wide, 2 * width, 2 * width, args.x.dtype};
+  const hr_rows inner{wide + 2 * width * tokens * size, width, width, args.x.dtype};
+  for (int64_t e = 0; e < args.experts; ++e) {
+    const int64_t first = sorted.experts[e].begin, rows = sorted.experts[e].rows;
+    if (rows == 0) continue;
+    for (int64_t i = 0; i < rows; ++i) {
+      const char* from = static_cast<const char*>(args.x.data);
+      memcpy(sorted.room + i * hidden * size,
+             from + sorted.order[first + i] * args.x.stride * size,
+             static_cast<size_t>(hidden * size));
+    }
+    product(x, gate, args.gates[e], rows);
+    product(x, up, args.ups[e], rows);
+    const hr_gated_args gated{both, inner, static_cast<int32_t>(args.activation)};
+    call("gated", &gated, sizeof(gated), rows);
+    const int64_t columns = args.y.columns;
+    const hr_rows outer{sorted.outer + first * columns * size, columns, columns, args.x.dtype};
+    product(inner, outer, args.downs[e], rows);
+  }
+  with_type(args.x.dtype, [&](auto type) { combine<decltype(type)>(args, token, tokens, sorted); });
+}
+
+// By the linear operators of each expert's own formats, one expert after the other.
+static void moe_single(const hr_moe_args& args, const hr_step& step) {
+  for (int64_t token = 0; token < step.tokens; token += kMostTokens) {
+    const int64_t left = step.tokens - token;
+    single_part(args, token, left < kMostTokens ? left : kMostTokens);
+  }
+}
+
 HR_OPERATOR(router, hr_router_args)
 HR_OPERATOR(moe, hr_moe_args)
+HR_OPERATOR(moe_single, hr_moe_args)
 
 }  // namespace HR_NS

@@ -33,6 +33,13 @@ def option(default: T, help: str, **details: Any) -> T:
     return dataclasses.field(default=default, metadata={"option": Option(help=help, **details)})
 
 
+STORED_QUANTIZATIONS = (
+    *("fbgemm_fp8", "compressed-tensors", "w8a8_int8", "w8a8_fp8", "modelopt", "modelopt_fp8"),
+    *("torchao", "awq", "awq_marlin", "gptq", "gptq_marlin", "bitsandbytes", "mxfp4"),
+)
+"""What a checkpoint may be quantized with, by the names that --quantization has for it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelOptions:
     """Which checkpoint, and how to read it."""
@@ -47,8 +54,8 @@ class ModelOptions:
     )
     quantization: str = option(
         "none",
-        "Quantize the weights while they are loaded.",
-        choices=("none", "int8", "int4", "fp8"),
+        "Quantize the weights while they are loaded, or say how the checkpoint is quantized.",
+        choices=("none", "int8", "int4", "fp8", *STORED_QUANTIZATIONS),
     )
     model_impl: str = option(
         "auto",
@@ -97,6 +104,9 @@ class CacheOptions:
         "auto",
         "How keys and values are stored; auto takes the model's dtype.",
         choices=("auto", "bf16", "fp8_e4m3", "int8"),
+    )
+    quantization_param_path: str = option(
+        "", "JSON file with the scales of an fp8_e4m3 cache; see docs/quantization.md."
     )
     disable_radix_cache: bool = option(False, "Keep no prefixes between requests.")
     radix_eviction_policy: str = option(

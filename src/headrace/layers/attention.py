@@ -12,6 +12,7 @@ from headrace.core.plan import StateSpec
 from headrace.dist.topology import Cut, split_heads
 from headrace.layers.batch import ForwardBatch
 from headrace.layers.build import Build
+from headrace.layers.kv_scale import scale_targets
 from headrace.layers.linear import RowLinear, qkv_linear
 from headrace.layers.norm import HeadNorm, Norm, NormSpec
 from headrace.ops.meta import KvCache
@@ -67,6 +68,8 @@ class Attention:
         self.q_norm = _head_norm(spec, spec.heads, heads.q_cut(1), build)
         self.k_norm = _head_norm(spec, spec.kv_heads, heads.kv_cut(1), build)
         self.scale = spec.scale or spec.head_dim**-0.5
+        # What a stored 1 means in an fp8 cache, of keys and of values.
+        self.kv_scale = torch.ones(2)
 
     def __call__(self, x: Tensor, cos_sin: Tensor, batch: ForwardBatch, cache: KvCache) -> Tensor:
         spec = self.spec
@@ -111,6 +114,7 @@ class Attention:
 
     def targets(self, prefix: str) -> Targets:
         found = self.qkv.targets(prefix) | self.out.targets(prefix)
+        found |= scale_targets(prefix, self.kv_scale)
         if self.q_norm and self.k_norm:
             found |= self.q_norm.targets(f"{prefix}q_norm")
             found |= self.k_norm.targets(f"{prefix}k_norm")

@@ -5,7 +5,7 @@ for each operator, the first implementation that has it. This package is the onl
 which device or instruction set there is. Tensors named `x` are [tokens, ...] in the model's dtype.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, Literal
 
@@ -72,6 +72,7 @@ _log_probs: Callable[..., LogProbs] = _best("log_probs")
 _pack: Callable[..., PackedWeight] = _best("pack")
 _pack_quantized: Callable[..., PackedWeight] = _best("pack_quantized")
 _linear_packed: Callable[..., Tensor] = _best("linear_packed")
+_linear_parts: Callable[..., Tensor] = _best("linear_parts")
 _mask_logits: Callable[..., None] = _best("mask_logits")
 _logits_packed: Callable[..., Tensor] = _best("logits_packed")
 _embedding_packed: Callable[..., Tensor] = _best("embedding_packed")
@@ -302,6 +303,11 @@ def linear_packed(
     int8 and int4 weights also quantize x: to int8 with a scale per row, or per row and group.
     """
     return _linear_packed(x, weight, bias, residual)
+
+
+def linear_parts(x: Tensor, weights: Sequence[PackedWeight], bias: Tensor | None = None) -> Tensor:
+    """`linear` with packed weights of any formats one below the other: their products in a row."""
+    return _linear_parts(x, weights, bias)
 
 
 def gated_packed(

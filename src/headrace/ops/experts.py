@@ -29,7 +29,7 @@ class RouterSpec:
 
 @dataclass(frozen=True, eq=False)
 class PackedExperts:
-    """Each expert's gate and up [inner, hidden] and down [hidden, inner].
+    """Each expert's gate and up [inner, hidden] and down [hidden, inner], each of its own format.
 
     `handles`: what implementations keep beside them.
     """

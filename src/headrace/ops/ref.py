@@ -4,7 +4,7 @@ Other implementations must agree with these functions. Contracts (shapes, dtypes
 `headrace.ops`. Reductions and transcendental functions run in fp32 and round once, at the end.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_packed",
+    "linear_parts",
     "log_probs",
     "logits",
     "logits_packed",
@@ -192,6 +193,12 @@ def linear_packed(
     return (y + residual).to(x.dtype)
 
 
+def linear_parts(x: Tensor, weights: Sequence[PackedWeight], bias: Tensor | None) -> Tensor:
+    sizes = [weight.out_size for weight in weights]
+    biases = [None] * len(sizes) if bias is None else torch.split(bias, sizes)
+    return torch.cat([linear_packed(x, w, b) for w, b in zip(weights, biases, strict=True)], dim=1)
+
+
 def gated_packed(x: Tensor, weight: PackedWeight, activation: str, bias: Tensor | None) -> Tensor:
     return gated(linear_packed(x, weight, bias), activation)
 
@@ -244,8 +251,9 @@ def moe_packed(
         zip(experts.gates, experts.ups, experts.downs, strict=True)
     ):
         tokens, place = (ids == index).nonzero(as_tuple=True)
-        gate_up = pack(torch.cat((gate.data, up.data)))
-        inner = gated_packed(x[tokens], gate_up, activation, None)
+        if not len(tokens):
+            continue
+        inner = gated(linear_parts(x[tokens], (gate, up), None), activation)
         chosen[tokens, place] = linear_packed(inner, down, None)
     y = torch.zeros(chosen.shape[::2])
     for weight, output in zip(weights.unbind(1), chosen.unbind(1), strict=True):

@@ -8,6 +8,7 @@ Knows nothing of who owns a page.
 
 import mmap
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -30,14 +31,19 @@ def bytes_per_token(specs: Sequence[StateSpec], dtype: torch.dtype) -> int:
 
 
 class KvPool:
-    """`caches`: one `KvCache` per layer.
+    """`caches`: one `KvCache` per layer; `scales`: of keys and values in each, for fp8 alone.
 
     Raises:
         Unsupported: the model keeps a kind of state that has no pool yet.
     """
 
     def __init__(
-        self, specs: Sequence[StateSpec], pages: int, page_size: int, dtype: torch.dtype
+        self,
+        specs: Sequence[StateSpec],
+        pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        scales: Sequence[tuple[float, float]] = (),
     ) -> None:
         for spec in specs:
             if spec.kind != "kv":
@@ -50,6 +56,11 @@ class KvPool:
         tensors = _untouched_zeros(wanted)
         each = len(wanted) // max(1, len(specs))
         self.caches = [KvCache(*tensors[at : at + each]) for at in range(0, len(tensors), each)]
+        if dtype == torch.float8_e4m3fn and scales:
+            self.caches = [
+                replace(cache, key_scale=keys, value_scale=values)
+                for cache, (keys, values) in zip(self.caches, scales, strict=True)
+            ]
 
     def copy(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy whole pages, (source, destination) in order, in all layers."""

@@ -14,7 +14,7 @@ from headrace.ops.cpu.matmul import PANEL
 from headrace.ops.cpu.packing import Weight, mirror, pack
 from headrace.ops.cpu.record import empty
 from headrace.ops.experts import PackedExperts, RouterSpec
-from headrace.ops.packed import PackedWeight
+from headrace.ops.packed import FLOAT_FORMATS, PackedWeight
 
 
 class _RouterArgs(Structure):
@@ -51,6 +51,7 @@ class _MoeArgs(Structure):
 _MOST_GROUPS = 64  # HR_MOST_GROUPS
 _ROUTER = Operator("router", _RouterArgs)
 _MOE = Operator("moe", _MoeArgs)
+_MOE_SINGLE = Operator("moe_single", _MoeArgs)
 
 
 def router_topk(logits: Tensor, spec: RouterSpec, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -89,12 +90,14 @@ def pack_experts(gate_up: Tensor, down: Tensor) -> PackedExperts:
     return PackedExperts(gates, ups, downs)
 
 
-def _mirrors(experts: PackedExperts) -> list[Any]:
-    """Arrays of hr_weight for gates, ups and downs, which live as long as the experts."""
+def _prepared(experts: PackedExperts) -> tuple[Operator, list[Any]]:
+    """The operator, and arrays of hr_weight for gates, ups and downs, which live as long."""
     if "cpu" not in experts.handles:
         groups = (experts.gates, experts.ups, experts.downs)
-        experts.handles["cpu"] = [(Weight * len(g))(*map(mirror, g)) for g in groups]
-    found: list[Any] = experts.handles["cpu"]
+        floats = all(weight.format in FLOAT_FORMATS for group in groups for weight in group)
+        arrays = [(Weight * len(group))(*map(mirror, group)) for group in groups]
+        experts.handles["cpu"] = _MOE if floats else _MOE_SINGLE, arrays
+    found: tuple[Operator, list[Any]] = experts.handles["cpu"]
     return found
 
 
@@ -114,16 +117,17 @@ def moe_packed(
         raise ValueError(f"x has {x.shape[1]} columns, experts {experts.gates[0].in_size} inputs")
     if ids.dtype != torch.int32 or not ids.is_contiguous():
         raise ValueError("ids must be int32 [tokens, top_k], without gaps")
+    operator, arrays = _prepared(experts)
     y = empty((len(x), experts.downs[0].out_size), x.dtype)
     args = _MoeArgs(
         rows(x),
         rows(y),
         rows(weights),
         ids.data_ptr(),
-        *map(ctypes.addressof, _mirrors(experts)),
+        *map(ctypes.addressof, arrays),
         len(experts.gates),
         ids.shape[1],
         ACTIVATIONS[activation],
     )
-    _MOE(args, Step(tokens=len(x)))
+    operator(args, Step(tokens=len(x)))
     return y

@@ -92,8 +92,8 @@ def pack(weight: Tensor, format: str = "", group: int = 0) -> PackedWeight:
         return _quantize(weight, format, group)
     if weight.dtype == torch.float32 and _was_bf16(weight):
         weight = weight.bfloat16()
-    packed = _new(tuple(weight.shape), format_of(weight))
-    _PACK(_PackArgs(rows(weight.contiguous()), mirror(packed)), Step())
+    packed, weight = _new(tuple(weight.shape), format_of(weight)), weight.contiguous()
+    _PACK(_PackArgs(rows(weight), mirror(packed)), Step())
     return packed
 
 
@@ -130,9 +130,8 @@ def _quantize(weight: Tensor, format: str, group: int) -> PackedWeight:
         group = group or ref_lowbit.DEFAULT_GROUP
     check_group(format, group, weight.shape[1])
     packed = _new(tuple(weight.shape), format, group, _SYMMETRIC)
-    shape = mirror(packed)
-    source = rows(weight.contiguous())
-    _PACK_LOWBIT[format](_PackLowbitArgs(source, shape, shape.scales, None), Step())
+    shape, weight = mirror(packed), weight.contiguous()
+    _PACK_LOWBIT[format](_PackLowbitArgs(rows(weight), shape, shape.scales, None), Step())
     return packed
 
 
