@@ -9,9 +9,10 @@ int64_t hr_weight_bytes(const hr_weight* weight) {
     input_bytes = up(weight->in, 4) * 4;
   } else if (weight->dtype == HR_F8) {
     input_bytes = weight->in;
-  } else if (weight->dtype == HR_I4) {
-    const int64_t scale = weight->scaling == HR_SYMMETRIC ? 2 : weight->scaling == HR_ZEROS ? 4 : 8;
-    input_bytes = up(weight->in, weight->group) * (scale + weight->group / 2);
+  } else if (weight->dtype == HR_I4 || weight->dtype == HR_G8 || weight->dtype == HR_MX4) {
+    const int64_t scale[] = {2, 4, 8, 4};  // by hr_scaling
+    const int64_t values = weight->dtype == HR_G8 ? weight->group : weight->group / 2;
+    input_bytes = up(weight->in, weight->group) * (scale[weight->scaling] + values);
   } else {
     input_bytes = up(weight->in, 2) * (weight->dtype == HR_F32 ? 8 : 4);
   }

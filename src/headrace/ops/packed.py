@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FORMATS = ("float32", "bfloat16", "float16", "int8", "int4", "fp8")
+FORMATS = ("float32", "bfloat16", "float16", "int8", "int4", "fp8", "mxfp4")
 INT4_GROUPS = (16, 32, 64, 128)
 FP8_BLOCK = 128
 MOST_INT8_INPUTS = 1 << 16  # so that no sum of products leaves 32 bits
@@ -52,7 +52,7 @@ class Quantized:
     """A low-bit matrix [out, in] before it is laid out, as `ops.pack_quantized` describes it.
 
     `scales` and `offsets` are fp32 [out, groups], one group if `group` is 0. No `offsets` for int4
-    means 8 * scales.
+    means 8 * scales, for int8 none.
     """
 
     format: str
@@ -72,16 +72,26 @@ def check_quantized(
     """
     _check_values(values, format)
     check_group(format, group, values.shape[1])
-    if offsets is not None and format != "int4":
+    if offsets is not None and (format not in ("int4", "int8") or not group):
         raise ValueError(f"{format} has no offsets")
     shape = values.shape[0], -(-values.shape[1] // group) if group else 1
+    if format == "mxfp4" and bool((scales.float().frexp().mantissa != 0.5).any()):
+        raise ValueError("a scale of mxfp4 is no power of two")
     found = None if offsets is None else _spread(offsets, shape, "offsets")
     return Quantized(format, values.contiguous(), _spread(scales, shape, "scales"), group, found)
 
 
+_GROUPS = {
+    "int8": (0, *INT4_GROUPS),
+    "int4": INT4_GROUPS,
+    "mxfp4": INT4_GROUPS,
+    "fp8": (0, FP8_BLOCK),
+}
+
+
 def check_group(format: str, group: int, in_size: int) -> None:
     """Raises ValueError where the format has no such group."""
-    allowed = {"int8": (0,), "int4": INT4_GROUPS, "fp8": (0, FP8_BLOCK)}.get(format, (0,))
+    allowed = _GROUPS.get(format, (0,))
     if group not in allowed:
         raise ValueError(f"the group of {format} must be one of {allowed}, not {group}")
     if format == "int8" and in_size > MOST_INT8_INPUTS:
@@ -89,13 +99,18 @@ def check_group(format: str, group: int, in_size: int) -> None:
 
 
 def _check_values(values: Tensor, format: str) -> None:
-    dtypes = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}
+    dtypes = {
+        "int8": torch.int8,
+        "int4": torch.uint8,
+        "mxfp4": torch.uint8,
+        "fp8": torch.float8_e4m3fn,
+    }
     if format not in dtypes:
         raise ValueError(f"format must be one of {', '.join(dtypes)}, not {format!r}")
     if values.dim() != 2 or values.dtype != dtypes[format]:
         raise ValueError(f"{format} needs {dtypes[format]} values [out, in], not {values.dtype}")
-    if format == "int4" and values.numel() and int(values.max()) > 15:
-        raise ValueError(f"an int4 value is {int(values.max())}, not 0..15")
+    if dtypes[format] == torch.uint8 and values.numel() and int(values.max()) > 15:
+        raise ValueError(f"an {format} value is {int(values.max())}, not 0..15")
     if format == "fp8" and bool((values.view(torch.uint8) & 0x7F == 0x7F).any()):
         raise ValueError("an fp8 value is not a number")
 

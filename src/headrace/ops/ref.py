@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headrace.ops import ref_lowbit
-from headrace.ops.experts import PackedExperts, RouterSpec
+from headrace.ops.experts import ClampedSwiglu, PackedExperts, RouterSpec
 from headrace.ops.meta import KvCache
 from headrace.ops.packed import FLOAT_FORMATS, PackedWeight, check_quantized, format_of
 from headrace.ops.ref_attention import paged_attention, write_kv
@@ -19,6 +19,7 @@ from headrace.ops.ref_sampling import log_probs, sample
 
 __all__ = [
     "activate",
+    "columns",
     "combine",
     "embedding",
     "embedding_packed",
@@ -135,8 +136,16 @@ def rotary_kv(
     return q
 
 
-def gated(x: Tensor, activation: str) -> Tensor:
+def columns(x: Tensor, order: Tensor) -> Tensor:
+    return x[:, order]
+
+
+def gated(x: Tensor, activation: str | ClampedSwiglu) -> Tensor:
     gate, up = x.chunk(2, dim=-1)
+    if isinstance(activation, ClampedSwiglu):
+        g = gate.float().clamp(max=activation.limit)
+        u = up.float().clamp(-activation.limit, activation.limit)
+        return (g * torch.sigmoid(activation.alpha * g) * (u + 1)).to(x.dtype)
     return (_ACTIVATIONS[activation](gate.float()) * up).to(x.dtype)
 
 
@@ -192,7 +201,9 @@ def linear_packed(
     return (y + residual).to(x.dtype)
 
 
-def gated_packed(x: Tensor, weight: PackedWeight, activation: str, bias: Tensor | None) -> Tensor:
+def gated_packed(
+    x: Tensor, weight: PackedWeight, activation: str | ClampedSwiglu, bias: Tensor | None
+) -> Tensor:
     return gated(linear_packed(x, weight, bias), activation)
 
 
@@ -237,16 +248,20 @@ def pack_experts(gate_up: Tensor, down: Tensor) -> PackedExperts:
 
 
 def moe_packed(
-    x: Tensor, experts: PackedExperts, ids: Tensor, weights: Tensor, activation: str
+    x: Tensor,
+    experts: PackedExperts,
+    ids: Tensor,
+    weights: Tensor,
+    activation: str | ClampedSwiglu,
 ) -> Tensor:
     chosen = x.new_zeros(*ids.shape, experts.downs[0].out_size)
-    for index, (gate, up, down) in enumerate(
-        zip(experts.gates, experts.ups, experts.downs, strict=True)
-    ):
+    for index, (gate, down) in enumerate(zip(experts.gates, experts.downs, strict=True)):
         tokens, place = (ids == index).nonzero(as_tuple=True)
-        gate_up = pack(torch.cat((gate.data, up.data)))
-        inner = gated_packed(x[tokens], gate_up, activation, None)
-        chosen[tokens, place] = linear_packed(inner, down, None)
+        gate_up = pack(torch.cat((gate.data, experts.ups[index].data))) if experts.ups else gate
+        biases = experts.gate_up_bias, experts.down_bias
+        first, second = (None if bias is None else bias[index].to(x.dtype) for bias in biases)
+        inner = gated_packed(x[tokens], gate_up, activation, first)
+        chosen[tokens, place] = linear_packed(inner, down, second)
     y = torch.zeros(chosen.shape[::2])
     for weight, output in zip(weights.unbind(1), chosen.unbind(1), strict=True):
         y += weight[:, None] * output

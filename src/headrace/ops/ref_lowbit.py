@@ -4,7 +4,7 @@ Quantizing is defined bit by bit (fp32, one rounding per written operation, halv
 every implementation stores and multiplies the same integers. Products of integers are exact; what
 follows is fp32, where implementations may differ by rounding. Here `data` of a PackedWeight are the
 plain values [out, in], `scales` and `offsets` fp32 [out, groups]: an element is
-value * scale - offset.
+value * scale - offset. Values of mxfp4 are places in `E2M1` (OCP microscaling formats, 1.0).
 """
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from headrace.ops.packed import PackedWeight, Quantized, check_group
 
 DEFAULT_GROUP = 64  # of int4
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 _SMALLEST = 1e-30  # no number is divided by less
 _EXACT = 1024  # products of two int8 values whose sum fp32 holds exactly
 _FP8_MOST = 448.0
@@ -29,7 +30,7 @@ def quantize(weight: Tensor, format: str, group: int) -> Quantized:
     if format == "int4":
         group = group or DEFAULT_GROUP
     check_group(format, group, weight.shape[1])
-    if format == "int8":
+    if format == "int8" and not group:
         return Quantized(format, *quantize_int8(weight))
     if format == "int4":
         return Quantized(format, *quantize_int4(weight, group), group)
@@ -81,21 +82,25 @@ def rows(weight: PackedWeight, ids: Tensor) -> Tensor:
     """Rows `ids` in fp32."""
     assert weight.scales is not None
     group = weight.group or weight.in_size
-    values = weight.data.view(torch.uint8)[ids].view(weight.data.dtype).float()
+    values = _numbers(weight.format, weight.data.view(torch.uint8)[ids].view(weight.data.dtype))
     scales = weight.scales[ids].repeat_interleave(group, 1)[:, : weight.in_size]
     if weight.offsets is None:
         return values * scales
     return values * scales - weight.offsets[ids].repeat_interleave(group, 1)[:, : weight.in_size]
 
 
+def _numbers(format: str, values: Tensor) -> Tensor:
+    return E2M1[values.long()] if format == "mxfp4" else values.float()
+
+
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """fp32 [tokens, out]"""
-    if weight.format == "int8":
-        y = _linear_int8(x, weight)
-    elif weight.format == "int4":
-        y = _linear_int4(x, weight)
-    else:
+    if weight.format == "fp8":
         y = F.linear(x.float(), rows(weight, torch.arange(weight.out_size)))
+    elif weight.group:
+        y = _linear_grouped(x, weight)
+    else:
+        y = _linear_int8(x, weight)
     return y if bias is None else y + bias.float()
 
 
@@ -109,17 +114,18 @@ def _linear_int8(x: Tensor, weight: PackedWeight) -> Tensor:
     return dots.float() * scales * weight.scales[:, 0]
 
 
-def _linear_int4(x: Tensor, weight: PackedWeight) -> Tensor:
+def _linear_grouped(x: Tensor, weight: PackedWeight) -> Tensor:
     """x in groups of its own, as the weight's, so that an outlier costs its group alone."""
     assert weight.scales is not None
-    assert weight.offsets is not None
     values, scales = quantize_int8(_grouped(x, weight.group))
-    inputs, total = _grouped(weight.data, weight.group), torch.zeros(len(x), weight.out_size)
+    inputs = _grouped(_numbers(weight.format, weight.data), weight.group)
+    total = torch.zeros(len(x), weight.out_size)
     for g in range(weight.scales.shape[1]):
         part = values[:, g].float()
-        dots, scale = F.linear(part, inputs[:, g].float()), scales[:, g]
+        dots, scale = F.linear(part, inputs[:, g]), scales[:, g]
         total += dots * scale * weight.scales[:, g]
-        total -= scale * part.sum(-1, keepdim=True) * weight.offsets[:, g]
+        if weight.offsets is not None:
+            total -= scale * part.sum(-1, keepdim=True) * weight.offsets[:, g]
     return total
 
 

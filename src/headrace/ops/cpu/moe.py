@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headrace.ops.cpu.elementwise import ACTIVATIONS
+from headrace.ops.cpu.elementwise import activation_args
 from headrace.ops.cpu.library import Operator, Rows, Step, rows
 from headrace.ops.cpu.matmul import PANEL
 from headrace.ops.cpu.packing import Weight, mirror, pack
 from headrace.ops.cpu.record import empty
-from headrace.ops.experts import PackedExperts, RouterSpec
+from headrace.ops.experts import ClampedSwiglu, PackedExperts, RouterSpec
 from headrace.ops.packed import PackedWeight
 
 
@@ -42,9 +42,14 @@ class _MoeArgs(Structure):
         ("gates", c_void_p),
         ("ups", c_void_p),
         ("downs", c_void_p),
+        ("gate_up_bias", c_void_p),
+        ("down_bias", c_void_p),
         ("experts", c_int64),
+        ("inner", c_int64),
         ("top_k", c_int64),
-        ("activation", c_int64),
+        ("activation", c_int32),
+        ("alpha", c_float),
+        ("limit", c_float),
     )
 
 
@@ -93,7 +98,7 @@ def _mirrors(experts: PackedExperts) -> list[Any]:
     """Arrays of hr_weight for gates, ups and downs, which live as long as the experts."""
     if "cpu" not in experts.handles:
         groups = (experts.gates, experts.ups, experts.downs)
-        experts.handles["cpu"] = [(Weight * len(g))(*map(mirror, g)) for g in groups]
+        experts.handles["cpu"] = [(Weight * len(g))(*map(mirror, g)) if g else None for g in groups]
     found: list[Any] = experts.handles["cpu"]
     return found
 
@@ -108,7 +113,11 @@ def _pack_stack(weights: Tensor) -> tuple[PackedWeight, ...]:
 
 
 def moe_packed(
-    x: Tensor, experts: PackedExperts, ids: Tensor, weights: Tensor, activation: str
+    x: Tensor,
+    experts: PackedExperts,
+    ids: Tensor,
+    weights: Tensor,
+    activation: str | ClampedSwiglu,
 ) -> Tensor:
     if x.shape[1] != experts.gates[0].in_size:
         raise ValueError(f"x has {x.shape[1]} columns, experts {experts.gates[0].in_size} inputs")
@@ -120,10 +129,12 @@ def moe_packed(
         rows(y),
         rows(weights),
         ids.data_ptr(),
-        *map(ctypes.addressof, _mirrors(experts)),
+        *(None if array is None else ctypes.addressof(array) for array in _mirrors(experts)),
+        *(None if b is None else b.data_ptr() for b in (experts.gate_up_bias, experts.down_bias)),
         len(experts.gates),
+        experts.downs[0].in_size,
         ids.shape[1],
-        ACTIVATIONS[activation],
+        *activation_args(activation),
     )
     _MOE(args, Step(tokens=len(x)))
     return y
