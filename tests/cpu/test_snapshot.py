@@ -15,7 +15,7 @@ from headrace.layers.held import held, held_bytes
 from headrace.loader import load_model
 from headrace.loader.snapshot import snapshot_path
 from headrace.ops.packed import PackedWeight
-from headrace.quant import quant_method
+from headrace.quant import quantization_of
 from tests.support.checkpoints import make_case
 
 
@@ -85,7 +85,7 @@ def test_a_damaged_snapshot_costs_time_only(
 ) -> None:
     first = load(folder, tmp_path / "cache")
     info = read_model_info(folder)
-    build = Build(torch.float32, SoloGroup(), quant_method(info.hf))
+    build = Build(torch.float32, SoloGroup(), quantization_of(info))
     path = snapshot_path(tmp_path / "cache", info, build, "auto")
     good = path.read_bytes()
     if damage == "another model":

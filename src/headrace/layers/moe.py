@@ -4,7 +4,8 @@ Experts are cut over tensor-parallel ranks along their inner size, as every feed
 not know how checkpoints stack them beyond the two usual ways.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,8 +18,18 @@ from headrace.layers.linear import ColumnLinear
 from headrace.layers.mlp import ACTIVATIONS, MLP, MLPSpec
 from headrace.ops.experts import PackedExperts, RouterSpec
 from headrace.ops.packed import PackedWeight
-from headrace.quant.base import Part, Targets, WeightTarget, cut_target, plain, when_filled
-from headrace.quant.dense import METHODS
+from headrace.quant.base import (
+    LinearShape,
+    Part,
+    QuantMethod,
+    Targets,
+    Weights,
+    WeightTarget,
+    cut_target,
+    plain,
+    when_filled,
+)
+from headrace.quant.dense import AS_IS
 
 
 @dataclass(frozen=True)
@@ -46,10 +57,50 @@ class MoESpec:
 
 
 _KINDS = ("gates", "ups", "downs")
+_PARTS = ("gate_proj", "up_proj", "down_proj")
+
+
+class SingleExperts:
+    """Experts of which each matrix is stored as the checkpoint says, and packed as it comes."""
+
+    def __init__(self, hidden_size: int, spec: MoESpec, build: Build) -> None:
+        self.count = spec.experts
+        inner, hidden = even(spec.inner_size, build.shard), whole(hidden_size)
+        self.methods: dict[str, QuantMethod] = {}
+        self.shapes: dict[str, LinearShape] = {}
+        self.weights: dict[str, Weights] = {}
+        for name in (f"{i}.{part}" for i in range(self.count) for part in _PARTS):
+            rows, columns = (hidden, inner) if name.endswith(_PARTS[2]) else (inner, hidden)
+            method, shape = (
+                build.method(name, kind="expert"),
+                LinearShape((Part(name, rows),), columns),
+            )
+            self.methods[name], self.shapes[name] = method, shape
+            self.weights[name] = method.create_weights(shape, build.dtype)
+        self._packed: PackedExperts | None = None
+
+    def targets(self, prefix: str) -> Targets:
+        found: Targets = {}
+        for name, method in self.methods.items():
+            weights = self.weights[name]
+            targets = method.targets(self.shapes[name], weights, prefix)
+            found |= when_filled(targets, partial(method.process_after_loading, weights))
+        return found
+
+    @property
+    def packed(self) -> PackedExperts:
+        """All experts as `ops.moe_packed` takes them."""
+        if self._packed is None:
+            gates, ups, downs = (
+                tuple(self.weights[f"{index}.{part}"]["packed"] for index in range(self.count))
+                for part in _PARTS
+            )
+            self._packed = PackedExperts(gates, ups, downs)
+        return self._packed
 
 
 class Experts:
-    """The weights of all experts: unpacked while they are loaded, packed when all are there."""
+    """The floats of all experts: unpacked while they are loaded, packed when all are there."""
 
     def __init__(self, hidden_size: int, spec: MoESpec, build: Build) -> None:
         self.count, self.hidden = spec.experts, hidden_size
@@ -141,14 +192,12 @@ class MoE:
     def __init__(self, hidden_size: int, spec: MoESpec, build: Build) -> None:
         self.spec, self.group = spec, build.group
         self.activation = ACTIVATIONS[spec.activation]
-        # Routers are small, and an error in them takes another expert.
-        exact = replace(build, quant=METHODS["none"])
-        self.router = _small(hidden_size, "gate", spec.experts, exact)
+        self.router = _small(hidden_size, "gate", spec.experts, build)
         self.bias = torch.zeros(spec.experts) if spec.bias else None
-        self.experts = Experts(hidden_size, spec, build)
+        self.experts = _experts(hidden_size, spec, build.at("experts"))
         shared = MLPSpec(spec.shared, spec.activation) if spec.shared else None
-        self.shared = MLP(hidden_size, shared, build) if shared else None
-        gate = _small(hidden_size, "shared_expert_gate", 1, exact) if spec.shared_gate else None
+        self.shared = MLP(hidden_size, shared, build.at("shared_expert")) if shared else None
+        gate = _small(hidden_size, "shared_expert_gate", 1, build) if spec.shared_gate else None
         self.shared_gate = gate
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -175,4 +224,10 @@ class MoE:
 def _small(in_size: int, name: str, rows: int, build: Build) -> ColumnLinear:
     """A matrix that every rank holds."""
     cut: Cut = whole(rows)
-    return ColumnLinear((Part(name, cut),), in_size, build)
+    return ColumnLinear((Part(name, cut),), in_size, build, kind="router")
+
+
+def _experts(hidden_size: int, spec: MoESpec, build: Build) -> Experts | SingleExperts:
+    names = [f"{index}.{part}" for index in range(spec.experts) for part in _PARTS]
+    floats = all(build.method(name, kind="expert") == AS_IS for name in names)
+    return (Experts if floats else SingleExperts)(hidden_size, spec, build)

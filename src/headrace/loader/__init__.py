@@ -40,10 +40,11 @@ def load_model(
     """
     from headrace.layers.build import Build
     from headrace.loader.gguf_folder import GGUF_KEY
+    from headrace.loader.stored import stored_names
     from headrace.models import borrowed
-    from headrace.quant import quant_method
+    from headrace.quant import quantization_of
 
-    build = Build(dtype, group, quant_method(info.hf, quantization))
+    build = Build(dtype, group, quantization_of(info, quantization, stored_names))
     if model_impl == "transformers" or (model_impl == "auto" and borrowed(info.architecture)):
         from headrace.loader.fallback import TransformersModelLoader
 

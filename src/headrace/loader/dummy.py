@@ -18,7 +18,7 @@ from headrace.dist.comm import SoloGroup
 from headrace.layers.build import Build
 from headrace.loader.base import BaseModelLoader, logged_load
 from headrace.models import Model, make_model
-from headrace.quant import quant_method
+from headrace.quant import quantization_of
 
 _POOL = 1_048_573  # a prime, so that rows of a matrix begin at different places
 _RANGE = 0.02
@@ -39,7 +39,7 @@ class DummyModelLoader(BaseModelLoader):
 def dummy_checkpoint(info: ModelInfo) -> dict[str, Tensor]:
     """Every tensor that format dummy makes up for this model, as a checkpoint would store it."""
     dtype: torch.dtype = getattr(torch, info.dtype)
-    build = Build(dtype, SoloGroup(), quant_method(info.hf))
+    build = Build(dtype, SoloGroup(), quantization_of(info))
     model = make_model(info, build)
     return dict(dummy_weights(model.checkpoint_shapes(), dtype))
 

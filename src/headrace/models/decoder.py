@@ -6,6 +6,7 @@ tensors are those of Llama; what is stored otherwise is renamed by the family's 
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -51,11 +52,11 @@ class DecoderLayer:
         self.norms = [
             (name, Norm(hidden, norm, build) if name else None) for name in _NORMS[spec.wiring]
         ]
-        self.attention = Attention(spec.attention, build)
+        self.attention = Attention(spec.attention, build.at("self_attn"))
         self.mlp = (
-            MoE(hidden, spec.mlp, build)
+            MoE(hidden, spec.mlp, build.at("mlp"))
             if isinstance(spec.mlp, MoESpec)
-            else MLP(hidden, spec.mlp, build)
+            else MLP(hidden, spec.mlp, build.at("mlp"))
         )
 
     def __call__(
@@ -102,13 +103,17 @@ class Decoder(ABC):
     def __init__(self, info: ModelInfo, build: Build) -> None:
         self.spec = spec = self.describe(info)
         hidden = spec.hidden_size
-        self.embedding = VocabEmbedding(spec.vocab_size, hidden, build)
+        build = replace(build, quant=build.quant.renamed(spec.layout.rename))
+        self.embedding = VocabEmbedding(spec.vocab_size, hidden, build, "model.embed_tokens")
         self.positions = (
             PositionEmbedding(spec.positions, hidden, build, spec.first_position)
             if spec.positions
             else None
         )
-        self.layers = [DecoderLayer(layer, spec.norm, build) for layer in spec.layers]
+        self.layers = [
+            DecoderLayer(layer, spec.norm, build.at(f"model.layers.{index}"))
+            for index, layer in enumerate(spec.layers)
+        ]
         self.norm = Norm(hidden, spec.norm, build)
         tied = self.embedding if spec.tied else None
         self.head = LMHead(spec.vocab_size, hidden, build, tied=tied, bias=spec.head_bias)
@@ -160,7 +165,11 @@ class Decoder(ABC):
         load_targets(self.targets(), self.spec.layout.canonical(weights), self._ignored)
 
     def checkpoint_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: t.shape for name, t in self.targets().items() if not t.covers}
+        return {
+            name: target.shape
+            for name, target in self.targets().items()
+            if not target.covers and not target.optional
+        }
 
     def targets(self) -> Targets:
         """Every tensor that has a place here, by its name here."""

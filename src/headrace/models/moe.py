@@ -275,9 +275,9 @@ _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 _MIXTRAL_NAMES = Layout(
     renames=(
         (r"\.block_sparse_moe\.", ".mlp."),
-        (r"\.w1\.weight", ".gate_proj.weight"),
-        (r"\.w3\.weight", ".up_proj.weight"),
-        (r"\.w2\.weight", ".down_proj.weight"),
+        (r"\.experts\.(\d+)\.w1\.", r".experts.\1.gate_proj."),
+        (r"\.experts\.(\d+)\.w3\.", r".experts.\1.up_proj."),
+        (r"\.experts\.(\d+)\.w2\.", r".experts.\1.down_proj."),
     )
 )
 

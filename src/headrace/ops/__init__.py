@@ -5,7 +5,7 @@ for each operator, the first implementation that has it. This package is the onl
 which device or instruction set there is. Tensors named `x` are [tokens, ...] in the model's dtype.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, Literal
 
@@ -74,6 +74,7 @@ _log_probs: Callable[..., LogProbs] = _best("log_probs")
 _pack: Callable[..., PackedWeight] = _best("pack")
 _pack_quantized: Callable[..., PackedWeight] = _best("pack_quantized")
 _linear_packed: Callable[..., Tensor] = _best("linear_packed")
+_linear_parts: Callable[..., Tensor] = _best("linear_parts")
 _mask_logits: Callable[..., None] = _best("mask_logits")
 _logits_packed: Callable[..., Tensor] = _best("logits_packed")
 _embedding_packed: Callable[..., Tensor] = _best("embedding_packed")
@@ -293,8 +294,8 @@ def pack_quantized(
     """A matrix that a checkpoint brings quantized, laid out for the `_packed` operators.
 
     Nothing is rounded: element [o, i] stays values * scale - offset in fp32.
-    int8: values int8 [out, in], scales [out] or one; with a group as int4, without offsets 0. fp8: values float8_e4m3fn, scales [out], one,
-    or [out / 128, in / 128] with group=128. int4: values uint8 0..15, scales [out, in / group] and
+    int8: values int8 [out, in], scales [out] or one; with a group as int4, without offsets 0. fp8:
+    values float8_e4m3fn, scales [out], one, or [out / 128, in / 128] with group=128. int4: values uint8 0..15, scales [out, in / group] and
     offsets of that shape, zero point * scale where there is a zero point; without offsets it is 8.
     mxfp4: codes of e2m1 as uint8, scales as int4, powers of two. Groups are 16, 32, 64 or 128.
     Raises ValueError for other shapes and values.
@@ -307,9 +308,14 @@ def linear_packed(
 ) -> Tensor:
     """`linear` with a packed weight; with a `residual` [tokens, out], their sum, rounded once.
 
-    int8, int4 and mxfp4 weights also quantize x: to int8 with a scale per row, or per row and group.
+    int8, int4 and mxfp4 also quantize x: to int8 with a scale per row, or per row and group.
     """
     return _linear_packed(x, weight, bias, residual)
+
+
+def linear_parts(x: Tensor, weights: Sequence[PackedWeight], bias: Tensor | None = None) -> Tensor:
+    """`linear` with packed weights of any formats one below the other: their products in a row."""
+    return _linear_parts(x, weights, bias)
 
 
 def gated_packed(

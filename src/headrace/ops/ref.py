@@ -4,7 +4,7 @@ Other implementations must agree with these functions. Contracts (shapes, dtypes
 `headrace.ops`. Reductions and transcendental functions run in fp32 and round once, at the end.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_packed",
+    "linear_parts",
     "log_probs",
     "logits",
     "logits_packed",
@@ -199,6 +200,12 @@ def linear_packed(
         return F.linear(x, weight.data, bias)
     y = F.linear(x.float(), weight.data.float(), None if bias is None else bias.float())
     return (y + residual).to(x.dtype)
+
+
+def linear_parts(x: Tensor, weights: Sequence[PackedWeight], bias: Tensor | None) -> Tensor:
+    sizes = [weight.out_size for weight in weights]
+    biases = [None] * len(sizes) if bias is None else torch.split(bias, sizes)
+    return torch.cat([linear_packed(x, w, b) for w, b in zip(weights, biases, strict=True)], dim=1)
 
 
 def gated_packed(

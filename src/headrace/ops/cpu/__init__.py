@@ -19,7 +19,7 @@ if LIBRARY is not None:
         position_embedding,
     )
     from headrace.ops.cpu.mask import mask_logits
-    from headrace.ops.cpu.matmul import gated_packed, linear_packed, logits_packed
+    from headrace.ops.cpu.matmul import gated_packed, linear_packed, linear_parts, logits_packed
     from headrace.ops.cpu.moe import moe_packed, pack_experts, router_topk
     from headrace.ops.cpu.norm import layer_norm, rms_norm
     from headrace.ops.cpu.packing import embedding_packed, pack, pack_quantized, stored_dtype
@@ -37,6 +37,7 @@ if LIBRARY is not None:
         "gather",
         "layer_norm",
         "linear_packed",
+        "linear_parts",
         "log_probs",
         "logits_packed",
         "mask_logits",

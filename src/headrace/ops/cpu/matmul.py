@@ -1,5 +1,6 @@
 """linear_packed, gated_packed and logits_packed: bindings of csrc/kernels/linear*.cpp."""
 
+from collections.abc import Sequence
 from ctypes import Structure, c_float, c_int32, c_void_p
 
 import torch
@@ -52,6 +53,15 @@ def linear_packed(
 ) -> Tensor:
     y = empty((len(x), weight.out_size), x.dtype)
     return _multiply(x, weight, bias, y, _TOKENS, residual)
+
+
+def linear_parts(x: Tensor, weights: Sequence[PackedWeight], bias: Tensor | None) -> Tensor:
+    sizes = [weight.out_size for weight in weights]
+    biases = [None] * len(sizes) if bias is None else torch.split(bias, sizes)
+    whole = empty((len(x), sum(sizes)), x.dtype)
+    for weight, b, y in zip(weights, biases, torch.split(whole, sizes, dim=1), strict=True):
+        _multiply(x, weight, b, y, _TOKENS)
+    return whole
 
 
 def logits_packed(hidden: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
