@@ -295,9 +295,10 @@ def pack_quantized(
 
     Nothing is rounded: element [o, i] stays values * scale - offset in fp32.
     int8: values int8 [out, in], scales [out] or one; with a group as int4, without offsets 0. fp8:
-    values float8_e4m3fn, scales [out], one, or [out / 128, in / 128] with group=128. int4: values uint8 0..15, scales [out, in / group] and
-    offsets of that shape, zero point * scale where there is a zero point; without offsets it is 8.
-    mxfp4: codes of e2m1 as uint8, scales as int4, powers of two. Groups are 16, 32, 64 or 128.
+    values float8_e4m3fn, scales [out], one, or [out / 128, in / 128] with group=128. int4: values
+    uint8 0..15, scales [out, in / group] and offsets of that shape, zero point * scale where there
+    is a zero point; without offsets it is 8. mxfp4: codes of e2m1 as uint8, scales as int4, powers
+    of two. Groups are 16, 32, 64 or 128.
     Raises ValueError for other shapes and values.
     """
     return _pack_quantized(values, scales, format, group, offsets)

@@ -75,10 +75,19 @@ def check_quantized(
     if offsets is not None and (format not in ("int4", "int8") or not group):
         raise ValueError(f"{format} has no offsets")
     shape = values.shape[0], -(-values.shape[1] // group) if group else 1
-    if format == "mxfp4" and bool((scales.float().frexp().mantissa != 0.5).any()):
+    mantissa = scales.float().frexp().mantissa
+    if format == "mxfp4" and bool(((mantissa != 0.5) & (mantissa != 0)).any()):
         raise ValueError("a scale of mxfp4 is no power of two")
     found = None if offsets is None else _spread(offsets, shape, "offsets")
     return Quantized(format, values.contiguous(), _spread(scales, shape, "scales"), group, found)
+
+
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def numbers(format: str, values: Tensor) -> Tensor:
+    """What values are before scales and offsets, fp32; those of mxfp4 are places in `E2M1`."""
+    return E2M1[values.long()] if format == "mxfp4" else values.float()
 
 
 _GROUPS = {

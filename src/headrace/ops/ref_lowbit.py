@@ -4,17 +4,16 @@ Quantizing is defined bit by bit (fp32, one rounding per written operation, halv
 every implementation stores and multiplies the same integers. Products of integers are exact; what
 follows is fp32, where implementations may differ by rounding. Here `data` of a PackedWeight are the
 plain values [out, in], `scales` and `offsets` fp32 [out, groups]: an element is
-value * scale - offset. Values of mxfp4 are places in `E2M1` (OCP microscaling formats, 1.0).
+value * scale - offset. Values of mxfp4 are codes of e2m1 (OCP microscaling formats, 1.0).
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headrace.ops.packed import PackedWeight, Quantized, check_group
+from headrace.ops.packed import PackedWeight, Quantized, check_group, numbers
 
 DEFAULT_GROUP = 64  # of int4
-E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 _SMALLEST = 1e-30  # no number is divided by less
 _EXACT = 1024  # products of two int8 values whose sum fp32 holds exactly
 _FP8_MOST = 448.0
@@ -82,15 +81,11 @@ def rows(weight: PackedWeight, ids: Tensor) -> Tensor:
     """Rows `ids` in fp32."""
     assert weight.scales is not None
     group = weight.group or weight.in_size
-    values = _numbers(weight.format, weight.data.view(torch.uint8)[ids].view(weight.data.dtype))
+    values = numbers(weight.format, weight.data.view(torch.uint8)[ids].view(weight.data.dtype))
     scales = weight.scales[ids].repeat_interleave(group, 1)[:, : weight.in_size]
     if weight.offsets is None:
         return values * scales
     return values * scales - weight.offsets[ids].repeat_interleave(group, 1)[:, : weight.in_size]
-
-
-def _numbers(format: str, values: Tensor) -> Tensor:
-    return E2M1[values.long()] if format == "mxfp4" else values.float()
 
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
@@ -118,7 +113,7 @@ def _linear_grouped(x: Tensor, weight: PackedWeight) -> Tensor:
     """x in groups of its own, as the weight's, so that an outlier costs its group alone."""
     assert weight.scales is not None
     values, scales = quantize_int8(_grouped(x, weight.group))
-    inputs = _grouped(_numbers(weight.format, weight.data), weight.group)
+    inputs = _grouped(numbers(weight.format, weight.data), weight.group)
     total = torch.zeros(len(x), weight.out_size)
     for g in range(weight.scales.shape[1]):
         part = values[:, g].float()

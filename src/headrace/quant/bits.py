@@ -15,21 +15,14 @@ def unpack_rows(words: Tensor, bits: int) -> Tensor:
     column, the first in the lowest bits, also across words (3 bits)."""
     if 8 % bits:
         return _unpack_stream(words, bits)
-    count, columns = words.shape
-    octets = words.contiguous().view(torch.uint8).view(count, columns, 4).transpose(1, 2)
-    mask = (1 << bits) - 1
-    parts = [octets >> shift & mask for shift in range(0, 8, bits)]
-    return torch.stack(parts, 2).reshape(count * 32 // bits, columns)
+    return _unpack_octets(words, bits).transpose(1, 2).reshape(-1, words.shape[1])
 
 
 def unpack_columns(words: Tensor, bits: int) -> Tensor:
     """int32 [rows, n] -> uint8 [rows, n * 32 / bits]: the same along rows."""
     if 8 % bits:
         return _unpack_stream(words.T, bits).T
-    octets = words.contiguous().view(torch.uint8)
-    mask = (1 << bits) - 1
-    parts = [octets >> shift & mask for shift in range(0, 8, bits)]
-    return torch.stack(parts, 2).flatten(1)
+    return _unpack_octets(words, bits).flatten(1)
 
 
 def unpack_awq(words: Tensor) -> Tensor:
@@ -37,6 +30,12 @@ def unpack_awq(words: Tensor) -> Tensor:
     found = unpack_columns(words, 4).view(len(words), -1, 8)
     places = [AWQ_ORDER.index(column) for column in range(8)]
     return found[:, :, places].flatten(1)
+
+
+def _unpack_octets(words: Tensor, bits: int) -> Tensor:
+    """The values of each word, [rows, columns, 32 / bits]."""
+    octets = words.contiguous()[..., None].view(torch.uint8)[..., None]
+    return (octets >> torch.arange(0, 8, bits) & (1 << bits) - 1).to(torch.uint8).flatten(2)
 
 
 def _unpack_stream(words: Tensor, bits: int) -> Tensor:
@@ -48,3 +47,9 @@ def _unpack_stream(words: Tensor, bits: int) -> Tensor:
     wide = torch.cat([wide, torch.zeros_like(wide[:1])])
     both = wide[place] | wide[place + 1] << 32
     return (both >> shift & (1 << bits) - 1).to(torch.uint8)
+
+
+def not_finite(scales: Tensor) -> str:
+    """What is wrong with scales, "" for nothing."""
+    finite = bool(torch.isfinite(scales.float()).all())
+    return "" if finite else "holds a scale that is no finite number"

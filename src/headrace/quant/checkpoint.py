@@ -13,7 +13,7 @@ import torch
 
 from headrace.core.errors import LoadError
 from headrace.core.model_info import ModelInfo
-from headrace.quant import fp8
+from headrace.quant import awq, fp8, gptq
 from headrace.quant.base import Kind, QuantMethod
 from headrace.quant.dense import AS_IS
 from headrace.quant.parts import by_part
@@ -23,6 +23,8 @@ from headrace.quant.stored import StoredWeights
 BUILDERS: dict[str, Builder] = {
     "fp8": fp8.scheme,
     "fbgemm_fp8": fp8.scheme,
+    "awq": awq.scheme,
+    "gptq": gptq.scheme,
 }
 """By `quant_method`."""
 
@@ -96,7 +98,8 @@ class FromCheckpoint:
         small = kind in ("router", "head", "embedding")
         if small and self.stored and f"{module}.{storage.marker}" not in self._names:
             return AS_IS
-        return StoredWeights(storage, self.wide)
+        # Experts are multiplied by one operator, which takes x as it is.
+        return StoredWeights(storage, self.wide, reorders=kind != "expert")
 
     def _raw(self, module: str) -> str | None:
         """The checkpoint's name of a module, None if it is not there under this name."""

@@ -1,22 +1,18 @@
-"""Matrices of integers with a scale and a zero point per group of inputs, as checkpoints bring them.
+"""Matrices of integers in groups of inputs that do not lie in a row (act-order).
 
-A part is unpacked when its last tensor is there, cut for this rank, and laid out so that every
-aligned run of inputs belongs to one group: the element stays scale * (value - zero) to the bit.
-Inputs are put into another order where groups do not lie in a row (act-order). Knows no formats.
+Inputs are put into an order in which every aligned run belongs to one group, so that kernels take
+them: an element stays scale * (value - zero) to the bit. Knows no checkpoint format.
 """
 
-import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headrace import ops
 from headrace.dist.topology import Cut
-from headrace.ops.packed import INT4_GROUPS, PackedWeight
-
-logger = logging.getLogger(__name__)
+from headrace.ops.packed import INT4_GROUPS, Quantized
 
 
 @dataclass(frozen=True)
@@ -53,21 +49,29 @@ class Integers:
         values[:, added] = self.zeros[:, group_of[added]]
         return Integers(values, self.scales, self.zeros, group_of, self.bits)
 
+    def quantized(self, size: int) -> Quantized:
+        """As kernels take it, where every run of `size` inputs is of one group."""
+        runs = self.group_of[::size]
+        scales, zeros = self.scales[:, runs], self.zeros[:, runs].float()
+        if self.bits <= 4:
+            return Quantized("int4", self.values, scales, size, scales * zeros)
+        values = (self.values ^ 128).view(torch.int8)
+        return Quantized("int8", values, scales, size, scales * (zeros - 128))
+
     def floats(self) -> Tensor:
         """fp32 [out, in]"""
         scales, zeros = self.scales[:, self.group_of], self.zeros[:, self.group_of]
         return (self.values.float() - zeros.float()) * scales
 
 
-def pack_integers(parts: list[Integers], dtype: torch.dtype) -> tuple[PackedWeight, Tensor | None]:
+def in_runs(parts: Sequence[Integers]) -> tuple[Quantized, Tensor | None] | None:
     """Parts that read the same inputs, stacked; and which inputs it takes, if not all in order.
 
-    Parts whose groups differ become floats of `dtype`: no kernel reads them at once.
+    None where their groups differ: no order of inputs suits all.
     """
     first = parts[0]
     if any(not torch.equal(part.group_of, first.group_of) for part in parts):
-        logger.info("matrices that share inputs have other groups: they are widened")
-        return ops.pack(torch.cat([part.floats() for part in parts]).to(dtype)), None
+        return None
     whole = Integers(
         torch.cat([part.values for part in parts]),
         torch.cat([part.scales for part in parts]),
@@ -79,17 +83,7 @@ def pack_integers(parts: list[Integers], dtype: torch.dtype) -> tuple[PackedWeig
     if not size:
         size, order, added = arrangement(whole.group_of)
         whole = whole.reordered(order, added)
-    return _packed(whole, size), order
-
-
-def _packed(whole: Integers, size: int) -> PackedWeight:
-    """Every run of `size` inputs is of one group."""
-    runs = whole.group_of[::size]
-    scales, zeros = whole.scales[:, runs], whole.zeros[:, runs].float()
-    if whole.bits <= 4:
-        return ops.pack_quantized(whole.values, scales, "int4", size, scales * zeros)
-    values = (whole.values.short() - 128).to(torch.int8)
-    return ops.pack_quantized(values, scales, "int8", size, scales * (zeros - 128))
+    return whole.quantized(size), order
 
 
 def _run(group_of: Tensor) -> int:
