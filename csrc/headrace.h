@@ -340,8 +340,8 @@ typedef struct {
 } hr_router_args;
 
 // moe: y[i] = sum over r of weights[i][r] * expert ids[i][r] of x[i], in the order of r, in fp32. An
-// expert is gated_linear, then linear with `down`, each rounded to x's dtype. Where `ups` is null, a
-// gate matrix has the rows of up below its own, and any dtype that a linear_* operator reads.
+// expert is gated_linear, then linear with `down`, each rounded to x's dtype; weights are of any dtype
+// that a linear_* operator reads.
 typedef struct {
   hr_rows x;
   hr_rows y;

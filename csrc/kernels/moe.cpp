@@ -104,20 +104,20 @@ struct Expert {
 struct Sorted {
   Expert* experts;
   int32_t *order, *place;
-  // Of x's dtype: [rows, inner], [rows, hidden], and of stacked experts x itself [rows, hidden] and
-  // [rows, gate | up].
+  // Of x's dtype: [rows, inner], [rows, hidden], and where not all weights are floats x itself
+  // [rows, hidden] and [rows, gate | up].
   char *inner, *outer, *x, *gate_up;
 };
 
 static int64_t lined_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-static Sorted memory(const hr_moe_args& args, int64_t rows) {
+static Sorted memory(const hr_moe_args& args, int64_t rows, bool floats) {
   const int64_t size = args.x.dtype == HR_F32 ? 4 : 2;
   const int64_t experts = lined_up((args.experts + 1) * static_cast<int64_t>(sizeof(Expert)));
   const int64_t index = lined_up(rows * 4), inner = lined_up(rows * args.inner * size);
   const int64_t outer = lined_up(rows * args.y.columns * size);
-  const int64_t stacked = args.ups ? 0 : outer + 2 * inner;
-  const int64_t all = experts + 2 * index + inner + outer + stacked;
+  const int64_t more = floats ? 0 : outer + 2 * inner;
+  const int64_t all = experts + 2 * index + inner + outer + more;
   char* at = static_cast<char*>(hr::scratch(static_cast<size_t>(all), 3));
   char* const order = at + experts;
   char* const first = order + 2 * index;
@@ -236,13 +236,14 @@ static hr_rows rows_from(const hr_rows& rows, int64_t first) {
           rows.dtype};
 }
 
-// One product of all experts, each with its sorted rows.
+// One product of all experts, each with its sorted rows; biases lie `apart` from expert to expert.
 static void each_expert(const hr_moe_args& args, const hr_weight* weights, const float* biases,
-                        const hr_rows& x, const hr_rows& y, const Expert* experts) {
+                        int64_t apart, const hr_rows& x, const hr_rows& y,
+                        const Expert* experts) {
   for (int64_t e = 0; e < args.experts; ++e) {
     if (experts[e].rows == 0) continue;
     const hr_linear_args linear{rows_from(x, experts[e].begin), rows_from(y, experts[e].begin),
-                                weights[e], bias_of(biases, e, y.columns), HR_F32, HR_TOKENS,
+                                weights[e], bias_of(biases, e, apart), HR_F32, HR_TOKENS,
                                 hr_rows{}};
     hr_step step{};
     step.tokens = experts[e].rows;
@@ -250,35 +251,50 @@ static void each_expert(const hr_moe_args& args, const hr_weight* weights, const
   }
 }
 
-static void stacked_experts(const hr_moe_args& args, int64_t rows, const Sorted& sorted,
+static void single_experts(const hr_moe_args& args, int64_t rows, const Sorted& sorted,
                             const hr_rows& inner, const hr_rows& outer) {
   const int64_t hidden = args.x.columns, bytes = hidden * (args.x.dtype == HR_F32 ? 4 : 2);
   const hr_rows x{sorted.x, hidden, hidden, args.x.dtype};
-  const hr_rows gate_up{sorted.gate_up, 2 * args.inner, 2 * args.inner, args.x.dtype};
+  const int64_t width = args.inner, size = bytes / hidden;
+  const hr_rows gate_up{sorted.gate_up, 2 * width, 2 * width, args.x.dtype};
+  const hr_rows gate{sorted.gate_up, 2 * width, width, args.x.dtype};
+  const hr_rows up{sorted.gate_up + width * size, 2 * width, width, args.x.dtype};
+  const float* up_bias = args.gate_up_bias ? args.gate_up_bias + width : nullptr;
   hr::parallel(rows, 1 + (1 << 15) / bytes, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       memcpy(sorted.x + i * bytes, rows_from(args.x, sorted.order[i]).data,
              static_cast<size_t>(bytes));
     }
   });
-  each_expert(args, args.gates, args.gate_up_bias, x, gate_up, sorted.experts);
+  each_expert(args, args.gates, args.gate_up_bias, 2 * width, x, gate, sorted.experts);
+  each_expert(args, args.ups, up_bias, 2 * width, x, up, sorted.experts);
   const hr_gated_args gated{gate_up, inner, args.activation, args.alpha, args.limit};
   hr_step step{};
   step.tokens = rows;
   hr::kernel_of(hr_operator("gated", sizeof gated))(&gated, step);
-  each_expert(args, args.downs, args.down_bias, inner, outer, sorted.experts);
+  each_expert(args, args.downs, args.down_bias, hidden, inner, outer, sorted.experts);
+}
+
+static bool all_floats(const hr_moe_args& args) {
+  bool floats = true;
+  const hr_weight* const all[] = {args.gates, args.ups, args.downs};
+  for (const hr_weight* weights : all) {
+    for (int64_t e = 0; e < args.experts; ++e) floats = floats && weights[e].dtype <= HR_F16;
+  }
+  return floats;
 }
 
 static void part(const hr_moe_args& args, int64_t token, int64_t tokens) {
   const int64_t rows = tokens * args.top_k;
-  const Sorted sorted = memory(args, rows);
+  const bool floats = all_floats(args);
+  const Sorted sorted = memory(args, rows, floats);
   sort(args, token, tokens, sorted);
   const hr_rows inner{sorted.inner, args.inner, args.inner, args.x.dtype};
   const hr_rows outer{sorted.outer, args.y.columns, args.y.columns, args.x.dtype};
-  if (args.ups) {
+  if (floats) {
     float_experts(args, sorted, inner, outer);
   } else {
-    stacked_experts(args, rows, sorted, inner, outer);
+    single_experts(args, rows, sorted, inner, outer);
   }
   with_type(args.x.dtype, [&](auto type) { combine<decltype(type)>(args, token, tokens, sorted); });
 }

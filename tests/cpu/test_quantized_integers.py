@@ -100,9 +100,11 @@ def test_ranks_hold_the_same_values(case: str, size: int) -> None:
     whole = values(load(DATA / case).layers[0].mlp.down.weights)
     models = run_ranks(size, lambda group: load(DATA / case, group))
     parts = [values(model.layers[0].mlp.down.weights) for model in models]
-    if size == 3 and "act-order" not in case:  # 43 inputs are no groups: widened to its torch_dtype
-        whole = whole.bfloat16().float()
-    assert torch.equal(torch.cat(parts, 1)[:, :128], whole)
+    found = torch.cat(parts, 1)[:, :128]
+    if size == 3 and "act-order" not in case:  # 43 inputs are no groups: some ranks widen to bf16
+        torch.testing.assert_close(found, whole, rtol=2**-8, atol=0)
+    else:
+        assert torch.equal(found, whole)
 
 
 def test_zero_points_of_two_versions() -> None:

@@ -39,10 +39,10 @@ class ClampedSwiglu:
 
 @dataclass(frozen=True, eq=False)
 class PackedExperts:
-    """Each expert's gate and up [inner, hidden] and down [hidden, inner], in any format.
+    """Each expert's gate and up [inner, hidden] and down [hidden, inner], each of its own format.
 
-    Without `ups` each of `gates` is gate rows, then up rows. Biases fp32, [experts, gate | up] and
-    [experts, hidden]. `handles`: what implementations keep beside them.
+    Biases are fp32, [experts, gate | up] and [experts, hidden]. `handles`: what implementations
+    keep beside them.
     """
 
     gates: tuple[PackedWeight, ...]

@@ -262,12 +262,13 @@ def moe_packed(
     activation: str | ClampedSwiglu,
 ) -> Tensor:
     chosen = x.new_zeros(*ids.shape, experts.downs[0].out_size)
-    for index, (gate, down) in enumerate(zip(experts.gates, experts.downs, strict=True)):
+    for index, (gate, up, down) in enumerate(
+        zip(experts.gates, experts.ups, experts.downs, strict=True)
+    ):
         tokens, place = (ids == index).nonzero(as_tuple=True)
-        gate_up = pack(torch.cat((gate.data, experts.ups[index].data))) if experts.ups else gate
         biases = experts.gate_up_bias, experts.down_bias
         first, second = (None if bias is None else bias[index].to(x.dtype) for bias in biases)
-        inner = gated_packed(x[tokens], gate_up, activation, first)
+        inner = gated(linear_parts(x[tokens], (gate, up), first), activation)
         chosen[tokens, place] = linear_packed(inner, down, second)
     y = torch.zeros(chosen.shape[::2])
     for weight, output in zip(weights.unbind(1), chosen.unbind(1), strict=True):

@@ -13,7 +13,7 @@ import torch
 
 from headrace.core.errors import LoadError
 from headrace.core.model_info import ModelInfo
-from headrace.quant import awq, fp8, gptq
+from headrace.quant import awq, fp8, gptq, mxfp4
 from headrace.quant.base import Kind, QuantMethod
 from headrace.quant.dense import AS_IS
 from headrace.quant.parts import by_part
@@ -25,6 +25,7 @@ BUILDERS: dict[str, Builder] = {
     "fbgemm_fp8": fp8.scheme,
     "awq": awq.scheme,
     "gptq": gptq.scheme,
+    "mxfp4": mxfp4.scheme,
 }
 """By `quant_method`."""
 

@@ -98,7 +98,7 @@ def _mirrors(experts: PackedExperts) -> list[Any]:
     """Arrays of hr_weight for gates, ups and downs, which live as long as the experts."""
     if "cpu" not in experts.handles:
         groups = (experts.gates, experts.ups, experts.downs)
-        experts.handles["cpu"] = [(Weight * len(g))(*map(mirror, g)) if g else None for g in groups]
+        experts.handles["cpu"] = [(Weight * len(g))(*map(mirror, g)) for g in groups]
     found: list[Any] = experts.handles["cpu"]
     return found
 
@@ -129,7 +129,7 @@ def moe_packed(
         rows(y),
         rows(weights),
         ids.data_ptr(),
-        *(None if array is None else ctypes.addressof(array) for array in _mirrors(experts)),
+        *map(ctypes.addressof, _mirrors(experts)),
         *(None if b is None else b.data_ptr() for b in (experts.gate_up_bias, experts.down_bias)),
         len(experts.gates),
         experts.downs[0].in_size,
