@@ -92,7 +92,7 @@ def test_logits(folder: Path, oracle: transformers.PreTrainedModel) -> None:
 
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_ranks(folder: Path, size: int) -> None:
-    """96 inputs of down by 2 (groups of 16), by 3, and by 5, where they are widened, with padding."""
+    """96 inputs of down by 2 (groups of 16), by 3, and by 5 (widened, with padding)."""
     ids = random_ids(20)
     alone = run_all(load(folder), ids)[0].double().log_softmax(-1)
     for ranks in run_ranks(size, lambda group: run_all(load(folder, group), ids)[0]):

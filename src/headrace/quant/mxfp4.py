@@ -49,7 +49,8 @@ class Mxfp4:
     def read(self, tensors: Mapping[str, Tensor], window: Window) -> Quantized:
         blocks, exponents = tensors["blocks"], tensors["scales"].int() - _BIAS
         values = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(1)
-        return Quantized("mxfp4", values, torch.ldexp(torch.ones(()), exponents), _GROUP)
+        scales = torch.ldexp(torch.ones(exponents.shape), exponents)
+        return Quantized("mxfp4", values, scales, _GROUP)
 
 
 def _not_a_number(scales: Tensor) -> str:
