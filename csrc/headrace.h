@@ -23,7 +23,8 @@ typedef enum {
   HR_F8 = 4,
   HR_I4 = 5,
   HR_G8 = 6,  // int8 in groups
-  HR_MX4 = 7  // e2m1 in groups, mxfp4
+  HR_MX4 = 7,  // e2m1 in groups, mxfp4
+  HR_T4 = 8    // places in a table of 16 numbers, in groups
 } hr_dtype;
 
 typedef enum {
@@ -130,13 +131,15 @@ typedef struct {
 //   mx4 the same, of codes; scale / 2 as bf16 [HR_PANEL]
 //   g8  the same, but [group / 4][HR_PANEL][4 inputs] of value + 128
 //   f8  [in][HR_PANEL] of e4m3; `scales` [in / group, up, or 1][out, up to HR_PANEL]
+//   t4  [in][HR_PANEL / 2] bytes, byte j: output j in the low half, 16 + j in the high; `scales` as
+//       f8; before all panels the table, f32 [16]
 typedef struct {
   void* data;
-  const float* scales;  // fp32, of i8 and f8 alone
+  const float* scales;  // fp32, of i8, f8 and t4 alone
   int64_t out;
   int64_t in;
   int32_t dtype;    // hr_dtype
-  int32_t group;    // inputs per scale, i4, g8, mx4: 16, 32, 64 or 128, f8: 128; 0: one per output
+  int32_t group;    // inputs per scale, i4, g8, mx4, t4: 16, 32, 64, 128, f8: 128; 0: one per output
   int32_t scaling;  // hr_scaling, of i4 and g8
 } hr_weight;
 
@@ -161,19 +164,19 @@ typedef struct {
 
 // pack_int8, pack_int4, pack_fp8: fill `weight.data` from `source` [out, in]. Where that is a float
 // matrix (not for fp8) it is quantized as headrace.ops.ref defines. Else it holds bytes: signed
-// values, values of 0..15, codes of e2m1, or e4m3. pack_int4 also fills g8 and mx4.
+// values, values of 0..15, codes of e2m1, or e4m3. pack_int4 also fills g8 and mx4, pack_fp8 t4.
 typedef struct {
   hr_rows source;
   hr_weight weight;
   float* scales;         // i8: [out], written when quantizing; else: [out, in / group, up], read
-  const float* offsets;  // i4, g8: as `scales`; null where symmetric
+  const float* offsets;  // i4, g8: as `scales`; null where symmetric; t4: the table
 } hr_pack_lowbit_args;
 
 // linear: y = x W^T + bias + residual; x and y fp32, bf16 or f16, sums in fp32, rounded once.
 // (kernels/linear.cpp)
 // linear_int8, linear_int4: x is quantized to 8 bits per row, or per row and group of inputs, and
-// multiplied in integers; linear_fp8: weights are widened to fp32. linear_int4 also reads g8 and mx4.
-// (kernels/linear_*.cpp)
+// multiplied in integers; linear_fp8: weights are widened to fp32. linear_int4 also reads g8 and mx4,
+// linear_fp8 t4. (kernels/linear_*.cpp)
 typedef struct {
   hr_rows x;
   hr_rows y;

@@ -7,6 +7,8 @@ int64_t hr_weight_bytes(const hr_weight* weight) {
   int64_t input_bytes;  // of one output
   if (weight->dtype == HR_I8) {
     input_bytes = up(weight->in, 4) * 4;
+  } else if (weight->dtype == HR_T4) {
+    return up(weight->out, HR_PANEL) * HR_PANEL / 2 * weight->in + 64;
   } else if (weight->dtype == HR_F8) {
     input_bytes = weight->in;
   } else if (weight->dtype == HR_I4 || weight->dtype == HR_G8 || weight->dtype == HR_MX4) {

@@ -226,7 +226,8 @@ static void float_experts(const hr_moe_args& args, const Sorted& sorted, const h
 // The operator that multiplies with a weight.
 static hr::Kernel linear_of(const hr_weight& weight) {
   const char* const names[] = {"linear",     "linear",      "linear",      "linear_int8",
-                               "linear_fp8", "linear_int4", "linear_int4", "linear_int4"};
+                               "linear_fp8", "linear_int4", "linear_int4", "linear_int4",
+                               "linear_fp8"};
   return hr::kernel_of(hr_operator(names[weight.dtype], sizeof(hr_linear_args)));
 }
 

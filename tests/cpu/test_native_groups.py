@@ -9,7 +9,7 @@ from torch import Tensor
 from headrace.ops import cpu, ref
 from headrace.ops.cpu import library
 from headrace.ops.experts import ClampedSwiglu, PackedExperts
-from headrace.ops.packed import PackedWeight
+from headrace.ops.packed import TABLES, PackedWeight
 from tests.support.native import native_level, native_levels
 
 pytestmark = pytest.mark.skipif(library.LIBRARY is None, reason="the kernels are not built")
@@ -139,3 +139,18 @@ def test_experts_with_biases(level: str) -> None:
         packed = PackedExperts(plain.gates, plain.ups, plain.downs, *biases)
         found.append(operators.moe_packed(x, packed, ids, weights, CLAMPED))
     close(*found, 1e-5)
+
+
+@pytest.mark.parametrize("format", TABLES)
+@pytest.mark.parametrize("group", [16, 64])
+def test_places_in_a_table(format: str, group: int, level: str) -> None:
+    groups, width = -(-168 // group), 168
+    values = torch.randint(0, 16, (70, width), dtype=torch.uint8)
+    scales = torch.rand(70, groups)
+    asked = values, scales, format, group
+    ours, definition = cpu.pack_quantized(*asked), ref.pack_quantized(*asked)
+    spread = scales.repeat_interleave(group, 1)[:, :width]
+    assert torch.equal(everything(ours), TABLES[format][values.long()] * spread)
+    for count in (1, 9, 30):
+        x = torch.randn(count, width)
+        close(cpu.linear_packed(x, ours, None), ref.linear_packed(x, definition, None))

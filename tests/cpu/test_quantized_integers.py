@@ -20,9 +20,9 @@ from headrace.core.model_info import read_model_info
 from headrace.dist.comm import Group, SoloGroup
 from headrace.loader import load_model
 from headrace.models.decoder import Decoder
+from headrace.quant.act_order import arrangement
 from headrace.quant.base import Weights
 from headrace.quant.bits import unpack_columns, unpack_rows
-from headrace.quant.integers import arrangement
 from tests.cpu.test_models_parity import expected, random_ids
 from tests.support.paged import run_all
 from tests.support.threads import run_ranks

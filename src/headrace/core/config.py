@@ -43,12 +43,14 @@ class ModelOptions:
     tokenizer_path: str = option("", "Tokenizer folder or hub id; empty takes the model's.")
     served_model_name: str = option("", "Name shown to clients; empty takes the model path.")
     load_format: str = option(
-        "auto", "How weights are read.", choices=("auto", "safetensors", "gguf", "dummy")
+        "auto",
+        "How weights are read; bitsandbytes also quantizes floats, to NF4.",
+        choices=("auto", "safetensors", "bitsandbytes", "gguf", "dummy"),
     )
     quantization: str = option(
         "none",
         "Quantize the weights while they are loaded.",
-        choices=("none", "int8", "int4", "fp8"),
+        choices=("none", "int8", "int4", "fp8", "bitsandbytes"),
     )
     model_impl: str = option(
         "auto",

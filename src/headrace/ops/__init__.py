@@ -281,9 +281,9 @@ def pack(weight: Tensor, format: str = "", group: int = 0) -> PackedWeight:
     """weight [out, in] in the form that the `_packed` operators read.
 
     Without a format the values stay: the result may share memory with `weight`, and an
-    implementation may store it in a narrower type if no value changes. "int8", "int4" and "fp8"
-    quantize: int8 and fp8 with a scale per output, int4 with one per `group` inputs (16, 32, 64 or
-    128; 0 takes 64). `headrace.ops.ref_lowbit` defines the arithmetic.
+    implementation may store it in a narrower type if no value changes. "int8", "int4", "nf4" and
+    "fp8" quantize: int8 and fp8 with a scale per output, int4 and nf4 with one per `group` inputs
+    (16, 32, 64 or 128; 0 takes 64). `headrace.ops.ref_lowbit` defines the arithmetic.
     """
     return _pack(weight, format, group)
 
@@ -298,7 +298,7 @@ def pack_quantized(
     values float8_e4m3fn, scales [out], one, or [out / 128, in / 128] with group=128. int4: values
     uint8 0..15, scales [out, in / group] and offsets of that shape, zero point * scale where there
     is a zero point; without offsets it is 8. mxfp4: codes of e2m1 as uint8, scales as int4, powers
-    of two. Groups are 16, 32, 64 or 128.
+    of two. nf4, fp4, iq4_nl: places in their tables, scales as int4. Groups are 16, 32, 64 or 128.
     Raises ValueError for other shapes and values.
     """
     return _pack_quantized(values, scales, format, group, offsets)

@@ -9,7 +9,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FORMATS = ("float32", "bfloat16", "float16", "int8", "int4", "fp8", "mxfp4")
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+TABLES = {
+    "nf4": torch.tensor([  # arXiv 2305.14314, appendix E
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+        -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ]),
+    "fp4": torch.tensor([  # of bitsandbytes
+        0.0, 0.0052083334885537624, 0.6666666865348816, 1.0,
+        0.3333333432674408, 0.5, 0.1666666716337204, 0.25,
+        0.0, -0.0052083334885537624, -0.6666666865348816, -1.0,
+        -0.3333333432674408, -0.5, -0.1666666716337204, -0.25,
+    ]),
+    "iq4_nl": torch.tensor([  # of ggml
+        -127.0, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113,
+    ]),
+}  # fmt: skip
+"""Formats of 4 bits whose values are places in a table of 16 numbers; x stays float."""
+
+FORMATS = ("float32", "bfloat16", "float16", "int8", "int4", "fp8", "mxfp4", *TABLES)
 INT4_GROUPS = (16, 32, 64, 128)
 FP8_BLOCK = 128
 MOST_INT8_INPUTS = 1 << 16  # so that no sum of products leaves 32 bits
@@ -82,18 +102,17 @@ def check_quantized(
     return Quantized(format, values.contiguous(), _spread(scales, shape, "scales"), group, found)
 
 
-E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
-
-
 def numbers(format: str, values: Tensor) -> Tensor:
-    """What values are before scales and offsets, fp32; those of mxfp4 are places in `E2M1`."""
-    return E2M1[values.long()] if format == "mxfp4" else values.float()
+    """What values are before scales and offsets, fp32: numbers, or places in a table."""
+    table = E2M1 if format == "mxfp4" else TABLES.get(format)
+    return values.float() if table is None else table[values.long()]
 
 
 _GROUPS = {
     "int8": (0, *INT4_GROUPS),
     "int4": INT4_GROUPS,
     "mxfp4": INT4_GROUPS,
+    **dict.fromkeys(TABLES, INT4_GROUPS),
     "fp8": (0, FP8_BLOCK),
 }
 
@@ -112,6 +131,7 @@ def _check_values(values: Tensor, format: str) -> None:
         "int8": torch.int8,
         "int4": torch.uint8,
         "mxfp4": torch.uint8,
+        **dict.fromkeys(TABLES, torch.uint8),
         "fp8": torch.float8_e4m3fn,
     }
     if format not in dtypes:

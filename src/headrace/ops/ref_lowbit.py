@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headrace.ops.packed import PackedWeight, Quantized, check_group, numbers
+from headrace.ops.packed import TABLES, PackedWeight, Quantized, check_group, numbers
 
 DEFAULT_GROUP = 64  # of int4
 _SMALLEST = 1e-30  # no number is divided by less
@@ -26,16 +26,20 @@ def quantize(weight: Tensor, format: str, group: int) -> Quantized:
     Raises:
         ValueError: no such format or group.
     """
-    if format == "int4":
+    if format in ("int4", "nf4"):
         group = group or DEFAULT_GROUP
     check_group(format, group, weight.shape[1])
     if format == "int8" and not group:
         return Quantized(format, *quantize_int8(weight))
     if format == "int4":
         return Quantized(format, *quantize_int4(weight, group), group)
+    if format == "nf4":
+        return Quantized(format, *quantize_nf4(weight, group), group)
     if format == "fp8" and not group:
         return Quantized(format, *quantize_fp8(weight))
-    raise ValueError(f"floats can be packed as int8, int4 or fp8, not as {format!r} by {group}")
+    raise ValueError(
+        f"floats can be packed as int8, int4, nf4 or fp8, not as {format!r} by {group}"
+    )
 
 
 def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,6 +62,17 @@ def quantize_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     inverse = torch.where(scales == 0, 0.0, torch.ones_like(scales) / scales)
     values = ((x * inverse).round() + 8).clamp(0, 15).to(torch.uint8)
     return values.flatten(1)[:, : weight.shape[1]].contiguous(), scales[..., 0]
+
+
+def quantize_nf4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """weight [out, in] -> places in the table of nf4, and scales [out, groups]: the largest size of
+    a group. The nearest place is taken (arXiv 2305.14314)."""
+    x = _grouped(weight.float(), group)
+    scales = x.abs().amax(-1, keepdim=True)
+    table = TABLES["nf4"]
+    middles = (table[1:] + table[:-1]) / 2
+    places = torch.bucketize(x / scales.clamp_min(_SMALLEST), middles).to(torch.uint8)
+    return places.flatten(1)[:, : weight.shape[1]].contiguous(), scales[..., 0]
 
 
 def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,7 +105,7 @@ def rows(weight: PackedWeight, ids: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """fp32 [tokens, out]"""
-    if weight.format == "fp8":
+    if weight.format == "fp8" or weight.format in TABLES:
         y = F.linear(x.float(), rows(weight, torch.arange(weight.out_size)))
     elif weight.group:
         y = _linear_grouped(x, weight)

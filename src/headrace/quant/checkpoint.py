@@ -13,7 +13,7 @@ import torch
 
 from headrace.core.errors import LoadError
 from headrace.core.model_info import ModelInfo
-from headrace.quant import awq, fp8, gptq, mxfp4
+from headrace.quant import awq, bnb, fp8, gptq, mxfp4
 from headrace.quant.base import Kind, QuantMethod
 from headrace.quant.dense import AS_IS
 from headrace.quant.parts import by_part
@@ -25,11 +25,16 @@ BUILDERS: dict[str, Builder] = {
     "fbgemm_fp8": fp8.scheme,
     "awq": awq.scheme,
     "gptq": gptq.scheme,
+    "bitsandbytes": bnb.scheme,
     "mxfp4": mxfp4.scheme,
 }
 """By `quant_method`."""
 
-_ALIASES: dict[str, tuple[str, ...]] = {"fbgemm_fp8": ("fp8",)}
+_ALIASES: dict[str, tuple[str, ...]] = {
+    "fbgemm_fp8": ("fp8",),
+    "awq": ("awq_marlin",),
+    "gptq": ("gptq_marlin",),
+}
 """What else --quantization may say for a `quant_method`."""
 
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from headrace.core.errors import LoadError
 from headrace.ops.packed import Quantized
+from headrace.quant.act_order import Integers
 from headrace.quant.base import Kind
 from headrace.quant.bits import not_finite, unpack_columns, unpack_rows
-from headrace.quant.integers import Integers
 from headrace.quant.local import Window
 from headrace.quant.scheme import Config, Scheme, group_size, modules_from_config
 from headrace.quant.stored import Axis, Storage, Stored

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from headrace.dist.topology import Cut, Span
-from headrace.ops.packed import FP8_BLOCK, INT4_GROUPS, Quantized, numbers
-from headrace.quant.integers import Integers, in_runs
+from headrace.ops.packed import FP8_BLOCK, INT4_GROUPS, TABLES, Quantized, numbers
+from headrace.quant.act_order import Integers, in_runs
 
 # What `ops.pack_quantized` takes, widest first; 0: one scale for all inputs of an output.
 _NARROWER = INT4_GROUPS[::-1]
@@ -21,6 +21,7 @@ _GROUPS = {
     "int8": (0, *_NARROWER),
     "int4": _NARROWER,
     "mxfp4": _NARROWER,
+    **dict.fromkeys(TABLES, _NARROWER),
     "fp8": (0, FP8_BLOCK),
 }
 

@@ -37,8 +37,9 @@ class Axis:
 class Stored:
     """One tensor of a stored matrix, where it runs along `rows` and `columns` of it.
 
-    Of several `shapes` the first is the usual one; an axis is that of shapes long enough for it.
-    `wrong` says what is wrong with the values, "" for nothing. What is `unused` may be missing.
+    Of several `shapes` the first is the usual one, none is a vector of any length; an axis is that
+    of shapes long enough for it. `wrong` says what is wrong with the values, "" for nothing. What
+    is `unused` may be missing.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -176,8 +177,9 @@ class _Reader:
             ) from error
         return {
             f"{self.name}.{suffix}": WeightTarget(
-                shape=one.shapes[0],
+                shape=one.shapes[0] if one.shapes else (1,),
                 other_shapes=one.shapes[1:],
+                any_length=not one.shapes,
                 copy=self._taker(suffix, one),
                 dtypes=one.dtypes,
                 optional=one.unused,
@@ -236,8 +238,9 @@ def _pour(members: Targets, stored: Stored, rows: int) -> WeightTarget:
             target.copy(piece)
 
     return WeightTarget(
-        shape=stored.shapes[0],
+        shape=stored.shapes[0] if stored.shapes else (1,),
         other_shapes=stored.shapes[1:],
+        any_length=not stored.shapes,
         copy=copy,
         covers=tuple(members),
         dtypes=stored.dtypes,

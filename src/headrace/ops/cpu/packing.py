@@ -17,6 +17,7 @@ from headrace.ops.cpu.library import DTYPES, Operator, Rows, Step, native, rows
 from headrace.ops.cpu.record import empty
 from headrace.ops.packed import (
     FLOAT_FORMATS,
+    TABLES,
     PackedWeight,
     Quantized,
     check_group,
@@ -32,6 +33,7 @@ _DTYPES = {name: DTYPES[dtype] for name, dtype in FLOAT_FORMATS.items()} | {
     "fp8": 4,
     "int4": 5,
     "mxfp4": 7,
+    **dict.fromkeys(TABLES, 8),
 }
 _GROUPED_INT8 = 6
 _SYMMETRIC, _ZEROS, _OFFSETS, _WIDE = range(4)  # hr_scaling
@@ -71,6 +73,8 @@ _UNPACK_LOWBIT = {name: Operator(f"unpack_{name}", _UnpackArgs) for name in ("in
 
 def kernel_of(format: str, group: int) -> str:
     """Whose operators take a low-bit format."""
+    if format in TABLES:
+        return "fp8"
     return "int4" if format == "mxfp4" or (format == "int8" and group) else format
 
 
@@ -154,7 +158,7 @@ def _lay_out(weight: Quantized) -> PackedWeight:
     if packed.scales is not None:
         missing = packed.scales.shape[1] - packed.out_size
         packed.scales.copy_(F.pad(weight.scales.T, (0, missing)))
-    scales, offsets = weight.scales.contiguous(), weight.offsets
+    scales, offsets = weight.scales.contiguous(), TABLES.get(weight.format, weight.offsets)
     if variant in (_ZEROS, _OFFSETS) and offsets is None:
         offsets = 8 * scales
     address = None if offsets is None else offsets.data_ptr()
