@@ -50,7 +50,7 @@ class ModelOptions:
     quantization: str = option(
         "none",
         "Quantize the weights while they are loaded.",
-        choices=("none", "int8", "int4", "fp8", "bitsandbytes"),
+        choices=("none", "int8", "int4", "fp8", "bitsandbytes", "gguf"),
     )
     model_impl: str = option(
         "auto",

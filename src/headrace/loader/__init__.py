@@ -46,7 +46,12 @@ def load_model(
 
     if load_format == "bitsandbytes" and quantization == "none":
         quantization = "bitsandbytes"
-    build = Build(dtype, group, quantization_of(info, quantization, stored_names))
+    if GGUF_KEY in info.hf and load_format != "dummy" and quantization in ("none", "gguf"):
+        from headrace.loader.gguf_loader import gguf_quantization
+
+        build = Build(dtype, group, gguf_quantization(info))
+    else:
+        build = Build(dtype, group, quantization_of(info, quantization, stored_names))
     if model_impl == "transformers" or (model_impl == "auto" and borrowed(info.architecture)):
         from headrace.loader.fallback import TransformersModelLoader
 
