@@ -1,5 +1,6 @@
 """Writes the bitsandbytes checkpoints of this folder with transformers and bitsandbytes 0.50 on a
-CPU, and beside each two matrices as bitsandbytes dequantizes them. Run by hand.
+CPU, and beside each what bitsandbytes dequantizes: of 4 bits a matrix whose rows are whole blocks,
+as its CPU kernel takes the scales of other blocks where they are not. Run by hand.
 
     python tests/data/quantized/make_bitsandbytes.py
 """
@@ -43,7 +44,7 @@ def make(name: str, base: Path) -> None:
     )
     found = {}
     for module, layer in model.named_modules():
-        if module.endswith(("q_proj", "down_proj")):
+        if module.endswith("q_proj") or (name == "bnb-int8" and module.endswith("down_proj")):
             weight = layer.weight
             if name == "bnb-int8":
                 found[module] = F.int8_vectorwise_dequant(weight.data, weight.SCB).float()
