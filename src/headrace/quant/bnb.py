@@ -6,6 +6,7 @@ quantized themselves. int8: a scale per output; outliers of x, which bitsandbyte
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from headrace.quant.stored import Axis, Storage, Stored
 
 _BLOCKS = (64, 32, 128, 256, 512, 1024, 2048, 4096)
 _GROUPS = (64, 32, 16)  # that rows may be cut into where they are not whole blocks
+_MOST_STATE = 500  # bytes of JSON
 _FP32, _BYTES = (torch.float32,), (torch.uint8,)
 
 
@@ -133,12 +135,12 @@ class Bnb4:
         absmax = tensors["weight.absmax"]
         if not self.nested:
             return absmax
-        size = state["nested_blocksize"]
-        scales = tensors["weight.nested_absmax"].repeat_interleave(size)[: len(absmax)]
-        if len(scales) != len(absmax):
+        size, scales = state["nested_blocksize"], tensors["weight.nested_absmax"]
+        places = torch.arange(len(absmax)) // size
+        if int(places[-1]) >= len(scales):
             raise ValueError(f"too few nested scales for blocks of {size}")
         numbers = tensors["weight.nested_quant_map"][absmax.long()]
-        return numbers * scales + float(state["nested_offset"])
+        return numbers * scales[places] + float(state["nested_offset"])
 
 
 def _other_sizes(rows: int, columns: int) -> Callable[[Tensor], str]:
@@ -155,14 +157,17 @@ def _other_sizes(rows: int, columns: int) -> Callable[[Tensor], str]:
 
 def _parsed(raw: Tensor) -> dict[str, Any]:
     """The state of a matrix; raises ValueError."""
+    if raw.numel() > _MOST_STATE:
+        raise ValueError(f"it has {raw.numel()} bytes")
     state = json.loads(raw.numpy().tobytes())
     if not isinstance(state, dict):
         raise ValueError("it is no object")
     shape, sizes = state.get("shape"), [state.get("blocksize"), state.get("nested_blocksize", 1)]
     if not isinstance(shape, list) or len(shape) != 2:
         raise ValueError(f"its shape is {shape!r}")
-    if not all(isinstance(size, int) and size > 0 for size in (*shape, *sizes)):
+    if not all(isinstance(size, int) and 0 < size < 1 << 31 for size in (*shape, *sizes)):
         raise ValueError(f"its sizes are {shape}, {sizes}")
-    if not isinstance(state.get("nested_offset", 0.0), int | float):
-        raise ValueError(f"its nested_offset is {state['nested_offset']!r}")
-    return state
+    offset = state.setdefault("nested_offset", 0.0)
+    if not isinstance(offset, int | float) or not math.isfinite(offset):
+        raise ValueError(f"its nested_offset is {offset!r}")
+    return state | {"nested_blocksize": sizes[1]}

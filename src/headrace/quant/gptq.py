@@ -21,7 +21,7 @@ from headrace.quant.act_order import Integers
 from headrace.quant.base import Kind
 from headrace.quant.bits import not_finite, unpack_columns, unpack_rows
 from headrace.quant.local import Window
-from headrace.quant.scheme import Config, Scheme, group_size, modules_from_config
+from headrace.quant.scheme import Config, Scheme, group_size
 from headrace.quant.stored import Axis, Storage, Stored
 
 _BITS = (2, 3, 4, 8)
@@ -35,26 +35,39 @@ def scheme(config: Config) -> Scheme:
 
     `dynamic` (GPTQModel) has patterns of modules: "-:" ones stay floats, others have own fields.
     """
-    _storage(config)  # complains about the whole before any module is asked for
-    dynamic = config.get("dynamic") or {}
-    if not isinstance(dynamic, dict):
-        raise LoadError("quantization_config.dynamic must be an object", field="dynamic")
-    blocks = config.get("modules_in_block_to_quantize")
-    flat = [name for group in blocks for name in group] if blocks else []
-    chosen = modules_from_config({"modules_in_block_to_quantize": flat or None}, *_CHOSEN)
+    usual = _storage(config)
+    rules, chosen = _rules(config), _chosen(config)
 
     def of(module: str, kind: Kind) -> Storage | None:
         if kind == "embedding" or (kind == "linear" and chosen and not _ends(module, chosen)):
             return None
-        for pattern, fields in dynamic.items():
-            if re.match(pattern.removeprefix("+:").removeprefix("-:"), module):
-                return None if pattern.startswith("-:") else _storage({**config, **fields})
-        return _storage(config)
+        return next((storage for rule, storage in rules if rule.match(module)), usual)
 
     return of
 
 
-_CHOSEN = ("modules_in_block_to_quantize",)
+def _rules(config: Config) -> list[tuple[re.Pattern[str], Storage | None]]:
+    dynamic = config.get("dynamic") or {}
+    if not isinstance(dynamic, dict) or not all(isinstance(f, dict) for f in dynamic.values()):
+        raise LoadError("quantization_config.dynamic must be an object", field="dynamic")
+    found: list[tuple[re.Pattern[str], Storage | None]] = []
+    for name, fields in dynamic.items():
+        try:
+            rule = re.compile(name.removeprefix("+:").removeprefix("-:"))
+        except re.error as error:
+            raise LoadError(
+                f"quantization_config.dynamic has no pattern in {name!r}: {error}", field="dynamic"
+            ) from error
+        found.append((rule, None if name.startswith("-:") else _storage({**config, **fields})))
+    return found
+
+
+def _chosen(config: Config) -> list[str]:
+    key = "modules_in_block_to_quantize"
+    blocks = config.get(key) or []
+    if not isinstance(blocks, list) or not all(isinstance(block, list) for block in blocks):
+        raise LoadError(f"quantization_config.{key} must be lists of names", field=key)
+    return [str(name) for block in blocks for name in block]
 
 
 def _ends(module: str, names: list[str]) -> bool:
