@@ -13,11 +13,13 @@ from headrace import ops
 from headrace.core.errors import LoadError
 from headrace.core.model_info import read_model_info
 from headrace.dist.comm import Group, SoloGroup
+from headrace.layers.held import held
 from headrace.loader import load_model
 from headrace.loader.files import resolve_model_path
 from headrace.loader.gguf_blocks import BLOCKS
 from headrace.loader.gguf_loader import _matrix
 from headrace.models.decoder import Decoder
+from headrace.ops.packed import PackedWeight
 from headrace.quant.dense import ON_LOAD
 from tests.cpu import test_gguf_models
 from tests.cpu.test_models_parity import random_ids
@@ -72,14 +74,18 @@ def test_values_are_those_of_gguf(kind: str) -> None:
     assert packed.nbytes * 8 / (64 * 512) == pytest.approx(BITS[kind], abs=0.02)  # 40 of 64 used
 
 
-def write(path: Path, kinds: tuple[str, ...]) -> None:
-    """A llama whose matrices are of these types in turn, quantized by llama.cpp's package."""
-    oracle = make_case(path.parent / "hf", "llama", hidden_size=64, intermediate_size=96)
+EXPERTS = {"moe_intermediate_size": 32, "decoder_sparse_step": 1}
+
+
+def write(path: Path, kinds: tuple[str, ...], case: str = "llama") -> None:
+    """A model whose matrices are of these types in turn, quantized by llama.cpp's package."""
+    fields = {"hidden_size": 64, "intermediate_size": 96, **(EXPERTS if "moe" in case else {})}
+    oracle = make_case(path.parent / "hf", case, **fields)
     made: list[str] = []
 
     class Writer(gguf.GGUFWriter):
         def add_tensor(self, name: str, tensor: np.ndarray) -> None:  # type: ignore[override]
-            if tensor.ndim == 2:
+            if tensor.ndim > 1 and "gate_inp" not in name:
                 kind = gguf.GGMLQuantizationType[kinds[len(made) % len(kinds)]]
                 made.append(name)
                 super().add_tensor(name, quantize(tensor, kind), raw_dtype=kind)
@@ -88,7 +94,7 @@ def write(path: Path, kinds: tuple[str, ...]) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gguf, "GGUFWriter", Writer)
-        test_gguf_models.write(path, oracle, "llama")
+        test_gguf_models.write(path, oracle, test_gguf_models.CASES[case])
 
 
 def load(path: Path, quantization: str = "none", group: Group | None = None) -> Decoder:
@@ -103,13 +109,23 @@ def divergence(one: Tensor, other: Tensor) -> float:
     return float((one.exp() * (one - other)).sum(-1).mean())
 
 
-@pytest.mark.parametrize("kinds", [("Q8_0",), ("Q4_0",), ("Q4_1", "Q5_0", "Q8_0")])
+@pytest.mark.parametrize(
+    ("kinds", "case"),
+    [
+        (("Q8_0",), "llama"),
+        (("Q4_0",), "llama"),
+        (("Q4_1", "Q5_0", "Q8_0"), "llama"),
+        (("Q8_0", "Q4_0"), "qwen3-moe"),
+    ],
+)
 def test_logits_are_those_of_the_widened_file(
-    kinds: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kinds: tuple[str, ...], case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(tmp_path / "m.gguf", kinds)
+    write(tmp_path / "m.gguf", kinds, case)
     kept, ids = load(tmp_path / "m.gguf", "gguf"), random_ids(30)[0]
-    assert kept.layers[0].mlp.down.weights["packed"].format in ("int8", "int4")
+    formats = {value.format for _, value in held(kept) if isinstance(value, PackedWeight)}
+    assert formats & {"int4", "int8"}
+    assert formats <= {"int4", "int8", "float32"}  # routers
     ours = run_all(kept, [ids])[0]
     # The same file on the path that widens; nothing then quantizes.
     monkeypatch.setitem(ON_LOAD, "int8", ON_LOAD["none"])

@@ -13,7 +13,7 @@ from headrace.layers.build import Build
 from headrace.loader.base import BaseModelLoader, logged_load
 from headrace.loader.gguf import GgufFile, GgufTensor
 from headrace.loader.gguf_blocks import BLOCKS
-from headrace.loader.gguf_config import family_of, usual_name, usual_values
+from headrace.loader.gguf_config import family_of, single_names, usual_name, usual_values
 from headrace.loader.gguf_folder import GGUF_KEY
 from headrace.models import Model, make_model
 from headrace.ops.packed import Quantized
@@ -44,16 +44,17 @@ def _file_of(info: ModelInfo) -> GgufFile:
 def gguf_quantization(info: ModelInfo) -> FromGguf:
     """How the matrices of a file are stored."""
     storages = {
-        usual_name(tensor.name).removesuffix(".weight"): _storage(tensor.kind)
+        name.removesuffix(".weight"): _storage(tensor.kind)
         for tensor in _file_of(info)
         if _is_blocks(tensor)
+        for name in single_names(usual_name(tensor.name), tensor.shape)
     }
     wide: torch.dtype = getattr(torch, info.dtype)
     return FromGguf(storages, wide)
 
 
 def _is_blocks(tensor: GgufTensor) -> bool:
-    return tensor.kind not in _VIEWS and len(tensor.shape) == 2
+    return tensor.kind not in _VIEWS and len(tensor.shape) in (2, 3)
 
 
 def _storage(kind: str) -> GgufBlocks:
@@ -76,15 +77,15 @@ def gguf_weights(file: GgufFile, info: ModelInfo, kept: bool) -> Iterator[tuple[
             values = torch.frombuffer(file.bytes_of(tensor), dtype=dtype).view(tensor.shape)
         elif kept and _is_blocks(tensor):
             values = torch.frombuffer(file.bytes_of(tensor), dtype=torch.uint8)
-            values = values.view(tensor.shape[0], -1)
+            values = values.view(*tensor.shape[:-1], -1)
         else:
             values = torch.from_numpy(file.values(tensor))
         usual = usual_values(family, name, values, info.hf)
-        yield (_blocks_name(name) if values.dtype == torch.uint8 else name), usual
-
-
-def _blocks_name(name: str) -> str:
-    return f"{name.removesuffix('weight')}blocks"
+        if values.dtype == torch.uint8:
+            name = f"{name.removesuffix('weight')}blocks"
+        yield from zip(
+            single_names(name, tensor.shape), usual if usual.dim() == 3 else [usual], strict=True
+        )
 
 
 def _matrix(kind: str, raw: Tensor) -> Quantized:
