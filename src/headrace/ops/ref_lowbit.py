@@ -142,4 +142,4 @@ def _linear_grouped(x: Tensor, weight: PackedWeight) -> Tensor:
 def _grouped(x: Tensor, group: int) -> Tensor:
     """[n, in] -> [n, groups, group], padded with zeros."""
     missing = -x.shape[1] % group
-    return F.pad(x, (0, missing)).unflatten(1, (-1, group))
+    return F.pad(x, (0, missing)).view(len(x), (x.shape[1] + missing) // group, group)
