@@ -1,8 +1,9 @@
-// router, moe and moe_single: mixtures of experts (arXiv 2401.04088).
+// router and moe: mixtures of experts (arXiv 2401.04088).
 //
 // Rows are sorted by expert, so that an expert's weights are read once for all its rows; an
 // expert's sums do not depend on how many rows it has, and each token adds its experts in the order
-// of its choice. Nothing depends on which other tokens there are.
+// of its choice. Nothing depends on which other tokens there are. Experts of float weights share the
+// threads' work; of others the linear operators are called, one expert after another.
 #include "linear.h"
 #include "types.h"
 
@@ -103,23 +104,26 @@ struct Expert {
 struct Sorted {
   Expert* experts;
   int32_t *order, *place;
-  char *inner, *outer;  // [rows, inner], [rows, hidden], of x's dtype
-  char* room;           // `extra` bytes
+  // Of x's dtype: [rows, inner], [rows, hidden], and where not all weights are floats x itself
+  // [rows, hidden] and [rows, gate | up].
+  char *inner, *outer, *x, *gate_up;
 };
 
 static int64_t lined_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-static Sorted memory(const hr_moe_args& args, int64_t rows, int64_t extra) {
+static Sorted memory(const hr_moe_args& args, int64_t rows, bool floats) {
   const int64_t size = args.x.dtype == HR_F32 ? 4 : 2;
   const int64_t experts = lined_up((args.experts + 1) * static_cast<int64_t>(sizeof(Expert)));
-  const int64_t index = lined_up(rows * 4), inner = lined_up(rows * args.gates[0].out * size);
+  const int64_t index = lined_up(rows * 4), inner = lined_up(rows * args.inner * size);
   const int64_t outer = lined_up(rows * args.y.columns * size);
-  const int64_t all = experts + 2 * index + inner + outer + extra;
+  const int64_t more = floats ? 0 : outer + 2 * inner;
+  const int64_t all = experts + 2 * index + inner + outer + more;
   char* at = static_cast<char*>(hr::scratch(static_cast<size_t>(all), 3));
   char* const order = at + experts;
+  char* const first = order + 2 * index;
   return {reinterpret_cast<Expert*>(at), reinterpret_cast<int32_t*>(order),
-          reinterpret_cast<int32_t*>(order + index), order + 2 * index, order + 2 * index + inner,
-          order + 2 * index + inner + outer};
+          reinterpret_cast<int32_t*>(order + index), first, first + inner, first + inner + outer,
+          first + inner + 2 * outer};
 }
 
 static void sort(const hr_moe_args& args, int64_t token, int64_t tokens, const Sorted& sorted) {
@@ -196,24 +200,103 @@ static void combine(const hr_moe_args& args, int64_t token, int64_t tokens, cons
   });
 }
 
-static void part(const hr_moe_args& args, int64_t token, int64_t tokens) {
-  const int64_t inner_size = args.gates[0].out;
-  const Sorted sorted = memory(args, tokens * args.top_k, 0);
-  sort(args, token, tokens, sorted);
-  const hr_rows inner{sorted.inner, inner_size, inner_size, args.x.dtype};
-  const hr_rows outer{sorted.outer, args.y.columns, args.y.columns, args.x.dtype};
+// Rows of the bias of expert e, null if there is none.
+static const float* bias_of(const float* biases, int64_t e, int64_t size) {
+  return biases ? biases + e * size : nullptr;
+}
+
+static void float_experts(const hr_moe_args& args, const Sorted& sorted, const hr_rows& inner,
+                          const hr_rows& outer) {
   Expert* experts = sorted.experts;
   const auto gated = [&](int64_t e, const Input& input, const Block& block) {
-    gated_block({args.x, inner, args.gates[e], args.ups[e], nullptr, 0,
-                 static_cast<int32_t>(args.activation)},
+    gated_block({args.x, inner, args.gates[e], args.ups[e],
+                 bias_of(args.gate_up_bias, e, 2 * args.inner), HR_F32, args.activation, args.alpha,
+                 args.limit},
                 input, block, experts[e].begin);
   };
   each_block(args, args.gates, args.x, sorted.order, experts, gated);
   const auto down = [&](int64_t e, const Input& input, const Block& block) {
-    linear_block({inner, outer, args.downs[e], nullptr, 0, HR_TOKENS, hr_rows{}}, input, block,
-                 experts[e].begin);
+    linear_block({inner, outer, args.downs[e], bias_of(args.down_bias, e, outer.columns), HR_F32,
+                  HR_TOKENS, hr_rows{}},
+                 input, block, experts[e].begin);
   };
   each_block(args, args.downs, inner, nullptr, experts, down);
+}
+
+// The operator that multiplies with a weight.
+static hr::Kernel linear_of(const hr_weight& weight) {
+  const char* const names[] = {"linear",     "linear",      "linear",      "linear_int8",
+                               "linear_fp8", "linear_int4", "linear_int4", "linear_int4",
+                               "linear_fp8"};
+  return hr::kernel_of(hr_operator(names[weight.dtype], sizeof(hr_linear_args)));
+}
+
+static hr_rows rows_from(const hr_rows& rows, int64_t first) {
+  const int64_t size = rows.dtype == HR_F32 ? 4 : 2;
+  return {static_cast<char*>(rows.data) + first * rows.stride * size, rows.stride, rows.columns,
+          rows.dtype};
+}
+
+// One product of all experts, each with its sorted rows; biases lie `apart` from expert to expert.
+static void each_expert(const hr_moe_args& args, const hr_weight* weights, const float* biases,
+                        int64_t apart, const hr_rows& x, const hr_rows& y,
+                        const Expert* experts) {
+  for (int64_t e = 0; e < args.experts; ++e) {
+    if (experts[e].rows == 0) continue;
+    const hr_linear_args linear{rows_from(x, experts[e].begin), rows_from(y, experts[e].begin),
+                                weights[e], bias_of(biases, e, apart), HR_F32, HR_TOKENS,
+                                hr_rows{}};
+    hr_step step{};
+    step.tokens = experts[e].rows;
+    linear_of(weights[e])(&linear, step);
+  }
+}
+
+static void single_experts(const hr_moe_args& args, int64_t rows, const Sorted& sorted,
+                            const hr_rows& inner, const hr_rows& outer) {
+  const int64_t hidden = args.x.columns, bytes = hidden * (args.x.dtype == HR_F32 ? 4 : 2);
+  const hr_rows x{sorted.x, hidden, hidden, args.x.dtype};
+  const int64_t width = args.inner, size = bytes / hidden;
+  const hr_rows gate_up{sorted.gate_up, 2 * width, 2 * width, args.x.dtype};
+  const hr_rows gate{sorted.gate_up, 2 * width, width, args.x.dtype};
+  const hr_rows up{sorted.gate_up + width * size, 2 * width, width, args.x.dtype};
+  const float* up_bias = args.gate_up_bias ? args.gate_up_bias + width : nullptr;
+  hr::parallel(rows, 1 + (1 << 15) / bytes, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      memcpy(sorted.x + i * bytes, rows_from(args.x, sorted.order[i]).data,
+             static_cast<size_t>(bytes));
+    }
+  });
+  each_expert(args, args.gates, args.gate_up_bias, 2 * width, x, gate, sorted.experts);
+  each_expert(args, args.ups, up_bias, 2 * width, x, up, sorted.experts);
+  const hr_gated_args gated{gate_up, inner, args.activation, args.alpha, args.limit};
+  hr_step step{};
+  step.tokens = rows;
+  hr::kernel_of(hr_operator("gated", sizeof gated))(&gated, step);
+  each_expert(args, args.downs, args.down_bias, hidden, inner, outer, sorted.experts);
+}
+
+static bool all_floats(const hr_moe_args& args) {
+  bool floats = true;
+  const hr_weight* const all[] = {args.gates, args.ups, args.downs};
+  for (const hr_weight* weights : all) {
+    for (int64_t e = 0; e < args.experts; ++e) floats = floats && weights[e].dtype <= HR_F16;
+  }
+  return floats;
+}
+
+static void part(const hr_moe_args& args, int64_t token, int64_t tokens) {
+  const int64_t rows = tokens * args.top_k;
+  const bool floats = all_floats(args);
+  const Sorted sorted = memory(args, rows, floats);
+  sort(args, token, tokens, sorted);
+  const hr_rows inner{sorted.inner, args.inner, args.inner, args.x.dtype};
+  const hr_rows outer{sorted.outer, args.y.columns, args.y.columns, args.x.dtype};
+  if (floats) {
+    float_experts(args, sorted, inner, outer);
+  } else {
+    single_experts(args, rows, sorted, inner, outer);
+  }
   with_type(args.x.dtype, [&](auto type) { combine<decltype(type)>(args, token, tokens, sorted); });
 }
 
@@ -224,67 +307,7 @@ static void moe(const hr_moe_args& args, const hr_step& step) {
   }
 }
 
-// ---- moe_single ---------------------------------------------------------------------------------
-
-static const char* linear_of(int32_t dtype) {
-  if (dtype == HR_I8) return "linear_int8";
-  if (dtype == HR_I4) return "linear_int4";
-  return dtype == HR_F8 ? "linear_fp8" : "linear";
-}
-
-static void call(const char* name, const void* args, int64_t args_size, int64_t rows) {
-  hr_step step = {};
-  step.tokens = rows;
-  hr::kernel_of(hr_operator(name, args_size))(args, step);
-}
-
-static void product(const hr_rows& x, const hr_rows& y, const hr_weight& weight, int64_t rows) {
-  const hr_linear_args args{x, y, weight, nullptr, 0, HR_TOKENS, hr_rows{}};
-  call(linear_of(weight.dtype), &args, sizeof(args), rows);
-}
-
-// As `part`; `room` has x, gate | up and inner of the expert with the most rows.
-static void single_part(const hr_moe_args& args, int64_t token, int64_t tokens) {
-  const int64_t hidden = args.x.columns, width = args.gates[0].out;
-  const int64_t size = args.x.dtype == HR_F32 ? 4 : 2, most = tokens * args.top_k;
-  const Sorted sorted = memory(args, most, (hidden + 3 * width) * tokens * size);
-  sort(args, token, tokens, sorted);
-  char* const wide = sorted.room + hidden * tokens * size;
-  const hr_rows x{sorted.room, hidden, hidden, args.x.dtype};
-  const hr_rows gate{wide, 2 * width, width, args.x.dtype};
-  const hr_rows up{wide + width * size, 2 * width, width, args.x.dtype};
-  const hr_rows both{wide, 2 * width, 2 * width, args.x.dtype};
-  const hr_rows inner{wide + 2 * width * tokens * size, width, width, args.x.dtype};
-  for (int64_t e = 0; e < args.experts; ++e) {
-    const int64_t first = sorted.experts[e].begin, rows = sorted.experts[e].rows;
-    if (rows == 0) continue;
-    for (int64_t i = 0; i < rows; ++i) {
-      const char* from = static_cast<const char*>(args.x.data);
-      memcpy(sorted.room + i * hidden * size,
-             from + sorted.order[first + i] * args.x.stride * size,
-             static_cast<size_t>(hidden * size));
-    }
-    product(x, gate, args.gates[e], rows);
-    product(x, up, args.ups[e], rows);
-    const hr_gated_args gated{both, inner, static_cast<int32_t>(args.activation)};
-    call("gated", &gated, sizeof(gated), rows);
-    const int64_t columns = args.y.columns;
-    const hr_rows outer{sorted.outer + first * columns * size, columns, columns, args.x.dtype};
-    product(inner, outer, args.downs[e], rows);
-  }
-  with_type(args.x.dtype, [&](auto type) { combine<decltype(type)>(args, token, tokens, sorted); });
-}
-
-// By the linear operators of each expert's own formats, one expert after the other.
-static void moe_single(const hr_moe_args& args, const hr_step& step) {
-  for (int64_t token = 0; token < step.tokens; token += kMostTokens) {
-    const int64_t left = step.tokens - token;
-    single_part(args, token, left < kMostTokens ? left : kMostTokens);
-  }
-}
-
 HR_OPERATOR(router, hr_router_args)
 HR_OPERATOR(moe, hr_moe_args)
-HR_OPERATOR(moe_single, hr_moe_args)
 
 }  // namespace HR_NS

@@ -303,6 +303,23 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "MiniMaxM2ForCausalLM",
         {"num_local_experts": 6, "num_experts_per_tok": 2, "rotary_dim": 8},
     ),
+    "gpt-oss": (
+        "GptOssForCausalLM",
+        {
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "sliding_window": 9,
+            "swiglu_limit": 0.8,
+            **_rope(
+                "yarn",
+                factor=4.0,
+                original_max_position_embeddings=64,
+                truncate=False,
+                beta_fast=32.0,
+                beta_slow=1.0,
+            ),
+        },
+    ),
     "dbrx": (
         "DbrxForCausalLM",
         {

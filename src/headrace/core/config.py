@@ -35,7 +35,7 @@ def option(default: T, help: str, **details: Any) -> T:
 
 STORED_QUANTIZATIONS = (
     *("fbgemm_fp8", "compressed-tensors", "w8a8_int8", "w8a8_fp8", "modelopt", "modelopt_fp8"),
-    *("torchao", "awq", "awq_marlin", "gptq", "gptq_marlin", "bitsandbytes", "mxfp4"),
+    *("torchao", "awq", "awq_marlin", "gptq", "gptq_marlin", "bitsandbytes", "mxfp4", "gguf"),
 )
 """What a checkpoint may be quantized with, by the names that --quantization has for it."""
 
@@ -50,7 +50,9 @@ class ModelOptions:
     tokenizer_path: str = option("", "Tokenizer folder or hub id; empty takes the model's.")
     served_model_name: str = option("", "Name shown to clients; empty takes the model path.")
     load_format: str = option(
-        "auto", "How weights are read.", choices=("auto", "safetensors", "gguf", "dummy")
+        "auto",
+        "How weights are read; bitsandbytes also quantizes floats, to NF4.",
+        choices=("auto", "safetensors", "bitsandbytes", "gguf", "dummy"),
     )
     quantization: str = option(
         "none",

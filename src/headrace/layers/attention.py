@@ -16,7 +16,7 @@ from headrace.layers.kv_scale import scale_targets
 from headrace.layers.linear import RowLinear, qkv_linear
 from headrace.layers.norm import HeadNorm, Norm, NormSpec
 from headrace.ops.meta import KvCache
-from headrace.quant.base import Targets
+from headrace.quant.base import Targets, cut_target, plain
 
 _PLAIN = NormSpec(1e-6)
 
@@ -27,7 +27,8 @@ class AttentionSpec:
 
     `window` 0 sees everything. `rope`: which of the decoder's rotary embeddings turns q and k, None
     for none. `qk_norm`: of each head with one weight ("head") or a weight per head ("heads"), or of
-    all heads together ("all"). `scale` 0 is head_dim ** -0.5. `clip` bounds q, k, v.
+    all heads together ("all"). `scale` 0 is head_dim ** -0.5. `clip` bounds q, k, v. `sinks`: each
+    head has a logit more in its softmax that carries no value.
     """
 
     hidden_size: int
@@ -44,6 +45,7 @@ class AttentionSpec:
     scale: float = 0.0
     soft_cap: float = 0.0
     clip: float = 0.0
+    sinks: bool = False
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -70,6 +72,8 @@ class Attention:
         self.scale = spec.scale or spec.head_dim**-0.5
         # What a stored 1 means in an fp8 cache, of keys and of values.
         self.kv_scale = torch.ones(2)
+        self.sinks = torch.zeros(self.heads) if spec.sinks else None
+        self._sinks_cut = heads.q_cut(1)
 
     def __call__(self, x: Tensor, cos_sin: Tensor, batch: ForwardBatch, cache: KvCache) -> Tensor:
         spec = self.spec
@@ -85,6 +89,7 @@ class Attention:
             scale=self.scale,
             window=spec.window,
             soft_cap=spec.soft_cap,
+            sinks=self.sinks,
         )
         return self.out(mixed.flatten(1))
 
@@ -115,6 +120,8 @@ class Attention:
     def targets(self, prefix: str) -> Targets:
         found = self.qkv.targets(prefix) | self.out.targets(prefix)
         found |= scale_targets(prefix, self.kv_scale)
+        if self.sinks is not None:
+            found[f"{prefix}sinks"] = cut_target(plain(self.sinks), self._sinks_cut)
         if self.q_norm and self.k_norm:
             found |= self.q_norm.targets(f"{prefix}q_norm")
             found |= self.k_norm.targets(f"{prefix}k_norm")

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from headrace.ops import cpu, ref
-from headrace.ops.experts import PackedExperts, RouterSpec
+from headrace.ops.experts import ClampedSwiglu, PackedExperts, RouterSpec
 from headrace.ops.meta import AttentionMeta, KvCache
 from headrace.ops.packed import PackedWeight
 from headrace.ops.sampling import LogProbs, Sampled, SampleTable
 
 Activation = Literal["silu", "gelu_tanh", "gelu_erf", "relu", "relu_squared"]
+Gating = Activation | ClampedSwiglu
 
 # Best first; `ref` has every operator.
 _IMPLEMENTATIONS: dict[str, ModuleType] = {"cpu": cpu, "ref": ref}
@@ -56,6 +57,7 @@ _embedding: Callable[..., Tensor] = _best("embedding")
 _position_embedding: Callable[..., Tensor] = _best("position_embedding")
 _combine: Callable[..., Tensor] = _best("combine")
 _gather: Callable[..., Tensor] = _best("gather")
+_columns: Callable[..., Tensor] = _best("columns")
 _rms_norm: Callable[..., tuple[Tensor, Tensor]] = _best("rms_norm")
 _layer_norm: Callable[..., Tensor] = _best("layer_norm")
 _rotary_table: Callable[..., Tensor] = _best("rotary_table")
@@ -210,7 +212,12 @@ def paged_attention(
     )
 
 
-def gated(x: Tensor, activation: Activation) -> Tensor:
+def columns(x: Tensor, order: Tensor) -> Tensor:
+    """x [tokens, n], order int64 [m] of 0..n-1 -> column order[j] of x at j, [tokens, m]."""
+    return _columns(x, order)
+
+
+def gated(x: Tensor, activation: Gating) -> Tensor:
     """x [tokens, 2 * n] = gate | up -> act(gate) * up, [tokens, n]."""
     return _gated(x, activation)
 
@@ -274,9 +281,9 @@ def pack(weight: Tensor, format: str = "", group: int = 0) -> PackedWeight:
     """weight [out, in] in the form that the `_packed` operators read.
 
     Without a format the values stay: the result may share memory with `weight`, and an
-    implementation may store it in a narrower type if no value changes. "int8", "int4" and "fp8"
-    quantize: int8 and fp8 with a scale per output, int4 with one per `group` inputs (16, 32, 64 or
-    128; 0 takes 64). `headrace.ops.ref_lowbit` defines the arithmetic.
+    implementation may store it in a narrower type if no value changes. "int8", "int4", "nf4" and
+    "fp8" quantize: int8 and fp8 with a scale per output, int4 and nf4 with one per `group` inputs
+    (16, 32, 64 or 128; 0 takes 64). `headrace.ops.ref_lowbit` defines the arithmetic.
     """
     return _pack(weight, format, group)
 
@@ -287,9 +294,11 @@ def pack_quantized(
     """A matrix that a checkpoint brings quantized, laid out for the `_packed` operators.
 
     Nothing is rounded: element [o, i] stays values * scale - offset in fp32.
-    int8: values int8 [out, in], scales [out] or one. fp8: values float8_e4m3fn, scales [out], one,
-    or [out / 128, in / 128] with group=128. int4: values uint8 0..15, scales [out, in / group] and
-    offsets of that shape, zero point * scale where there is a zero point; without offsets it is 8.
+    int8: values int8 [out, in], scales [out] or one; with a group as int4, without offsets 0. fp8:
+    values float8_e4m3fn, scales [out], one, or [out / 128, in / 128] with group=128. int4: values
+    uint8 0..15, scales [out, in / group] and offsets of that shape, zero point * scale where there
+    is a zero point; without offsets it is 8. mxfp4: codes of e2m1 as uint8, scales as int4, powers
+    of two. nf4, fp4, iq4_nl: places in their tables, scales as int4. Groups are 16, 32, 64 or 128.
     Raises ValueError for other shapes and values.
     """
     return _pack_quantized(values, scales, format, group, offsets)
@@ -300,7 +309,7 @@ def linear_packed(
 ) -> Tensor:
     """`linear` with a packed weight; with a `residual` [tokens, out], their sum, rounded once.
 
-    int8 and int4 weights also quantize x: to int8 with a scale per row, or per row and group.
+    int8, int4 and mxfp4 also quantize x: to int8 with a scale per row, or per row and group.
     """
     return _linear_packed(x, weight, bias, residual)
 
@@ -311,7 +320,7 @@ def linear_parts(x: Tensor, weights: Sequence[PackedWeight], bias: Tensor | None
 
 
 def gated_packed(
-    x: Tensor, weight: PackedWeight, activation: Activation, bias: Tensor | None = None
+    x: Tensor, weight: PackedWeight, activation: Gating, bias: Tensor | None = None
 ) -> Tensor:
     """act(gate) * up of x [tokens, in] and a weight of gate rows, then as many up rows.
 
@@ -348,7 +357,7 @@ def pack_experts(gate_up: Tensor, down: Tensor) -> PackedExperts:
 
 
 def moe_packed(
-    x: Tensor, experts: PackedExperts, ids: Tensor, weights: Tensor, activation: Activation
+    x: Tensor, experts: PackedExperts, ids: Tensor, weights: Tensor, activation: Gating
 ) -> Tensor:
     """Gated feed-forward blocks of the chosen experts, weighted and summed in the order of choice.
 

@@ -6,6 +6,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from headrace.ops.packed import PackedWeight
 
 
@@ -27,14 +29,25 @@ class RouterSpec:
     scale: float = 1.0
 
 
+@dataclass(frozen=True)
+class ClampedSwiglu:
+    """g * sigmoid(alpha * g) * (u + 1), g = min(gate, limit), u = up within [-limit, limit]."""
+
+    alpha: float = 1.702
+    limit: float = 7.0
+
+
 @dataclass(frozen=True, eq=False)
 class PackedExperts:
     """Each expert's gate and up [inner, hidden] and down [hidden, inner], each of its own format.
 
-    `handles`: what implementations keep beside them.
+    Biases are fp32, [experts, gate | up] and [experts, hidden]. `handles`: what implementations
+    keep beside them.
     """
 
     gates: tuple[PackedWeight, ...]
     ups: tuple[PackedWeight, ...]
     downs: tuple[PackedWeight, ...]
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
     handles: dict[str, Any] = field(default_factory=dict, repr=False)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headrace.ops import ref_lowbit
-from headrace.ops.experts import PackedExperts, RouterSpec
+from headrace.ops.experts import ClampedSwiglu, PackedExperts, RouterSpec
 from headrace.ops.meta import KvCache
 from headrace.ops.packed import FLOAT_FORMATS, PackedWeight, check_quantized, format_of
 from headrace.ops.ref_attention import paged_attention, write_kv
@@ -19,6 +19,7 @@ from headrace.ops.ref_sampling import log_probs, sample
 
 __all__ = [
     "activate",
+    "columns",
     "combine",
     "embedding",
     "embedding_packed",
@@ -136,8 +137,16 @@ def rotary_kv(
     return q
 
 
-def gated(x: Tensor, activation: str) -> Tensor:
+def columns(x: Tensor, order: Tensor) -> Tensor:
+    return x[:, order]
+
+
+def gated(x: Tensor, activation: str | ClampedSwiglu) -> Tensor:
     gate, up = x.chunk(2, dim=-1)
+    if isinstance(activation, ClampedSwiglu):
+        g = gate.float().clamp(max=activation.limit)
+        u = up.float().clamp(-activation.limit, activation.limit)
+        return (g * torch.sigmoid(activation.alpha * g) * (u + 1)).to(x.dtype)
     return (_ACTIVATIONS[activation](gate.float()) * up).to(x.dtype)
 
 
@@ -199,7 +208,9 @@ def linear_parts(x: Tensor, weights: Sequence[PackedWeight], bias: Tensor | None
     return torch.cat([linear_packed(x, w, b) for w, b in zip(weights, biases, strict=True)], dim=1)
 
 
-def gated_packed(x: Tensor, weight: PackedWeight, activation: str, bias: Tensor | None) -> Tensor:
+def gated_packed(
+    x: Tensor, weight: PackedWeight, activation: str | ClampedSwiglu, bias: Tensor | None
+) -> Tensor:
     return gated(linear_packed(x, weight, bias), activation)
 
 
@@ -244,7 +255,11 @@ def pack_experts(gate_up: Tensor, down: Tensor) -> PackedExperts:
 
 
 def moe_packed(
-    x: Tensor, experts: PackedExperts, ids: Tensor, weights: Tensor, activation: str
+    x: Tensor,
+    experts: PackedExperts,
+    ids: Tensor,
+    weights: Tensor,
+    activation: str | ClampedSwiglu,
 ) -> Tensor:
     chosen = x.new_zeros(*ids.shape, experts.downs[0].out_size)
     for index, (gate, up, down) in enumerate(
@@ -253,8 +268,10 @@ def moe_packed(
         tokens, place = (ids == index).nonzero(as_tuple=True)
         if not len(tokens):
             continue
-        inner = gated(linear_parts(x[tokens], (gate, up), None), activation)
-        chosen[tokens, place] = linear_packed(inner, down, None)
+        biases = experts.gate_up_bias, experts.down_bias
+        first, second = (None if bias is None else bias[index].to(x.dtype) for bias in biases)
+        inner = gated(linear_parts(x[tokens], (gate, up), first), activation)
+        chosen[tokens, place] = linear_packed(inner, down, second)
     y = torch.zeros(chosen.shape[::2])
     for weight, output in zip(weights.unbind(1), chosen.unbind(1), strict=True):
         y += weight[:, None] * output

@@ -26,7 +26,7 @@ class WeightTarget:
 
     `shape`: of the whole checkpoint tensor; `other_shapes` are as good. `copy`: puts this rank's
     part of it in place. `covers`: names it stands for, when it is several checkpoint tensors
-    stacked into one. What is `optional` may be missing.
+    stacked into one. What is `optional` may be missing. `any_length`: a vector as long as it likes.
     """
 
     shape: tuple[int, ...]
@@ -35,6 +35,7 @@ class WeightTarget:
     dtypes: tuple[torch.dtype, ...] = FLOATS
     other_shapes: tuple[tuple[int, ...], ...] = ()
     optional: bool = False
+    any_length: bool = False
 
 
 Targets = dict[str, WeightTarget]

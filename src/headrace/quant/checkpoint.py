@@ -15,7 +15,7 @@ import torch
 
 from headrace.core.errors import LoadError
 from headrace.core.model_info import ModelInfo
-from headrace.quant import compressed_tensors, fp8, modelopt, torchao
+from headrace.quant import awq, bnb, compressed_tensors, fp8, gptq, modelopt, mxfp4, torchao
 from headrace.quant.base import Kind, QuantMethod
 from headrace.quant.dense import AS_IS
 from headrace.quant.parts import by_part
@@ -28,6 +28,10 @@ BUILDERS: dict[str, Builder] = {
     "fbgemm_fp8": fp8.scheme,
     "modelopt": modelopt.scheme,
     "torchao": torchao.scheme,
+    "awq": awq.scheme,
+    "gptq": gptq.scheme,
+    "bitsandbytes": bnb.scheme,
+    "mxfp4": mxfp4.scheme,
 }
 """By `quant_method`."""
 
@@ -35,6 +39,8 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "compressed-tensors": ("w8a8_int8", "w8a8_fp8"),
     "fbgemm_fp8": ("fp8",),
     "modelopt": ("modelopt_fp8",),
+    "awq": ("awq_marlin",),
+    "gptq": ("gptq_marlin",),
 }
 """What else --quantization may say for a `quant_method`."""
 
@@ -117,7 +123,8 @@ class FromCheckpoint:
         small = kind in ("router", "head", "embedding")
         if small and self.stored and f"{module}.{storage.marker}" not in self._names:
             return AS_IS
-        return StoredWeights(storage, self.wide)
+        # Experts are multiplied by one operator, which takes x as it is.
+        return StoredWeights(storage, self.wide, reorders=kind != "expert")
 
     def _raw(self, module: str) -> str | None:
         """The checkpoint's name of a module, None if it is not there under this name."""

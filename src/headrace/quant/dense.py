@@ -79,5 +79,6 @@ ON_LOAD = {
     # The head decides which token comes next: four bits would cost more there than they save.
     "int4": OnLoad("int4", Dense("int4", 64), Dense("int8")),
     "fp8": OnLoad("fp8", Dense("fp8"), Dense("fp8")),
+    "bitsandbytes": OnLoad("bitsandbytes", Dense("nf4", 64)),
 }
 """By --quantization."""

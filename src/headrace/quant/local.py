@@ -12,10 +12,21 @@ import torch
 from torch import Tensor
 
 from headrace.dist.topology import Cut, Span
-from headrace.ops.packed import FP8_BLOCK, INT4_GROUPS, Quantized
+from headrace.ops.packed import FP8_BLOCK, INT4_GROUPS, TABLES, Quantized, numbers
+from headrace.quant.act_order import Integers, in_runs
 
 # What `ops.pack_quantized` takes, widest first; 0: one scale for all inputs of an output.
-_GROUPS = {"int8": (0,), "int4": INT4_GROUPS[::-1], "fp8": (0, FP8_BLOCK)}
+_NARROWER = INT4_GROUPS[::-1]
+_GROUPS = {
+    "int8": (0, *_NARROWER),
+    "int4": _NARROWER,
+    "mxfp4": _NARROWER,
+    **dict.fromkeys(TABLES, _NARROWER),
+    "fp8": (0, FP8_BLOCK),
+}
+
+
+Local = Quantized | Integers | Tensor
 
 
 @dataclass(frozen=True)
@@ -37,11 +48,11 @@ def window_of(cut: Cut, align: int) -> tuple[int, int]:
     return low // align * align, min(-(-high // align) * align, cut.full)
 
 
-def local_part(
-    matrix: Quantized | Tensor, window: Window, rows: Cut, columns: Cut
-) -> Quantized | Tensor:
+def local_part(matrix: Local, window: Window, rows: Cut, columns: Cut) -> Local:
     """[rows.local, columns.local] out of what lies in `window`; padding is zero."""
     rows, columns = _moved(rows, window.rows[0]), _moved(columns, window.columns[0])
+    if isinstance(matrix, Integers):
+        return matrix.cut(rows, columns)
     if isinstance(matrix, Quantized):
         found = _with_known_group(matrix, columns)
         if found is not None:
@@ -50,8 +61,21 @@ def local_part(
     return _placed(_placed(matrix, 0, rows), 1, columns)
 
 
-def joined(parts: Sequence[Quantized | Tensor]) -> Quantized | Tensor:
-    """Parts stacked by rows."""
+def joined(parts: Sequence[Local], reorders: bool) -> tuple[Quantized | Tensor, Tensor | None]:
+    """Parts stacked by rows, and which inputs they take, if not all in order.
+
+    Where nobody `reorders` inputs, or parts want other orders, they become floats.
+    """
+    integers = [part for part in parts if isinstance(part, Integers)]
+    if reorders and len(integers) == len(parts):
+        found = in_runs(integers)
+        if found is not None:
+            return found
+    plain = [part.floats() if isinstance(part, Integers) else part for part in parts]
+    return _stacked(plain), None
+
+
+def _stacked(parts: Sequence[Quantized | Tensor]) -> Quantized | Tensor:
     if len(parts) == 1:
         return parts[0]
     low = [part for part in parts if isinstance(part, Quantized)]
@@ -76,7 +100,7 @@ def widened(matrix: Quantized) -> Tensor:
     """Its values in fp32: value * scale - offset."""
     columns = matrix.values.shape[1]
     group = matrix.group or columns
-    values = matrix.values.float()
+    values = numbers(matrix.format, matrix.values)
     values *= matrix.scales.repeat_interleave(group, 1)[:, :columns]
     if matrix.offsets is not None or matrix.format == "int4":
         values -= _offsets(matrix).repeat_interleave(group, 1)[:, :columns]
@@ -84,7 +108,8 @@ def widened(matrix: Quantized) -> Tensor:
 
 
 def _offsets(matrix: Quantized) -> Tensor:
-    return 8 * matrix.scales if matrix.offsets is None else matrix.offsets
+    middle = 8 if matrix.format == "int4" else 0
+    return middle * matrix.scales if matrix.offsets is None else matrix.offsets
 
 
 def _unlike(parts: Sequence[Quantized]) -> bool:
@@ -94,7 +119,7 @@ def _unlike(parts: Sequence[Quantized]) -> bool:
 def _with_known_group(matrix: Quantized, columns: Cut) -> Quantized | None:
     """The same with the widest group that kernels take and the cut keeps whole."""
     for group in _GROUPS[matrix.format]:
-        if group == matrix.group == 0:
+        if group == matrix.group == 0 and matrix.offsets is None:
             return matrix
         if group and (matrix.group or group) % group == 0 and _keeps_whole(columns, group):
             return _regrouped(matrix, group)

@@ -39,3 +39,18 @@ def listed(module: str, names: Iterable[str]) -> bool:
         module == name or module.startswith(f"{name}.") or f".{name}." in f".{module}."
         for name in names
     )
+
+
+def group_size(config: Config, *keys: str) -> int:
+    """Inputs per scale, 0 for all: the first of these fields that is there, of which -1 is all.
+
+    Raises:
+        LoadError: no such number.
+    """
+    key = next((key for key in keys if key in config), keys[0])
+    size = config.get(key)
+    if isinstance(size, bool) or not isinstance(size, int) or (size < 1 and size != -1):
+        raise LoadError(
+            f"quantization_config.{key} must be a positive number or -1, not {size!r}", field=key
+        )
+    return max(size, 0)

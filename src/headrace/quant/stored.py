@@ -20,7 +20,7 @@ from headrace.core.errors import LoadError
 from headrace.dist.topology import Cut
 from headrace.ops.packed import PackedWeight, Quantized
 from headrace.quant.base import FLOATS, LinearShape, Part, Targets, Weights, WeightTarget
-from headrace.quant.local import Window, joined, local_part, window_of
+from headrace.quant.local import Local, Window, joined, local_part, window_of
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +37,9 @@ class Axis:
 class Stored:
     """One tensor of a stored matrix, where it runs along `rows` and `columns` of it.
 
-    Of several `shapes` the first is the usual one; an axis is that of shapes long enough for it.
-    `wrong` says what is wrong with the values, "" for nothing. What is `unused` may be missing.
+    Of several `shapes` the first is the usual one, none is a vector of any length; an axis is that
+    of shapes long enough for it. `wrong` says what is wrong with the values, "" for nothing. What
+    is `unused` may be missing.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -69,7 +70,7 @@ class Storage(Protocol):
         """By suffix, for a matrix [rows, columns]; raises ValueError if there is none."""
         ...
 
-    def read(self, tensors: Mapping[str, Tensor], window: Window) -> Quantized | Tensor:
+    def read(self, tensors: Mapping[str, Tensor], window: Window) -> Local:
         """The matrix in `window`, or its values as floats if kernels know no such format.
 
         `tensors`: what of each lies in the window. Raises ValueError for values that cannot be.
@@ -79,10 +80,15 @@ class Storage(Protocol):
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """The `QuantMethod` of a `Storage`. `wide`: what floats are rounded to when it is widened."""
+    """The `QuantMethod` of a `Storage`.
+
+    `wide`: what floats are rounded to when it is widened. Without `reorders` the packed matrix
+    takes x as it is, whoever multiplies.
+    """
 
     storage: Storage
     wide: torch.dtype
+    reorders: bool = True
 
     def create_weights(self, shape: LinearShape, dtype: torch.dtype) -> Weights:
         parts = [_Reader(self.storage, part, shape.columns) for part in shape.parts]
@@ -106,16 +112,19 @@ class StoredWeights:
         return found
 
     def process_after_loading(self, weights: Weights) -> None:
-        weights["packed"] = self._pack(joined([part.read() for part in weights["parts"]]), weights)
+        matrix, order = joined([part.read() for part in weights["parts"]], self.reorders)
+        weights["packed"] = self._pack(matrix, weights)
+        if order is not None:
+            weights["order"] = order
         weights["parts"] = []
 
     def apply(self, weights: Weights, x: Tensor, bias: Tensor | None) -> Tensor:
-        return ops.linear_packed(x, weights["packed"], bias)
+        return ops.linear_packed(_ordered(x, weights), weights["packed"], bias)
 
     def apply_gated(
         self, weights: Weights, x: Tensor, bias: Tensor | None, activation: ops.Activation
     ) -> Tensor:
-        return ops.gated_packed(x, weights["packed"], activation, bias)
+        return ops.gated_packed(_ordered(x, weights), weights["packed"], activation, bias)
 
     def _pack(self, matrix: Quantized | Tensor, weights: Weights) -> PackedWeight:
         if isinstance(matrix, Tensor):
@@ -129,6 +138,10 @@ class StoredWeights:
         except ValueError as error:
             names = ", ".join(part.name for part in weights["parts"])
             raise LoadError(f"the quantized weights of {names} are wrong: {error}") from error
+
+
+def _ordered(x: Tensor, weights: Weights) -> Tensor:
+    return ops.columns(x, weights["order"]) if "order" in weights else x
 
 
 @cache
@@ -166,8 +179,9 @@ class _Reader:
             ) from error
         return {
             f"{self.name}.{suffix}": WeightTarget(
-                shape=one.shapes[0],
+                shape=one.shapes[0] if one.shapes else (1,),
                 other_shapes=one.shapes[1:],
+                any_length=not one.shapes,
                 copy=self._taker(suffix, one),
                 dtypes=one.dtypes,
                 optional=one.unused,
@@ -175,7 +189,7 @@ class _Reader:
             for suffix, one in stored.items()
         }
 
-    def read(self) -> Quantized | Tensor:
+    def read(self) -> Local:
         window = self._window()
         try:
             matrix = self.storage.read(self.tensors, window)
@@ -225,8 +239,9 @@ def _pour(members: Targets, stored: Stored, sizes: list[int]) -> WeightTarget:
             target.copy(piece)
 
     return WeightTarget(
-        shape=stored.shapes[0],
+        shape=stored.shapes[0] if stored.shapes else (1,),
         other_shapes=stored.shapes[1:],
+        any_length=not stored.shapes,
         copy=copy,
         covers=tuple(members),
         dtypes=stored.dtypes,

@@ -11,6 +11,7 @@ if LIBRARY is not None:
     from headrace.ops.cpu.attention import paged_attention
     from headrace.ops.cpu.elementwise import (
         activate,
+        columns,
         combine,
         embedding,
         gated,
@@ -27,6 +28,7 @@ if LIBRARY is not None:
 
     __all__ += [
         "activate",
+        "columns",
         "combine",
         "embedding",
         "embedding_packed",

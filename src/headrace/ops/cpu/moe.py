@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headrace.ops.cpu.elementwise import ACTIVATIONS
+from headrace.ops.cpu.elementwise import activation_args
 from headrace.ops.cpu.library import Operator, Rows, Step, rows
 from headrace.ops.cpu.matmul import PANEL
 from headrace.ops.cpu.packing import Weight, mirror, pack
 from headrace.ops.cpu.record import empty
-from headrace.ops.experts import PackedExperts, RouterSpec
-from headrace.ops.packed import FLOAT_FORMATS, PackedWeight
+from headrace.ops.experts import ClampedSwiglu, PackedExperts, RouterSpec
+from headrace.ops.packed import PackedWeight
 
 
 class _RouterArgs(Structure):
@@ -42,16 +42,20 @@ class _MoeArgs(Structure):
         ("gates", c_void_p),
         ("ups", c_void_p),
         ("downs", c_void_p),
+        ("gate_up_bias", c_void_p),
+        ("down_bias", c_void_p),
         ("experts", c_int64),
+        ("inner", c_int64),
         ("top_k", c_int64),
-        ("activation", c_int64),
+        ("activation", c_int32),
+        ("alpha", c_float),
+        ("limit", c_float),
     )
 
 
 _MOST_GROUPS = 64  # HR_MOST_GROUPS
 _ROUTER = Operator("router", _RouterArgs)
 _MOE = Operator("moe", _MoeArgs)
-_MOE_SINGLE = Operator("moe_single", _MoeArgs)
 
 
 def router_topk(logits: Tensor, spec: RouterSpec, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -90,14 +94,12 @@ def pack_experts(gate_up: Tensor, down: Tensor) -> PackedExperts:
     return PackedExperts(gates, ups, downs)
 
 
-def _prepared(experts: PackedExperts) -> tuple[Operator, list[Any]]:
-    """The operator, and arrays of hr_weight for gates, ups and downs, which live as long."""
+def _mirrors(experts: PackedExperts) -> list[Any]:
+    """Arrays of hr_weight for gates, ups and downs, which live as long as the experts."""
     if "cpu" not in experts.handles:
         groups = (experts.gates, experts.ups, experts.downs)
-        floats = all(weight.format in FLOAT_FORMATS for group in groups for weight in group)
-        arrays = [(Weight * len(group))(*map(mirror, group)) for group in groups]
-        experts.handles["cpu"] = _MOE if floats else _MOE_SINGLE, arrays
-    found: tuple[Operator, list[Any]] = experts.handles["cpu"]
+        experts.handles["cpu"] = [(Weight * len(g))(*map(mirror, g)) for g in groups]
+    found: list[Any] = experts.handles["cpu"]
     return found
 
 
@@ -111,23 +113,28 @@ def _pack_stack(weights: Tensor) -> tuple[PackedWeight, ...]:
 
 
 def moe_packed(
-    x: Tensor, experts: PackedExperts, ids: Tensor, weights: Tensor, activation: str
+    x: Tensor,
+    experts: PackedExperts,
+    ids: Tensor,
+    weights: Tensor,
+    activation: str | ClampedSwiglu,
 ) -> Tensor:
     if x.shape[1] != experts.gates[0].in_size:
         raise ValueError(f"x has {x.shape[1]} columns, experts {experts.gates[0].in_size} inputs")
     if ids.dtype != torch.int32 or not ids.is_contiguous():
         raise ValueError("ids must be int32 [tokens, top_k], without gaps")
-    operator, arrays = _prepared(experts)
     y = empty((len(x), experts.downs[0].out_size), x.dtype)
     args = _MoeArgs(
         rows(x),
         rows(y),
         rows(weights),
         ids.data_ptr(),
-        *map(ctypes.addressof, arrays),
+        *map(ctypes.addressof, _mirrors(experts)),
+        *(None if b is None else b.data_ptr() for b in (experts.gate_up_bias, experts.down_bias)),
         len(experts.gates),
+        experts.downs[0].in_size,
         ids.shape[1],
-        ACTIVATIONS[activation],
+        *activation_args(activation),
     )
-    operator(args, Step(tokens=len(x)))
+    _MOE(args, Step(tokens=len(x)))
     return y
