@@ -61,12 +61,35 @@ static float score(const hr_router_args& args, int64_t padded, float* scores) {
   return sum(total);
 }
 
+// SparseMixer (arXiv 2409.12136): the best expert is weighed against those near it, and so is the
+// best of those that are left.
+static void mix_sparsely(const hr_router_args& args, const float* scores, const int32_t* ids,
+                         float* weights) {
+  for (int64_t r = 0; r < args.top_k; ++r) {
+    const float best = scores[ids[r]];
+    float total = 0;
+    for (int64_t e = 0; e < args.logits.columns; ++e) {
+      bool out = false;
+      for (int64_t i = 0; i < r; ++i) out = out || ids[i] == e;
+      const float size = __builtin_fabsf(scores[e]), most = size > best ? size : best;
+      if (!out && !((best - scores[e]) / most > 2 * args.jitter)) {
+        total += exp(set(scores[e] - best))[0];
+      }
+    }
+    weights[r] = 1 / total * args.scale;
+  }
+}
+
 static void route(const hr_router_args& args, int64_t row, int64_t padded, float* scores,
                   float* keys) {
   const int64_t experts = args.logits.columns;
   int32_t* ids = args.ids + row * args.top_k;
   float* weights = row_of<float>(args.weights, row);
   load_row(args.logits, row, 0, experts, scores);
+  if (args.jitter > 0) {
+    choose(scores, experts, args.top_k, ids);
+    return mix_sparsely(args, scores, ids, weights);
+  }
   for (int64_t e = experts; e < padded; ++e) scores[e] = -__builtin_inff();
   memcpy(keys, scores, static_cast<size_t>(experts) * 4);
   float total = score(args, padded, scores);
@@ -104,6 +127,7 @@ struct Sorted {
   Expert* experts;
   int32_t *order, *place;
   char *inner, *outer;  // [rows, inner], [rows, hidden], of x's dtype
+  char* weighed;        // [rows, hidden] if weights are on the input
 };
 
 static int64_t lined_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -112,11 +136,14 @@ static Sorted memory(const hr_moe_args& args, int64_t rows) {
   const int64_t size = args.x.dtype == HR_F32 ? 4 : 2;
   const int64_t experts = lined_up((args.experts + 1) * static_cast<int64_t>(sizeof(Expert)));
   const int64_t index = lined_up(rows * 4), inner = lined_up(rows * args.gates[0].out * size);
-  const int64_t all = experts + 2 * index + inner + rows * args.y.columns * size;
+  const int64_t outer = lined_up(rows * args.y.columns * size);
+  const int64_t weighed = args.on_input ? rows * args.x.columns * size : 0;
+  const int64_t all = experts + 2 * index + inner + outer + weighed;
   char* at = static_cast<char*>(hr::scratch(static_cast<size_t>(all), 3));
   char* const order = at + experts;
+  char* const first = order + 2 * index;
   return {reinterpret_cast<Expert*>(at), reinterpret_cast<int32_t*>(order),
-          reinterpret_cast<int32_t*>(order + index), order + 2 * index, order + 2 * index + inner};
+          reinterpret_cast<int32_t*>(order + index), first, first + inner, first + inner + outer};
 }
 
 static void sort(const hr_moe_args& args, int64_t token, int64_t tokens, const Sorted& sorted) {
@@ -173,6 +200,25 @@ static void each_block(const hr_moe_args& args, const hr_weight* weights, const 
   });
 }
 
+// The sorted rows of x, each times the weight of its choice.
+template <class T>
+static void weigh_inputs(const hr_moe_args& args, int64_t token, int64_t tokens,
+                         const Sorted& sorted) {
+  const int64_t columns = args.x.columns, top_k = args.top_k;
+  T* weighed = reinterpret_cast<T*>(sorted.weighed);
+  hr::parallel(tokens, 1 + (1 << 14) / (columns * top_k + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * top_k; i < end * top_k; ++i) {
+      const int64_t row = token + i / top_k;
+      const vf weight = set(row_of<float>(args.weights, row)[i % top_k]);
+      for (int64_t c = 0; c < columns; c += kLanes) {
+        const int64_t n = columns - c < kLanes ? columns - c : kLanes;
+        put(weighed + sorted.place[i] * columns + c, weight * take(row_of<T>(args.x, row) + c, n),
+            n);
+      }
+    }
+  });
+}
+
 template <class T>
 static void combine(const hr_moe_args& args, int64_t token, int64_t tokens, const Sorted& sorted) {
   const int64_t columns = args.y.columns, top_k = args.top_k;
@@ -185,7 +231,8 @@ static void combine(const hr_moe_args& args, int64_t token, int64_t tokens, cons
         const int64_t n = columns - c < kLanes ? columns - c : kLanes;
         vf sum = zero();
         for (int64_t r = 0; r < top_k; ++r) {
-          sum = fma(set(weights[r]), take(outer + place[r] * columns + c, n), sum);
+          const vf weight = set(args.on_input ? 1.0f : weights[r]);
+          sum = fma(weight, take(outer + place[r] * columns + c, n), sum);
         }
         put(row_of<T>(args.y, token + i) + c, sum, n);
       }
@@ -200,12 +247,19 @@ static void part(const hr_moe_args& args, int64_t token, int64_t tokens) {
   const hr_rows inner{sorted.inner, inner_size, inner_size, args.x.dtype};
   const hr_rows outer{sorted.outer, args.y.columns, args.y.columns, args.x.dtype};
   Expert* experts = sorted.experts;
+  hr_rows x = args.x;
+  if (args.on_input) {
+    with_type(x.dtype, [&](auto type) {
+      weigh_inputs<decltype(type)>(args, token, tokens, sorted);
+    });
+    x = {sorted.weighed, x.columns, x.columns, x.dtype};
+  }
   const auto gated = [&](int64_t e, const Input& input, const Block& block) {
-    gated_block({args.x, inner, args.gates[e], args.ups[e], nullptr, 0,
-                 static_cast<int32_t>(args.activation)},
+    gated_block({x, inner, args.gates[e], args.ups[e], nullptr, 0,
+                 args.activation},
                 input, block, experts[e].begin);
   };
-  each_block(args, args.gates, args.x, sorted.order, experts, gated);
+  each_block(args, args.gates, x, args.on_input ? nullptr : sorted.order, experts, gated);
   const auto down = [&](int64_t e, const Input& input, const Block& block) {
     linear_block({inner, outer, args.downs[e], nullptr, 0, HR_TOKENS, hr_rows{}}, input, block,
                  experts[e].begin);

@@ -36,6 +36,24 @@ _OLD: dict[str, Any] = {
 """The same for configurations with the names of GPT-2."""
 
 _EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
+_LATENT = {
+    "q_lora_rank": 20,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "head_dim": "absent",
+    "num_key_value_heads": 4,
+}
+_DEEPSEEK = {
+    **_LATENT,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 20,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.7,
+}
 _BASES: dict[str, dict[str, Any]] = {"gpt2": _OLD, "gptj": _OLD, "dbrx": {}}
 _MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 _MULTI = {"num_key_value_heads": 4, "head_dim": 8}
@@ -320,6 +338,65 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "deepseek-v2": (
+        "DeepseekV2ForCausalLM",
+        {
+            **_DEEPSEEK,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+        },
+    ),
+    "deepseek-v2-lite": (
+        "DeepseekV2ForCausalLM",
+        {
+            **_DEEPSEEK,
+            "q_lora_rank": None,
+            **_rope(
+                "yarn",
+                factor=4.0,
+                original_max_position_embeddings=64,
+                mscale=0.7,
+                mscale_all_dim=1.1,
+            ),
+        },
+    ),
+    "deepseek-v3": (
+        "DeepseekV3ForCausalLM",
+        {
+            **_DEEPSEEK,
+            "n_group": 4,
+            "topk_group": 2,
+            "attention_bias": True,
+            **_rope(
+                "yarn",
+                factor=4.0,
+                original_max_position_embeddings=64,
+                mscale=1.0,
+                mscale_all_dim=1.0,
+            ),
+        },
+    ),
+    "kimi-k2": (
+        "DeepseekV3ForCausalLM",
+        {**_DEEPSEEK, "n_group": 1, "topk_group": 1, "rope_interleave": False},
+    ),
+    "minicpm3": (
+        "MiniCPM3ForCausalLM",
+        {
+            **_LATENT,
+            "scale_emb": 3.0,
+            "scale_depth": 0.7,
+            "dim_model_base": 16,
+            **_rope(
+                "longrope",
+                factor=4.0,
+                short_factor=[1.0 + 0.1 * i for i in range(4)],
+                long_factor=[2.0 + 0.5 * i for i in range(4)],
+                original_max_position_embeddings=24,
+            ),
+        },
+    ),
     "qwen3-bias-tied": ("Qwen3ForCausalLM", {"attention_bias": True, "tie_word_embeddings": True}),
 }
 
@@ -347,6 +424,9 @@ def make_checkpoint(
                 weight.copy_(0.3 * noise)
             else:
                 weight.copy_(noise * (1.6 / weight.shape[1] ** 0.5))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
     model = model.to(dtype).eval()
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return model

@@ -99,6 +99,14 @@ def attention_factor(spec: RopeSpec) -> float:
     return _mscale(factor, 1.0)
 
 
+def latent_scale(spec: RopeSpec) -> float:
+    """What latent attention multiplies its scores with where `mscale_all_dim` is given."""
+    mscale_all = spec.params.get("mscale_all_dim")
+    if spec.kind == "default" or not mscale_all:
+        return 1.0
+    return _mscale(spec.number("factor"), mscale_all) ** 2
+
+
 def _factor(spec: RopeSpec) -> float:
     if spec.params.get("factor") is None:
         return spec.max_positions / spec.original

@@ -18,6 +18,7 @@ _CAUSAL = {
     "SmolLM3 Granite MiniCPM Olmo Olmo2 Olmo3 Exaone4",
     "gemma": "Gemma Gemma2 Gemma3 Glm Glm4",
     "gpt": "GPTJ GPTNeoX OPT Falcon Phi StableLm Starcoder2 Nemotron Cohere Cohere2",
+    "deepseek": "DeepseekV2 DeepseekV3 MiniCPM3",
     "moe": "Mixtral Qwen2Moe Qwen3Moe Olmoe GraniteMoe Glm4Moe Ernie4_5_Moe MiniMaxM2 Dbrx",
 }
 """Module -> the families in it, each the class `<family>ForCausalLM`."""

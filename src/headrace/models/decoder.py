@@ -17,6 +17,7 @@ from headrace.layers.attention import Attention
 from headrace.layers.batch import ForwardBatch
 from headrace.layers.build import Build
 from headrace.layers.embedding import LMHead, PositionEmbedding, VocabEmbedding
+from headrace.layers.latent import LatentAttention, LatentSpec
 from headrace.layers.mlp import MLP
 from headrace.layers.moe import MoE, MoESpec
 from headrace.layers.norm import Norm, NormSpec
@@ -51,7 +52,11 @@ class DecoderLayer:
         self.norms = [
             (name, Norm(hidden, norm, build) if name else None) for name in _NORMS[spec.wiring]
         ]
-        self.attention = Attention(spec.attention, build)
+        self.attention = (
+            LatentAttention(spec.attention, build)
+            if isinstance(spec.attention, LatentSpec)
+            else Attention(spec.attention, build)
+        )
         self.mlp = (
             MoE(hidden, spec.mlp, build)
             if isinstance(spec.mlp, MoESpec)

@@ -146,6 +146,13 @@ def size(hf: Fields, *keys: str) -> int:
     return value
 
 
+def ignored_layers(info: ModelInfo) -> tuple[str, ...]:
+    """Patterns of the layers after the last, which predict more tokens at once (MTP)."""
+    extra = int(info.text.get("num_nextn_predict_layers") or info.text.get("num_mtp_layers") or 0)
+    first = info.num_layers
+    return tuple(rf"^model\.layers\.{index}\." for index in range(first, first + extra))
+
+
 def layer_norm(hf: Fields, *keys: str, bias: bool = True, **fields: Any) -> NormSpec:
     """Layer norm with the epsilon of the first of these fields that is there."""
     given = (hf[key] for key in (*keys, "layer_norm_eps", "layer_norm_epsilon") if hf.get(key))

@@ -30,7 +30,7 @@ class MixtralForCausalLM(Decoder):
     def describe(info: ModelInfo) -> DecoderSpec:
         window = int(info.text.get("sliding_window") or 0)
         moe = _experts(info)
-        return _sparse(
+        return sparse(
             decoder(info, windows=(window,) * info.num_layers, layout=_MIXTRAL_NAMES), moe
         )
 
@@ -88,7 +88,7 @@ class OlmoeForCausalLM(Decoder):
             inner="intermediate_size",
             renormalize=bool(hf.get("norm_topk_prob", False)),
         )
-        return _sparse(spec, moe)
+        return sparse(spec, moe)
 
 
 class GraniteMoeForCausalLM(Decoder):
@@ -104,7 +104,7 @@ class GraniteMoeForCausalLM(Decoder):
             )
         )
         spec = replace(GraniteForCausalLM.describe(info), layout=layout)
-        return _sparse(spec, _experts(info, inner="intermediate_size"))
+        return sparse(spec, _experts(info, inner="intermediate_size"))
 
 
 class Glm4MoeForCausalLM(Decoder):
@@ -134,14 +134,14 @@ class Glm4MoeForCausalLM(Decoder):
         )
         inner = size(hf, "moe_intermediate_size")
         moe = MoESpec(
-            experts=size(hf, *_COUNTS),
+            experts=size(hf, *COUNTS),
             inner_size=inner,
             activation=str(hf.get("hidden_act", "silu")),
             router=router,
             bias=True,
             shared=inner * int(hf.get("n_shared_experts") or 0),
         )
-        return _sparse(spec, moe, dense=int(hf.get("first_k_dense_replace") or 0))
+        return sparse(spec, moe, dense=int(hf.get("first_k_dense_replace") or 0))
 
 
 class Ernie4_5_MoeForCausalLM(Decoder):
@@ -171,7 +171,7 @@ class Ernie4_5_MoeForCausalLM(Decoder):
         )
         inner = size(hf, "moe_intermediate_size")
         moe = MoESpec(
-            experts=size(hf, *_COUNTS),
+            experts=size(hf, *COUNTS),
             inner_size=inner,
             activation=str(hf.get("hidden_act", "silu")),
             router=RouterSpec(size(hf, "moe_k", "num_experts_per_tok")),
@@ -208,13 +208,13 @@ class MiniMaxM2ForCausalLM(Decoder):
             ),
         )
         moe = MoESpec(
-            experts=size(hf, *_COUNTS),
+            experts=size(hf, *COUNTS),
             inner_size=size(hf, "intermediate_size"),
             activation=str(hf.get("hidden_act", "silu")),
             router=RouterSpec(size(hf, "num_experts_per_tok"), sigmoid=True),
             bias=True,
         )
-        return _sparse(spec, moe)
+        return sparse(spec, moe)
 
 
 class DbrxForCausalLM(Decoder):
@@ -268,10 +268,10 @@ class DbrxForCausalLM(Decoder):
         # A p-norm of 1, the only one published, makes the weights add up to 1.
         router = RouterSpec(top, bool(ffn.get("moe_normalize_expert_weights", 1)))
         moe = MoESpec(experts, inner, "silu", router)
-        return _sparse(spec, moe)
+        return sparse(spec, moe)
 
 
-_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _MIXTRAL_NAMES = Layout(
     renames=(
         (r"\.block_sparse_moe\.", ".mlp."),
@@ -293,7 +293,7 @@ def _experts(
     own = "moe_intermediate_size" in hf
     width = inner or ("moe_intermediate_size" if own else "intermediate_size")
     return MoESpec(
-        experts=size(hf, *_COUNTS),
+        experts=size(hf, *COUNTS),
         inner_size=size(hf, width),
         activation=str(hf.get("hidden_act", "silu")),
         router=RouterSpec(size(hf, "num_experts_per_tok"), renormalize),
@@ -301,7 +301,7 @@ def _experts(
     )
 
 
-def _sparse(spec: DecoderSpec, moe: MoESpec, dense: int = 0) -> DecoderSpec:
+def sparse(spec: DecoderSpec, moe: MoESpec, dense: int = 0) -> DecoderSpec:
     """All layers but the first `dense` ones have experts."""
     return _where(spec, moe, [index >= dense for index in range(len(spec.layers))])
 

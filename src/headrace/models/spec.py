@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from headrace.layers.attention import AttentionSpec
+from headrace.layers.latent import LatentSpec
 from headrace.layers.mlp import MLPSpec
 from headrace.layers.moe import MoESpec
 from headrace.layers.names import Layout
@@ -25,7 +26,7 @@ class LayerSpec:
     "parallel-two": each a norm of its own. `branch_scale` multiplies what a block adds.
     """
 
-    attention: AttentionSpec
+    attention: AttentionSpec | LatentSpec
     mlp: MLPSpec | MoESpec
     wiring: Wiring = "pre"
     branch_scale: float = 1.0

@@ -16,7 +16,7 @@ from torch import Tensor
 from headrace.ops import cpu, ref
 from headrace.ops.experts import PackedExperts, RouterSpec
 from headrace.ops.meta import AttentionMeta, KvCache
-from headrace.ops.packed import PackedWeight
+from headrace.ops.packed import PackedHeads, PackedWeight
 from headrace.ops.sampling import LogProbs, Sampled, SampleTable
 
 Activation = Literal["silu", "gelu_tanh", "gelu_erf", "relu", "relu_squared"]
@@ -59,9 +59,10 @@ _gather: Callable[..., Tensor] = _best("gather")
 _rms_norm: Callable[..., tuple[Tensor, Tensor]] = _best("rms_norm")
 _layer_norm: Callable[..., Tensor] = _best("layer_norm")
 _rotary_table: Callable[..., Tensor] = _best("rotary_table")
-_rotary: Callable[..., tuple[Tensor, Tensor]] = _best("rotary")
+_rotary: Callable[..., tuple[Tensor, Tensor | None]] = _best("rotary")
 _write_kv: Callable[..., None] = _best("write_kv")
 _rotary_kv: Callable[..., Tensor] = _best("rotary_kv")
+_latent_kv: Callable[..., Tensor] = _best("latent_kv")
 _paged_attention: Callable[..., Tensor] = _best("paged_attention")
 _gated: Callable[..., Tensor] = _best("gated")
 _activate: Callable[..., Tensor] = _best("activate")
@@ -77,6 +78,8 @@ _logits_packed: Callable[..., Tensor] = _best("logits_packed")
 _embedding_packed: Callable[..., Tensor] = _best("embedding_packed")
 _gated_packed: Callable[..., Tensor] = _best("gated_packed")
 _router_topk: Callable[..., tuple[Tensor, Tensor]] = _best("router_topk")
+_pack_heads: Callable[..., PackedHeads] = _best("pack_heads")
+_heads_linear: Callable[..., Tensor] = _best("heads_linear")
 _pack_experts: Callable[..., PackedExperts] = _best("pack_experts")
 _moe_packed: Callable[..., Tensor] = _best("moe_packed")
 
@@ -134,29 +137,29 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     return _layer_norm(x, weight, bias, eps)
 
 
-def rotary_table(positions: Tensor, inv_freq: Tensor, scale: float = 1.0) -> Tensor:
+def rotary_table(positions: Tensor, inv_freq: Tensor, scale: float | Tensor = 1.0) -> Tensor:
     """Cosines, then sines, of position * frequency, times `scale`.
 
-    positions int64 [tokens], inv_freq fp32 [rotary_dim / 2] or [tokens, rotary_dim / 2]
-    -> fp32 [tokens, rotary_dim].
+    positions int64 [tokens], inv_freq fp32 [rotary_dim / 2] or [tokens, rotary_dim / 2], scale a
+    number or fp64 [tokens, 1] -> fp32 [tokens, rotary_dim].
     """
     return _rotary_table(positions, inv_freq, scale)
 
 
 def rotary(
-    q: Tensor, k: Tensor, cos_sin: Tensor, interleaved: bool = False
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor | None, cos_sin: Tensor, interleaved: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """Rotate the first rotary_dim elements of each head (RoPE, arXiv 2104.09864).
 
-    q [tokens, heads, dim], k [tokens, kv_heads, dim], cos_sin fp32 [tokens, rotary_dim], the row
+    q [tokens, heads, dim], k [tokens, kv_heads, dim] or None, cos_sin fp32 [tokens, rotary_dim], the row
     of each token's position. Pairs are (i, i + rotary_dim / 2), or (2i, 2i + 1) if `interleaved`.
     Use the results only: an implementation may overwrite q and k.
     """
     return _rotary(q, k, cos_sin, interleaved)
 
 
-def write_kv(k: Tensor, v: Tensor, cache: KvCache, slots: Tensor) -> None:
-    """Put k, v [tokens, kv_heads, dim] into a cache, rounded to its dtype.
+def write_kv(k: Tensor, v: Tensor | None, cache: KvCache, slots: Tensor) -> None:
+    """Put k, v [tokens, kv_heads, dim] into a cache, rounded to its dtype; k alone if it is latent.
 
     slots int64 [tokens] = page * page_size + offset, without duplicates. float8_e4m3fn takes at
     most 448 times its scale in size.
@@ -177,6 +180,26 @@ def rotary_kv(
     return _rotary_kv(q, k, v, cos_sin, cache, slots, interleaved)
 
 
+def latent_kv(
+    q: Tensor,
+    kv: Tensor,
+    weight: Tensor,
+    eps: float,
+    cos_sin: Tensor,
+    cache: KvCache,
+    slots: Tensor,
+    interleaved: bool = False,
+) -> Tensor:
+    """What multi-head latent attention (arXiv 2405.04434) keeps, into a latent cache: the turned q.
+
+    kv [tokens, rank + turned]: its first `rank` elements are normalized as by `rms_norm` with
+    weight [rank]; the others, and those past `rank` of each head of q [tokens, heads, rank +
+    turned], are turned by cos_sin fp32 [tokens, turned] as by `rotary`. Use the result only: an
+    implementation may overwrite q and kv.
+    """
+    return _latent_kv(q, kv, weight, eps, cos_sin, cache, slots, interleaved)
+
+
 def paged_attention(
     q: Tensor,
     cache: KvCache,
@@ -187,15 +210,19 @@ def paged_attention(
     soft_cap: float = 0.0,
     sinks: Tensor | None = None,
     causal: bool = True,
+    in_chunks: bool = False,
+    slopes: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of each token to its own sequence, for any mix of chunks.
 
-    q [tokens, heads, dim], heads a multiple of the cache's kv_heads -> [tokens, heads, dim]. The
-    keys of these tokens are already in the cache, and are read from there. A query at
+    q [tokens, heads, dim], heads a multiple of the cache's kv_heads -> [tokens, heads, a value's
+    dim]. The keys of these tokens are already in the cache, and are read from there. A query at
     position p sees positions <= p, and only those > p - window if window > 0. Scores become
     soft_cap * tanh(score / soft_cap) if soft_cap > 0. `sinks` [heads] are extra logits in the
     softmax that carry no value. Softmax in fp32. Without `causal` a query sees all `context` tokens
-    of its chunk; `window` is then 0.
+    of its chunk; `window` is then 0. `in_chunks`: the window cuts the sequence into chunks, and a
+    query sees those positions of its own that are not after it. `slopes` fp32 [heads]: a score gets
+    slope * (position of the key - p) at the end (ALiBi, arXiv 2108.12409).
     """
     return _paged_attention(
         q,
@@ -206,6 +233,8 @@ def paged_attention(
         soft_cap=soft_cap,
         sinks=sinks,
         causal=causal,
+        in_chunks=in_chunks,
+        slopes=slopes,
     )
 
 
@@ -336,17 +365,36 @@ def router_topk(
     return _router_topk(logits, spec, bias)
 
 
+def pack_heads(weights: Tensor) -> PackedHeads:
+    """weights [heads, out, in]: a matrix for each head; see `pack`."""
+    return _pack_heads(weights)
+
+
+def heads_linear(x: Tensor, weights: PackedHeads) -> Tensor:
+    """`linear` of the first `in` elements of each head with the head's own matrix.
+
+    x [tokens, heads, in + rest] -> [tokens, heads, out + rest]; the rest follows as it is.
+    """
+    return _heads_linear(x, weights)
+
+
 def pack_experts(gate_up: Tensor, down: Tensor) -> PackedExperts:
     """gate_up [experts, gate rows | up rows, hidden], down [experts, hidden, inner]: see `pack`."""
     return _pack_experts(gate_up, down)
 
 
 def moe_packed(
-    x: Tensor, experts: PackedExperts, ids: Tensor, weights: Tensor, activation: Activation
+    x: Tensor,
+    experts: PackedExperts,
+    ids: Tensor,
+    weights: Tensor,
+    activation: Activation,
+    on_input: bool = False,
 ) -> Tensor:
     """Gated feed-forward blocks of the chosen experts, weighted and summed in the order of choice.
 
     x [tokens, hidden], ids and weights as from `router_topk` -> [tokens, hidden]. Each expert's
-    output is rounded to x's dtype; the sum is in fp32 and rounded once.
+    output is rounded to x's dtype; the sum is in fp32 and rounded once. With `on_input` x is
+    weighted, and rounded, instead of what comes out.
     """
-    return _moe_packed(x, experts, ids, weights, activation)
+    return _moe_packed(x, experts, ids, weights, activation, on_input)

@@ -17,12 +17,13 @@ if LIBRARY is not None:
         gather,
         position_embedding,
     )
+    from headrace.ops.cpu.heads import heads_linear, pack_heads
     from headrace.ops.cpu.mask import mask_logits
     from headrace.ops.cpu.matmul import gated_packed, linear_packed, logits_packed
     from headrace.ops.cpu.moe import moe_packed, pack_experts, router_topk
     from headrace.ops.cpu.norm import layer_norm, rms_norm
     from headrace.ops.cpu.packing import embedding_packed, pack, pack_quantized, stored_dtype
-    from headrace.ops.cpu.rope import rotary, rotary_kv, write_kv
+    from headrace.ops.cpu.rope import latent_kv, rotary, rotary_kv, write_kv
     from headrace.ops.cpu.sampling import log_probs, sample
 
     __all__ += [
@@ -33,6 +34,8 @@ if LIBRARY is not None:
         "gated",
         "gated_packed",
         "gather",
+        "heads_linear",
+        "latent_kv",
         "layer_norm",
         "linear_packed",
         "log_probs",
@@ -41,6 +44,7 @@ if LIBRARY is not None:
         "moe_packed",
         "pack",
         "pack_experts",
+        "pack_heads",
         "pack_quantized",
         "paged_attention",
         "position_embedding",

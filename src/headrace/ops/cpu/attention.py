@@ -10,7 +10,7 @@ from headrace.ops.cpu.library import DTYPES, Operator, Rows, Step, rows
 from headrace.ops.cpu.record import empty
 from headrace.ops.meta import AttentionMeta, KvCache
 
-_MOST_HEAD_DIM = 512  # HR_MOST_HEAD_DIM
+_MOST_HEAD_DIM = 1024  # HR_MOST_HEAD_DIM
 _MOST_GROUP = 512  # query heads per KV head
 
 
@@ -23,6 +23,7 @@ class _AttentionArgs(Structure):
         ("key_scales", c_void_p),
         ("value_scales", c_void_p),
         ("sinks", c_void_p),
+        ("slopes", c_void_p),
         ("heads", c_int64),
         ("kv_heads", c_int64),
         ("page_size", c_int64),
@@ -33,6 +34,7 @@ class _AttentionArgs(Structure):
         ("value_scale", c_float),
         ("cache_dtype", c_int32),
         ("both_ways", c_int32),
+        ("in_chunks", c_int32),
     )
 
 
@@ -49,22 +51,27 @@ def paged_attention(
     soft_cap: float,
     sinks: Tensor | None,
     causal: bool = True,
+    in_chunks: bool = False,
+    slopes: Tensor | None = None,
 ) -> Tensor:
-    """Heads of up to 512 elements; `sinks` in fp32."""
+    """Heads of up to 1024 elements; `sinks` and `slopes` in fp32."""
     tokens, heads, dim = q.shape
-    if dim > _MOST_HEAD_DIM or cache.values.shape[-1] != dim:
-        raise ValueError(f"heads of {dim} and {cache.values.shape[-1]} elements have no kernel")
+    value_dim = cache.values.shape[-1]
+    if dim > _MOST_HEAD_DIM or (value_dim != dim and not cache.latent):
+        raise ValueError(f"heads of {dim} and {value_dim} elements have no kernel")
     if heads // cache.keys.shape[2] > _MOST_GROUP:
         raise ValueError(f"{heads} heads on {cache.keys.shape[2]} KV heads have no kernel")
-    if sinks is not None and sinks.dtype != torch.float32:
-        raise ValueError(f"attention sinks must be float32, not {sinks.dtype}")
-    out = empty((tokens, heads, dim), q.dtype)
+    for name, per_head in (("sinks", sinks), ("slopes", slopes)):
+        if per_head is not None and per_head.dtype != torch.float32:
+            raise ValueError(f"attention {name} must be float32, not {per_head.dtype}")
+    out = empty((tokens, heads, value_dim), q.dtype)
     args = _AttentionArgs(
         q=rows(q.view(tokens, -1)),
         out=rows(out.view(tokens, -1)),
         keys=cache.keys.data_ptr(),
         values=cache.values.data_ptr(),
         sinks=None if sinks is None else sinks.data_ptr(),
+        slopes=None if slopes is None else slopes.data_ptr(),
         heads=heads,
         kv_heads=cache.keys.shape[2],
         page_size=meta.page_size,
@@ -73,6 +80,7 @@ def paged_attention(
         soft_cap=soft_cap,
         cache_dtype=DTYPES[cache.keys.dtype],
         both_ways=not causal,
+        in_chunks=in_chunks,
     )
     set_scales(args, cache)
     _ATTENTION(args, step_of(meta, tokens))

@@ -30,6 +30,7 @@ class _RouterArgs(Structure):
         ("renormalize", c_int32),
         ("sigmoid", c_int32),
         ("scale", c_float),
+        ("jitter", c_float),
     )
 
 
@@ -44,7 +45,8 @@ class _MoeArgs(Structure):
         ("downs", c_void_p),
         ("experts", c_int64),
         ("top_k", c_int64),
-        ("activation", c_int64),
+        ("activation", c_int32),
+        ("on_input", c_int32),
     )
 
 
@@ -69,6 +71,7 @@ def router_topk(logits: Tensor, spec: RouterSpec, bias: Tensor | None) -> tuple[
         spec.renormalize,
         spec.sigmoid,
         spec.scale,
+        spec.jitter,
     )
     _ROUTER(args, Step(tokens=len(logits)))
     return ids, weights
@@ -108,7 +111,12 @@ def _pack_stack(weights: Tensor) -> tuple[PackedWeight, ...]:
 
 
 def moe_packed(
-    x: Tensor, experts: PackedExperts, ids: Tensor, weights: Tensor, activation: str
+    x: Tensor,
+    experts: PackedExperts,
+    ids: Tensor,
+    weights: Tensor,
+    activation: str,
+    on_input: bool = False,
 ) -> Tensor:
     if x.shape[1] != experts.gates[0].in_size:
         raise ValueError(f"x has {x.shape[1]} columns, experts {experts.gates[0].in_size} inputs")
@@ -124,6 +132,7 @@ def moe_packed(
         len(experts.gates),
         ids.shape[1],
         ACTIVATIONS[activation],
+        on_input,
     )
     _MOE(args, Step(tokens=len(x)))
     return y
