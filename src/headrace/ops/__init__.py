@@ -64,6 +64,8 @@ _write_kv: Callable[..., None] = _best("write_kv")
 _rotary_kv: Callable[..., Tensor] = _best("rotary_kv")
 _latent_kv: Callable[..., Tensor] = _best("latent_kv")
 _paged_attention: Callable[..., Tensor] = _best("paged_attention")
+_chunked_attention: Callable[..., Tensor] = _best("chunked_attention")
+_sloped_attention: Callable[..., Tensor] = _best("sloped_attention")
 _gated: Callable[..., Tensor] = _best("gated")
 _activate: Callable[..., Tensor] = _best("activate")
 _logits: Callable[..., Tensor] = _best("logits")
@@ -210,8 +212,6 @@ def paged_attention(
     soft_cap: float = 0.0,
     sinks: Tensor | None = None,
     causal: bool = True,
-    in_chunks: bool = False,
-    slopes: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of each token to its own sequence, for any mix of chunks.
 
@@ -220,9 +220,7 @@ def paged_attention(
     position p sees positions <= p, and only those > p - window if window > 0. Scores become
     soft_cap * tanh(score / soft_cap) if soft_cap > 0. `sinks` [heads] are extra logits in the
     softmax that carry no value. Softmax in fp32. Without `causal` a query sees all `context` tokens
-    of its chunk; `window` is then 0. `in_chunks`: the window cuts the sequence into chunks, and a
-    query sees those positions of its own that are not after it. `slopes` fp32 [heads]: a score gets
-    slope * (position of the key - p) at the end (ALiBi, arXiv 2108.12409).
+    of its chunk; `window` is then 0.
     """
     return _paged_attention(
         q,
@@ -233,9 +231,24 @@ def paged_attention(
         soft_cap=soft_cap,
         sinks=sinks,
         causal=causal,
-        in_chunks=in_chunks,
-        slopes=slopes,
     )
+
+
+def chunked_attention(
+    q: Tensor, cache: KvCache, meta: AttentionMeta, *, scale: float, size: int
+) -> Tensor:
+    """`paged_attention` in which a query at p sees positions from p // size * size to p."""
+    return _chunked_attention(q, cache, meta, scale=scale, size=size)
+
+
+def sloped_attention(
+    q: Tensor, cache: KvCache, meta: AttentionMeta, *, scale: float, slopes: Tensor
+) -> Tensor:
+    """`paged_attention` in which a score gets slope * (position of the key - that of the query).
+
+    `slopes` fp32 [heads] (ALiBi, arXiv 2108.12409).
+    """
+    return _sloped_attention(q, cache, meta, scale=scale, slopes=slopes)
 
 
 def gated(x: Tensor, activation: Activation) -> Tensor:

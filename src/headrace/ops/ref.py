@@ -14,11 +14,17 @@ from headrace.ops import ref_lowbit
 from headrace.ops.experts import PackedExperts, RouterSpec
 from headrace.ops.meta import KvCache
 from headrace.ops.packed import FLOAT_FORMATS, PackedHeads, PackedWeight, check_quantized, format_of
-from headrace.ops.ref_attention import paged_attention, write_kv
+from headrace.ops.ref_attention import (
+    chunked_attention,
+    paged_attention,
+    sloped_attention,
+    write_kv,
+)
 from headrace.ops.ref_sampling import log_probs, sample
 
 __all__ = [
     "activate",
+    "chunked_attention",
     "combine",
     "embedding",
     "embedding_packed",
@@ -47,6 +53,7 @@ __all__ = [
     "rotary_table",
     "router_topk",
     "sample",
+    "sloped_attention",
     "stored_dtype",
     "write_kv",
 ]

@@ -38,22 +38,6 @@ class _Block:
     distance: Tensor
 
 
-@dataclass(frozen=True)
-class Sight:
-    """What a query sees: everything before it, a window, its chunk of that size, or all."""
-
-    window: int = 0
-    causal: bool = True
-    in_chunks: bool = False
-
-    def oldest(self, position: Tensor) -> Tensor:
-        if not self.window:
-            return torch.zeros_like(position)
-        if self.in_chunks:
-            return position // self.window * self.window
-        return (position - self.window + 1).clamp_min(0)
-
-
 def write_kv(k: Tensor, v: Tensor | None, cache: KvCache, slots: Tensor) -> None:
     _write(k, cache.keys, cache.key_scale, slots)
     if v is not None:
@@ -73,6 +57,31 @@ def _write(x: Tensor, stored: Tensor, scale: Tensor | float, slots: Tensor) -> N
     stored.flatten(0, 1).index_copy_(0, slots, x.to(stored.dtype))
 
 
+@dataclass(frozen=True)
+class Sight:
+    """What a query sees: everything before it, a window, its chunk of that size, or all."""
+
+    window: int = 0
+    causal: bool = True
+    in_chunks: bool = False
+
+    def oldest(self, position: Tensor) -> Tensor:
+        if not self.window:
+            return torch.zeros_like(position)
+        if self.in_chunks:
+            return position // self.window * self.window
+        return (position - self.window + 1).clamp_min(0)
+
+
+@dataclass(frozen=True, eq=False)
+class _How:
+    scale: float
+    sight: Sight
+    soft_cap: float = 0.0
+    sinks: Tensor | None = None
+    slopes: Tensor | None = None
+
+
 def paged_attention(
     q: Tensor,
     cache: KvCache,
@@ -83,22 +92,36 @@ def paged_attention(
     soft_cap: float,
     sinks: Tensor | None,
     causal: bool = True,
-    in_chunks: bool = False,
-    slopes: Tensor | None = None,
 ) -> Tensor:
+    return _attend(q, cache, meta, _How(scale, Sight(window, causal), soft_cap, sinks))
+
+
+def chunked_attention(
+    q: Tensor, cache: KvCache, meta: AttentionMeta, *, scale: float, size: int
+) -> Tensor:
+    return _attend(q, cache, meta, _How(scale, Sight(size, in_chunks=True)))
+
+
+def sloped_attention(
+    q: Tensor, cache: KvCache, meta: AttentionMeta, *, scale: float, slopes: Tensor
+) -> Tensor:
+    return _attend(q, cache, meta, _How(scale, Sight(), slopes=slopes))
+
+
+def _attend(q: Tensor, cache: KvCache, meta: AttentionMeta, how: _How) -> Tensor:
     out = q.new_empty(*q.shape[:2], cache.values.shape[-1])
-    for block in _blocks(meta, Sight(window, causal, in_chunks)):
+    for block in _blocks(meta, how.sight):
         scores = _scores(
             q.index_select(0, block.tokens),
             _rows(cache.keys, cache.key_scale, block.slots),
             block,
-            scale,
-            soft_cap,
+            how.scale,
+            how.soft_cap,
         )
-        if slopes is not None:
-            scores += _slanted(slopes, block, scores)
+        if how.slopes is not None:
+            scores += _slanted(how.slopes, block, scores)
         scores.masked_fill_(~block.visible[:, None, None], float("-inf"))
-        weights = _softmax(scores, sinks)
+        weights = _softmax(scores, how.sinks)
         out[block.tokens] = _mix(
             weights, _rows(cache.values, cache.value_scale, block.slots), block
         ).to(out.dtype)

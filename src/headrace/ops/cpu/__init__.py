@@ -8,7 +8,11 @@ from headrace.ops.cpu.library import LIBRARY
 __all__: list[str] = ["LIBRARY"]
 
 if LIBRARY is not None:
-    from headrace.ops.cpu.attention import paged_attention
+    from headrace.ops.cpu.attention import (
+        chunked_attention,
+        paged_attention,
+        sloped_attention,
+    )
     from headrace.ops.cpu.elementwise import (
         activate,
         combine,
@@ -28,6 +32,7 @@ if LIBRARY is not None:
 
     __all__ += [
         "activate",
+        "chunked_attention",
         "combine",
         "embedding",
         "embedding_packed",
@@ -53,6 +58,7 @@ if LIBRARY is not None:
         "rotary_kv",
         "router_topk",
         "sample",
+        "sloped_attention",
         "stored_dtype",
         "write_kv",
     ]

@@ -51,40 +51,56 @@ def paged_attention(
     soft_cap: float,
     sinks: Tensor | None,
     causal: bool = True,
-    in_chunks: bool = False,
-    slopes: Tensor | None = None,
 ) -> Tensor:
-    """Heads of up to 1024 elements; `sinks` and `slopes` in fp32."""
+    """Heads of up to 1024 elements; `sinks` in fp32."""
+    args = _AttentionArgs(
+        sinks=_address(sinks, "sinks"),
+        window=window,
+        scale=scale,
+        soft_cap=soft_cap,
+        both_ways=not causal,
+    )
+    return _attend(q, cache, meta, args)
+
+
+def chunked_attention(
+    q: Tensor, cache: KvCache, meta: AttentionMeta, *, scale: float, size: int
+) -> Tensor:
+    return _attend(q, cache, meta, _AttentionArgs(window=size, scale=scale, in_chunks=True))
+
+
+def sloped_attention(
+    q: Tensor, cache: KvCache, meta: AttentionMeta, *, scale: float, slopes: Tensor
+) -> Tensor:
+    args = _AttentionArgs(slopes=_address(slopes, "slopes"), scale=scale)
+    return _attend(q, cache, meta, args)
+
+
+def _attend(q: Tensor, cache: KvCache, meta: AttentionMeta, args: _AttentionArgs) -> Tensor:
+    """With what all have in common filled in."""
     tokens, heads, dim = q.shape
     value_dim = cache.values.shape[-1]
     if dim > _MOST_HEAD_DIM or (value_dim != dim and not cache.latent):
         raise ValueError(f"heads of {dim} and {value_dim} elements have no kernel")
     if heads // cache.keys.shape[2] > _MOST_GROUP:
         raise ValueError(f"{heads} heads on {cache.keys.shape[2]} KV heads have no kernel")
-    for name, per_head in (("sinks", sinks), ("slopes", slopes)):
-        if per_head is not None and per_head.dtype != torch.float32:
-            raise ValueError(f"attention {name} must be float32, not {per_head.dtype}")
     out = empty((tokens, heads, value_dim), q.dtype)
-    args = _AttentionArgs(
-        q=rows(q.view(tokens, -1)),
-        out=rows(out.view(tokens, -1)),
-        keys=cache.keys.data_ptr(),
-        values=cache.values.data_ptr(),
-        sinks=None if sinks is None else sinks.data_ptr(),
-        slopes=None if slopes is None else slopes.data_ptr(),
-        heads=heads,
-        kv_heads=cache.keys.shape[2],
-        page_size=meta.page_size,
-        window=window,
-        scale=scale,
-        soft_cap=soft_cap,
-        cache_dtype=DTYPES[cache.keys.dtype],
-        both_ways=not causal,
-        in_chunks=in_chunks,
-    )
+    args.q, args.out = rows(q.view(tokens, -1)), rows(out.view(tokens, -1))
+    args.keys, args.values = cache.keys.data_ptr(), cache.values.data_ptr()
+    args.heads, args.kv_heads = heads, cache.keys.shape[2]
+    args.page_size = meta.page_size
+    args.cache_dtype = DTYPES[cache.keys.dtype]
     set_scales(args, cache)
     _ATTENTION(args, step_of(meta, tokens))
     return out
+
+
+def _address(per_head: Tensor | None, name: str) -> int | None:
+    if per_head is None:
+        return None
+    if per_head.dtype != torch.float32:
+        raise ValueError(f"attention {name} must be float32, not {per_head.dtype}")
+    return per_head.data_ptr()
 
 
 def set_scales(args: Any, cache: KvCache) -> None:
