@@ -54,7 +54,7 @@ _DEEPSEEK = {
     "first_k_dense_replace": 1,
     "routed_scaling_factor": 1.7,
 }
-_BASES: dict[str, dict[str, Any]] = {"gpt2": _OLD, "gptj": _OLD, "dbrx": {}}
+_BASES: dict[str, dict[str, Any]] = {"gpt2": _OLD, "gptj": _OLD, "dbrx": {}, "mpt": {}, "bloom": {}}
 _MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 _MULTI = {"num_key_value_heads": 4, "head_dim": 8}
 
@@ -338,6 +338,69 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "phimoe": (
+        "PhimoeForCausalLM",
+        {
+            "num_local_experts": 6,
+            "num_experts_per_tok": 2,
+            "router_jitter_noise": 0.4,
+            "attention_bias": True,
+            "lm_head_bias": True,
+            "pad_token_id": 0,
+            **_rope(
+                "longrope",
+                short_factor=[1.0 + 0.1 * i for i in range(8)],
+                # transformers takes those of short prompts always, the model's own code these.
+                long_factor=[1.0 + 0.1 * i for i in range(8)],
+                short_mscale=1.1,
+                long_mscale=1.3,
+                original_max_position_embeddings=24,
+            ),
+        },
+    ),
+    "llama4": (
+        "Llama4ForCausalLM",
+        {
+            "num_hidden_layers": 4,
+            "num_local_experts": 5,
+            "intermediate_size": 20,
+            "intermediate_size_mlp": 44,
+            "interleave_moe_layer_step": 2,
+            "attention_chunk_size": 16,
+            "floor_scale": 8,
+            "attn_scale": 0.5,
+            "no_rope_layers": [1, 0, 1, 0],
+            "pad_token_id": 0,
+        },
+    ),
+    "falcon-rw": (
+        "FalconForCausalLM",
+        {
+            # "eager" adds the slopes a second time.
+            "attention": "sdpa",
+            "alibi": True,
+            "multi_query": False,
+            "parallel_attn": False,
+            "bias": True,
+            "head_dim": "absent",
+            "num_key_value_heads": "absent",
+        },
+    ),
+    "bloom": (
+        "BloomForCausalLM",
+        {"hidden_size": 48, "n_layer": 3, "n_head": 6, "vocab_size": 101},
+    ),
+    "mpt": (
+        "MptForCausalLM",
+        {
+            "d_model": 48,
+            "n_heads": 6,
+            "n_layers": 3,
+            "vocab_size": 101,
+            "max_seq_len": 256,
+            "attn_config": {"clip_qkv": 1.5},
+        },
+    ),
     "deepseek-v2": (
         "DeepseekV2ForCausalLM",
         {
@@ -408,11 +471,12 @@ def make_checkpoint(
     dtype: torch.dtype = torch.float32,
     max_shard_size: str = "1GB",
     seed: int = 0,
+    attention: str = "eager",
     **changes: Any,
 ) -> transformers.PreTrainedModel:
     """Save a random checkpoint in `folder`; returns the transformers model, the oracle."""
     config = _config(architecture, changes)
-    config._attn_implementation = "eager"
+    config._attn_implementation = attention
     model = getattr(transformers, architecture)(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -121,7 +121,7 @@ class StateSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     kind "kv": paged keys and values, [page, page_size, kv_heads, head_dim] each. `window` > 0 means
     only the last `window` tokens are read. Kind "latent" (MLA): paged vectors, [page, page_size,
-    kv_heads, head_dim], which are keys, and values as far as `value_dim`. Kind "recurrent": a vector
+    kv_heads, head_dim], which are keys, and values as far as `value_dim`. Kind "recurrent": vectors
     [kv_heads, head_dim] per sequence, whatever its length.
     """
 

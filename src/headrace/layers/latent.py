@@ -8,6 +8,7 @@ row never depends on how its sequence was cut.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from headrace import ops
@@ -136,7 +137,7 @@ class LatentUp:
     def _pack(self) -> None:
         spec = self.spec
         stacked = self.matrix.take().view(-1, spec.plain_dim + spec.value_dim, spec.rank)
-        keys, up = stacked.split([spec.plain_dim, spec.value_dim], dim=1)
+        keys, up = torch.split(stacked, [spec.plain_dim, spec.value_dim], dim=1)
         for kind, weights in (("keys", keys.transpose(1, 2)), ("values", up)):
             packed = ops.pack_heads(weights.contiguous())
             self.weights |= {f"{kind}.{index}": one for index, one in enumerate(packed.heads)}

@@ -26,7 +26,7 @@ class MoESpec:
     """`inner_size` of one expert. `bias`: the router has one for the choice.
 
     `shared`: inner size of the block that every token takes, 0 for none; `shared_gate`: the token
-    decides how much of it.
+    decides how much of it. `on_input`: weights are on what experts see, not on what they give.
     """
 
     experts: int
@@ -36,6 +36,7 @@ class MoESpec:
     bias: bool = False
     shared: int = 0
     shared_gate: bool = False
+    on_input: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.router.top_k <= self.experts:
@@ -153,7 +154,9 @@ class MoE:
 
     def __call__(self, x: Tensor) -> Tensor:
         ids, weights = ops.router_topk(self.router(x), self.spec.router, self.bias)
-        y = ops.moe_packed(x, self.experts.packed, ids, weights, self.activation)
+        y = ops.moe_packed(
+            x, self.experts.packed, ids, weights, self.activation, self.spec.on_input
+        )
         y = self.group.all_reduce(y)
         if self.shared is None:
             return y

@@ -113,6 +113,7 @@ class Decoder(ABC):
             if spec.positions
             else None
         )
+        self.embedding_norm = Norm(hidden, spec.norm, build) if spec.embedding_norm else None
         self.layers = [DecoderLayer(layer, spec.norm, build) for layer in spec.layers]
         self.norm = Norm(hidden, spec.norm, build)
         tied = self.embedding if spec.tied else None
@@ -134,6 +135,8 @@ class Decoder(ABC):
 
     def _embed(self, batch: ForwardBatch) -> Tensor:
         x, scale = self.embedding(batch.ids), self.spec.embedding_scale
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
         if self.positions is not None:
             return ops.combine(x, self.positions(batch.positions), a=scale)
         return x if scale == 1.0 else ops.combine(x, a=scale)
@@ -172,6 +175,8 @@ class Decoder(ABC):
         found = self.embedding.targets("model.embed_tokens")
         if self.positions is not None:
             found |= self.positions.targets("model.embed_positions")
+        if self.embedding_norm is not None:
+            found |= self.embedding_norm.targets("model.embed_norm")
         for index, layer in enumerate(self.layers):
             found |= layer.targets(f"model.layers.{index}.")
         return found | self.norm.targets("model.norm") | self.head.targets("lm_head")

@@ -6,13 +6,18 @@ from typing import Any
 from torch import Tensor
 
 from headrace.core.model_info import ModelInfo
+from headrace.layers.attention import AttentionSpec
 from headrace.layers.moe import MoESpec
 from headrace.layers.names import Layout, Split
-from headrace.layers.rope_scaling import read_rope
+from headrace.layers.norm import NormSpec
+from headrace.layers.rope_scaling import read_rope, temperature
 from headrace.models.decoder import Decoder
 from headrace.models.family import (
+    Fields,
     attention_bias,
+    attention_of,
     decoder,
+    ignored_layers,
     layer_norm,
     no_windows,
     size,
@@ -121,7 +126,10 @@ class Glm4MoeForCausalLM(Decoder):
                 "qkv_bias": bias,
                 "qk_norm": "head" if hf.get("use_qk_norm") else "",
             },
-            layout=Layout(renames=((r"\.shared_experts\.", ".shared_expert."),)),
+            layout=Layout(
+                renames=((r"\.shared_experts\.", ".shared_expert."),),
+                ignored=ignored_layers(info),
+            ),
         )
         router = RouterSpec(
             top_k=size(hf, "num_experts_per_tok"),
@@ -167,6 +175,7 @@ class Ernie4_5_MoeForCausalLM(Decoder):
                         lambda tensor: [tensor.flatten()],
                     ),
                 ),
+                ignored=(r"\.mtp_",),
             ),
         )
         inner = size(hf, "moe_intermediate_size")
@@ -271,6 +280,73 @@ class DbrxForCausalLM(Decoder):
         return sparse(spec, moe)
 
 
+class PhimoeForCausalLM(Decoder):
+    """Phi-3.5-MoE (arXiv 2404.14219): layer norm, SparseMixer."""
+
+    @staticmethod
+    def describe(info: ModelInfo) -> DecoderSpec:
+        hf = info.text
+        spec = decoder(
+            info,
+            norm=layer_norm(hf, "rms_norm_eps"),
+            windows=(int(hf.get("sliding_window") or 0),) * info.num_layers,
+            attention=attention_bias(info),
+            head_bias=bool(hf.get("lm_head_bias", False)),
+            layout=replace(
+                _MIXTRAL_NAMES,
+                renames=((r"\.mlp\.router\.", ".mlp.gate."), *_MIXTRAL_NAMES.renames),
+            ),
+        )
+        router = RouterSpec(
+            size(hf, "num_experts_per_tok"), jitter=float(hf.get("router_jitter_noise", 0.01))
+        )
+        return sparse(spec, replace(_experts(info), router=router))
+
+
+class Llama4ForCausalLM(Decoder):
+    """Llama 4, the text model: chunks of attention with rotary positions, and layers that see
+    everything without, where q grows with the position; experts weigh their input."""
+
+    @staticmethod
+    def describe(info: ModelInfo) -> DecoderSpec:
+        hf = info.text
+        every_nth = int(hf.get("no_rope_layer_interval") or 4)
+        turns = hf.get("no_rope_layers") or [(i + 1) % every_nth for i in range(info.num_layers)]
+        spec = decoder(
+            info,
+            ropes=(read_rope(hf, info.head_dim), temperature(hf, info.head_dim)),
+            attention=attention_bias(info) | {"interleaved": True},
+            mlp={"inner_size": size(hf, "intermediate_size_mlp")},
+            layout=_LLAMA4_NAMES,
+        )
+        layers = tuple(
+            replace(layer, attention=_llama4_attention(hf, attention_of(layer), bool(turn)))
+            for layer, turn in zip(spec.layers, turns, strict=True)
+        )
+        router = RouterSpec(size(hf, "num_experts_per_tok"), renormalize=False, sigmoid=True)
+        inner = size(hf, "intermediate_size")
+        moe = replace(_experts(info), router=router, inner_size=inner, shared=inner, on_input=True)
+        step = int(hf.get("interleave_moe_layer_step") or 1)
+        chosen = hf.get("moe_layers")
+        if chosen is None:
+            chosen = range(step - 1, info.num_layers, step)
+        return _where(
+            replace(spec, layers=layers), moe, [i in chosen for i in range(info.num_layers)]
+        )
+
+
+def _llama4_attention(hf: Fields, attention: AttentionSpec, turns: bool) -> AttentionSpec:
+    chunk = int(hf.get("attention_chunk_size") or 0)
+    if not turns:
+        tuned = bool(hf.get("attn_temperature_tuning", True))
+        return replace(attention, rope=1 if tuned else None, rope_scales=tuned)
+    if hf.get("use_qk_norm", True):
+        # It follows the turn in the paper, which does not change lengths.
+        norm = NormSpec(attention.norm.eps, weight=False)
+        attention = replace(attention, qk_norm="head", norm=norm)
+    return replace(attention, window=chunk, in_chunks=chunk > 0)
+
+
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _MIXTRAL_NAMES = Layout(
     renames=(
@@ -279,6 +355,23 @@ _MIXTRAL_NAMES = Layout(
         (r"\.w3\.weight", ".up_proj.weight"),
         (r"\.w2\.weight", ".down_proj.weight"),
     )
+)
+
+
+_LLAMA4_NAMES = Layout(
+    renames=(
+        (r"^language_model\.", ""),
+        (r"\.feed_forward\.router\.", ".mlp.gate."),
+        (r"\.feed_forward\.", ".mlp."),
+    ),
+    splits=(
+        Split(
+            r"(.*\.experts\.(?:gate_up|down)_proj)",
+            (r"\1",),
+            lambda tensor: [tensor.transpose(1, 2)],
+        ),
+    ),
+    ignored=(r"^vision_model\.", r"^multi_modal_projector\."),
 )
 
 

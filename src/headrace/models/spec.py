@@ -48,6 +48,7 @@ class DecoderSpec:
     positions: int = 0
     first_position: int = 0
     embedding_scale: float = 1.0
+    embedding_norm: bool = False
     logit_scale: float = 1.0
     logit_cap: float = 0.0
     tied: bool = False

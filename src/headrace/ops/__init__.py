@@ -59,7 +59,8 @@ _gather: Callable[..., Tensor] = _best("gather")
 _rms_norm: Callable[..., tuple[Tensor, Tensor]] = _best("rms_norm")
 _layer_norm: Callable[..., Tensor] = _best("layer_norm")
 _rotary_table: Callable[..., Tensor] = _best("rotary_table")
-_rotary: Callable[..., tuple[Tensor, Tensor | None]] = _best("rotary")
+_turn: Callable[..., Tensor] = _best("turn")
+_rotary: Callable[..., tuple[Tensor, Tensor]] = _best("rotary")
 _write_kv: Callable[..., None] = _best("write_kv")
 _rotary_kv: Callable[..., Tensor] = _best("rotary_kv")
 _latent_kv: Callable[..., Tensor] = _best("latent_kv")
@@ -149,15 +150,20 @@ def rotary_table(positions: Tensor, inv_freq: Tensor, scale: float | Tensor = 1.
 
 
 def rotary(
-    q: Tensor, k: Tensor | None, cos_sin: Tensor, interleaved: bool = False
-) -> tuple[Tensor, Tensor | None]:
+    q: Tensor, k: Tensor, cos_sin: Tensor, interleaved: bool = False
+) -> tuple[Tensor, Tensor]:
     """Rotate the first rotary_dim elements of each head (RoPE, arXiv 2104.09864).
 
-    q [tokens, heads, dim], k [tokens, kv_heads, dim] or None, cos_sin fp32 [tokens, rotary_dim], the row
+    q [tokens, heads, dim], k [tokens, kv_heads, dim], cos_sin fp32 [tokens, rotary_dim], the row
     of each token's position. Pairs are (i, i + rotary_dim / 2), or (2i, 2i + 1) if `interleaved`.
     Use the results only: an implementation may overwrite q and k.
     """
     return _rotary(q, k, cos_sin, interleaved)
+
+
+def turn(x: Tensor, cos_sin: Tensor, interleaved: bool = False) -> Tensor:
+    """`rotary` of one x [tokens, heads, dim] alone."""
+    return _turn(x, cos_sin, interleaved)
 
 
 def write_kv(k: Tensor, v: Tensor | None, cache: KvCache, slots: Tensor) -> None:

@@ -55,6 +55,7 @@ __all__ = [
     "sample",
     "sloped_attention",
     "stored_dtype",
+    "turn",
     "write_kv",
 ]
 
@@ -117,11 +118,11 @@ def rotary_table(positions: Tensor, inv_freq: Tensor, scale: float | Tensor) -> 
     return (torch.cat((angle.cos(), angle.sin()), dim=-1) * scale).float()
 
 
-def rotary(
-    q: Tensor, k: Tensor | None, cos_sin: Tensor, interleaved: bool
-) -> tuple[Tensor, Tensor | None]:
-    if k is None:
-        return rotary(q, q[:, :0], cos_sin, interleaved)[0], None
+def turn(x: Tensor, cos_sin: Tensor, interleaved: bool) -> Tensor:
+    return rotary(x, x[:, :0], cos_sin, interleaved)[0]
+
+
+def rotary(q: Tensor, k: Tensor, cos_sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     cos, sin = cos_sin[:, None].chunk(2, dim=-1)
     x, width = torch.cat((q, k), dim=1), cos_sin.shape[-1]
     turning, rest = x[..., :width], x[..., width:]

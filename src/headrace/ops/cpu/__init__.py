@@ -27,7 +27,7 @@ if LIBRARY is not None:
     from headrace.ops.cpu.moe import moe_packed, pack_experts, router_topk
     from headrace.ops.cpu.norm import layer_norm, rms_norm
     from headrace.ops.cpu.packing import embedding_packed, pack, pack_quantized, stored_dtype
-    from headrace.ops.cpu.rope import latent_kv, rotary, rotary_kv, write_kv
+    from headrace.ops.cpu.rope import latent_kv, rotary, rotary_kv, turn, write_kv
     from headrace.ops.cpu.sampling import log_probs, sample
 
     __all__ += [
@@ -60,5 +60,6 @@ if LIBRARY is not None:
         "sample",
         "sloped_attention",
         "stored_dtype",
+        "turn",
         "write_kv",
     ]

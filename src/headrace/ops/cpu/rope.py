@@ -1,4 +1,4 @@
-"""rotary, write_kv, rotary_kv, latent_kv: bindings of csrc/kernels/rope.cpp, one kernel for all."""
+"""turn, rotary, write_kv, rotary_kv, latent_kv: bindings of the one kernel in csrc/kernels/rope.cpp."""
 
 from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
 
@@ -33,15 +33,21 @@ class _RotaryKvArgs(Structure):
 _ROTARY_KV = Operator("rotary_kv", _RotaryKvArgs)
 
 
-def rotary(
-    q: Tensor, k: Tensor | None, cos_sin: Tensor, interleaved: bool
-) -> tuple[Tensor, Tensor | None]:
+def turn(x: Tensor, cos_sin: Tensor, interleaved: bool) -> Tensor:
+    args = _RotaryKvArgs(
+        k=_flat(x), cos_sin=rows(cos_sin), kv_heads=x.shape[1], interleaved=interleaved
+    )
+    _ROTARY_KV(args, Step(tokens=len(x)))
+    return x
+
+
+def rotary(q: Tensor, k: Tensor, cos_sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     args = _RotaryKvArgs(
         q=_flat(q),
-        k=Rows(dtype=DTYPES[q.dtype]) if k is None else _flat(k),
+        k=_flat(k),
         cos_sin=rows(cos_sin),
         heads=q.shape[1],
-        kv_heads=1 if k is None else k.shape[1],
+        kv_heads=k.shape[1],
         interleaved=interleaved,
     )
     _ROTARY_KV(args, Step(tokens=len(q)))
