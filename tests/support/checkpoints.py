@@ -354,7 +354,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
                 long_factor=[1.0 + 0.1 * i for i in range(8)],
                 short_mscale=1.1,
                 long_mscale=1.3,
-                original_max_position_embeddings=24,
+                original_max_position_embeddings=8,
             ),
         },
     ),

@@ -1,4 +1,4 @@
-"""turn, rotary, write_kv, rotary_kv, latent_kv: bindings of the one kernel in csrc/kernels/rope.cpp."""
+"""turn, rotary, write_kv, rotary_kv, latent_kv: bindings of one kernel, csrc/kernels/rope.cpp."""
 
 from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
 
