@@ -159,6 +159,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"head_dim": "absent", "pad_token_id": 0, "partial_rotary_factor": 0.5},
     ),
     "smollm3": ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 0, 1], "pad_token_id": 0}),
+    "ernie": ("Ernie4_5ForCausalLM", {"use_bias": True}),
     "granite": (
         "GraniteForCausalLM",
         {

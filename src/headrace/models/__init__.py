@@ -15,7 +15,7 @@ from headrace.layers.build import Build
 
 _CAUSAL = {
     "llama": "Llama Arcee Helium Mistral Ministral Qwen2 Qwen3 Phi3 InternLM2 InternLM3 Baichuan "
-    "SmolLM3 Granite MiniCPM Olmo Olmo2 Olmo3 Exaone4",
+    "SmolLM3 Ernie4_5 Granite MiniCPM Olmo Olmo2 Olmo3 Exaone4",
     "gemma": "Gemma Gemma2 Gemma3 Glm Glm4",
     "gpt": "GPTJ GPTNeoX Bloom Mpt OPT Falcon Phi StableLm Starcoder2 Nemotron Cohere Cohere2",
     "deepseek": "DeepseekV2 DeepseekV3 MiniCPM3",

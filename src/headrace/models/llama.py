@@ -171,6 +171,20 @@ class SmolLM3ForCausalLM(Decoder):
         return with_ropes(spec, [0 if turn else None for turn in turns])
 
 
+class Ernie4_5ForCausalLM(Decoder):
+    """ERNIE 4.5, the dense models: Llama whose rotary embedding turns neighbors."""
+
+    @staticmethod
+    def describe(info: ModelInfo) -> DecoderSpec:
+        bias = bool(info.text.get("use_bias", False))
+        return decoder(
+            info,
+            attention={"qkv_bias": bias, "out_bias": bias, "interleaved": True},
+            mlp={"bias": bias},
+            tied=bool(info.hf.get("tie_word_embeddings", True)),
+        )
+
+
 class GraniteForCausalLM(Decoder):
     """Granite 3: Llama with a multiplier at each place where scales are."""
 
