@@ -341,7 +341,7 @@ typedef struct {
 typedef struct {
   hr_rows x;
   hr_rows y;
-  const hr_weight* weights;  // [heads], of one shape and dtype
+  const hr_weight* weights;  // [heads], of one shape
   int64_t heads;
 } hr_heads_linear_args;
 

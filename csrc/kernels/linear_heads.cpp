@@ -9,7 +9,7 @@ namespace HR_NS {
 
 namespace {
 
-constexpr int64_t kMostRows = 256;  // of each head, laid out at once
+constexpr int64_t kMostRows = 96;  // of a head, laid out at once
 
 int64_t size_of(int32_t dtype) { return dtype == HR_F32 ? 4 : 2; }
 
@@ -29,42 +29,34 @@ void pass_on(const hr_rows& from, const hr_rows& to, int64_t first, int64_t coun
   }
 }
 
-void some_rows(const hr_heads_linear_args& args, int64_t row, int64_t rows) {
-  const int64_t in = args.weights[0].in, out = args.weights[0].out;
+// Rows [row, row + rows) of one head.
+void one_head(const hr_heads_linear_args& args, int64_t head, int64_t row, int64_t rows) {
+  const hr_weight& weight = args.weights[head];
   const int64_t from = args.x.columns / args.heads, to = args.y.columns / args.heads;
-  const Input one(rows, args.weights[0], args.x.dtype);
-  const Cut cut(one, args.weights[0]);
-  const int64_t bytes = one.bytes(), blocks = cut.count();
-  char* data = static_cast<char*>(hr::scratch(static_cast<size_t>(args.heads * bytes), 0));
-  const auto input_of = [&](int64_t head) {
-    Input input = one;
-    input.data = data + head * bytes;
-    return input;
-  };
-  hr::parallel(args.heads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t h = begin; h < end; ++h) {
-      lay_out(part_of(args.x, h * from, in), row, nullptr, input_of(h));
-      pass_on(part_of(args.x, h * from + in, from - in), part_of(args.y, h * to + out, to - out),
-              row, rows);
-    }
-  });
-  hr::parallel(args.heads * blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t h = i / blocks;
-      linear_block({part_of(args.x, h * from, in), part_of(args.y, h * to, out), args.weights[h],
-                    nullptr, 0, HR_TOKENS, hr_rows{}},
-                   input_of(h), cut.block(i % blocks), row);
-    }
-  });
+  const int64_t x = head * from, y = head * to;
+  Input input(rows, weight, args.x.dtype);
+  input.data = static_cast<char*>(hr::scratch(static_cast<size_t>(input.bytes()), 0));
+  lay_out(part_of(args.x, x, weight.in), row, nullptr, input);
+  const hr_linear_args product = {part_of(args.x, x, weight.in), part_of(args.y, y, weight.out),
+                                  weight, nullptr, 0, HR_TOKENS, hr_rows{}};
+  const Cut cut(input, weight);
+  for (int64_t i = 0; i < cut.count(); ++i) linear_block(product, input, cut.block(i), row);
+  pass_on(part_of(args.x, x + weight.in, from - weight.in),
+          part_of(args.y, y + weight.out, to - weight.out), row, rows);
 }
 
 }  // namespace
 
 static void heads_linear(const hr_heads_linear_args& args, const hr_step& step) {
-  for (int64_t row = 0; row < step.tokens; row += kMostRows) {
-    const int64_t left = step.tokens - row;
-    some_rows(args, row, left < kMostRows ? left : kMostRows);
-  }
+  const int64_t parts = (step.tokens + kMostRows - 1) / kMostRows;
+  const int64_t rows = step.tokens < kMostRows ? step.tokens : kMostRows;
+  const int64_t each = rows * args.weights[0].in * args.weights[0].out;  // multiplications
+  hr::parallel(args.heads * parts, 1 + (1 << 16) / (each + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i % parts * kMostRows, left = step.tokens - row;
+      one_head(args, i / parts, row, left < kMostRows ? left : kMostRows);
+    }
+  });
 }
 
 HR_OPERATOR(heads_linear, hr_heads_linear_args)

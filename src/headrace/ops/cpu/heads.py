@@ -22,7 +22,7 @@ _HEADS_LINEAR = Operator("heads_linear", _HeadsLinearArgs)
 
 
 def pack_heads(weights: Tensor) -> PackedHeads:
-    """In one memory and one type, as the kernel lays all heads out alike."""
+    """In one memory; panels that are not full are, with zeros, so that each head begins at one."""
     count, out_size, _ = weights.shape
     whole = pack(F.pad(weights, (0, 0, 0, -out_size % PANEL)).flatten(0, 1))
     return PackedHeads(
