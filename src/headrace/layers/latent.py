@@ -6,7 +6,7 @@ mixed values are computed on what is kept: the same arithmetic for prompts and f
 row never depends on how its sequence was cut.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ from headrace.layers.linear import ColumnLinear, RowLinear
 from headrace.layers.norm import Norm, NormSpec
 from headrace.ops.meta import KvCache
 from headrace.ops.packed import PackedHeads, PackedWeight
-from headrace.quant.base import Matrix, Part, Targets, cut_target, when_filled
+from headrace.quant.base import Part, Targets, when_filled
+from headrace.quant.dense import METHODS
 
 
 @dataclass(frozen=True)
@@ -112,12 +113,14 @@ class LatentAttention:
 class LatentUp:
     """kv_b_proj, by head: from a query into the latent space ("keys"), and from there to a value.
 
-    It stays a float matrix: products of one head are small.
+    It becomes floats whatever it is stored as, and is not quantized on load: one part of it is
+    needed turned, and the products of a head are small.
     """
 
     def __init__(self, spec: LatentSpec, rows: Cut, build: Build) -> None:
-        self.spec, self.rows = spec, rows
-        self.matrix = Matrix(rows.local, spec.rank, build.dtype)
+        self.spec, self.dtype = spec, build.dtype
+        exact = replace(build, quant=METHODS["none"])
+        self.linear = ColumnLinear((Part("kv_b_proj", rows),), spec.rank, exact)
         # Kind and number of a head -> its matrix; whoever saves and restores weights walks it.
         self.weights: dict[str, PackedWeight] = {}
         self._packed: dict[str, PackedHeads] = {}
@@ -125,18 +128,20 @@ class LatentUp:
     def packed(self, kind: str) -> PackedHeads:
         """All heads' "keys" [rank, plain_dim] or "values" [value_dim, rank]."""
         if kind not in self._packed:
-            count = self.rows.local // (self.spec.plain_dim + self.spec.value_dim)
+            rows = self.linear.shape.local_rows
+            count = rows // (self.spec.plain_dim + self.spec.value_dim)
             heads = tuple(self.weights[f"{kind}.{index}"] for index in range(count))
             self._packed[kind] = PackedHeads(heads)
         return self._packed[kind]
 
     def targets(self, prefix: str) -> Targets:
-        target = cut_target(self.matrix.open, self.rows, whole(self.spec.rank))
-        return when_filled({f"{prefix}kv_b_proj.weight": target}, self._pack)
+        return when_filled(self.linear.targets(prefix), self._split)
 
-    def _pack(self) -> None:
-        spec = self.spec
-        stacked = self.matrix.take().view(-1, spec.plain_dim + spec.value_dim, spec.rank)
+    def _split(self) -> None:
+        spec, whole_matrix = self.spec, self.linear.weights.pop("packed")
+        rows = torch.arange(self.linear.shape.local_rows)
+        values = ops.embedding_packed(rows, whole_matrix, self.dtype)
+        stacked = values.view(-1, spec.plain_dim + spec.value_dim, spec.rank)
         keys, up = torch.split(stacked, [spec.plain_dim, spec.value_dim], dim=1)
         for kind, weights in (("keys", keys.transpose(1, 2)), ("values", up)):
             packed = ops.pack_heads(weights.contiguous())

@@ -123,13 +123,10 @@ class Matrix:
 
     def pack(self, format: str = "", group: int = 0) -> PackedWeight:
         """The matrix in a format of `ops.pack`; the unpacked values go."""
-        return ops.pack(self.take(), format, group)
-
-    def take(self) -> Tensor:
-        """The values, for whoever packs them: they are held here no longer."""
         assert self._values is not None
-        values, self._values, self._packed = self._values, None, True
-        return values
+        packed = ops.pack(self._values, format, group)
+        self._values, self._packed = None, True
+        return packed
 
 
 def part_targets(
