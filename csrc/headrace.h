@@ -61,7 +61,7 @@ typedef struct {
 
 // ---- library ------------------------------------------------------------------------------------
 
-#define HR_ABI 6  // changes whenever a struct or a function here does
+#define HR_ABI 7  // changes whenever a struct or a function here does
 
 // What level HR_AMX needs, in the order in which it is looked for.
 typedef enum {
@@ -299,8 +299,9 @@ typedef struct {
 } hr_layer_norm_args;
 
 // rotary_kv: turns the heads of q and k in place by the angles of row i of cos_sin (cosines | sines,
-// fp32), then writes k and v to slot step.slots[i] of the caches. Without cos_sin nothing turns,
-// without keys nothing is written. (kernels/rope.cpp)
+// fp32), from element `first` of each head on, then writes k and v to slot step.slots[i] of the
+// caches. Without cos_sin nothing turns, without keys or values these are not written.
+// (kernels/rope.cpp)
 // A cache may be narrower than k and v. HR_F8 (e4m3): x / scale, rounded to nearest even, at most
 // 448 in size, one scale per cache. HR_I8: per token and KV head x * (127 / m), rounded the same,
 // where m is the largest |x| of the head, and m / 127 in `key_scales` or `value_scales`, which lie
@@ -316,6 +317,7 @@ typedef struct {
   float* value_scales;  // the same
   int64_t heads;
   int64_t kv_heads;
+  int64_t first;
   float key_scale;  // read for HR_F8 alone
   float value_scale;
   int32_t cache_dtype;
@@ -326,7 +328,9 @@ typedef struct {
 // equals; ids int32 [tokens, top_k], weights fp32 [tokens, top_k]: softmax over all experts (or the
 // sigmoid of each), divided by the sum of those chosen if `renormalize`, times `scale`. A bias is
 // added to the scores for the choice alone. Of more than one group of equal size only the
-// `top_groups` are chosen from whose `group_best` best scores have the largest sum. (kernels/moe.cpp)
+// `top_groups` are chosen from whose `group_best` best scores have the largest sum. With a `jitter`
+// above 0 it is SparseMixer instead: each expert chosen is weighed against those not chosen before
+// it whose distance to it is at most 2 * jitter of the larger in size. (kernels/moe.cpp)
 #define HR_MOST_GROUPS 64
 typedef struct {
   hr_rows logits;
@@ -340,11 +344,13 @@ typedef struct {
   int32_t renormalize;
   int32_t sigmoid;
   float scale;
+  float jitter;
 } hr_router_args;
 
 // moe: y[i] = sum over r of weights[i][r] * expert ids[i][r] of x[i], in the order of r, in fp32. An
 // expert is gated_linear, then linear with `down`, each rounded to x's dtype; weights are of any dtype
-// that a linear_* operator reads.
+// that a linear_* operator reads. With `on_input` x is multiplied with the weight instead, and
+// rounded, before the expert sees it.
 typedef struct {
   hr_rows x;
   hr_rows y;
@@ -361,18 +367,30 @@ typedef struct {
   int32_t activation;
   float alpha;
   float limit;
+  int32_t on_input;
 } hr_moe_args;
 
+// heads_linear: of each head's elements of x the first `in` go through the head's own weight, and
+// the others follow what came out as they are: x [tokens, heads * (in + rest)], y [tokens,
+// heads * (out + rest)], of one dtype. (kernels/linear_heads.cpp)
+typedef struct {
+  hr_rows x;
+  hr_rows y;
+  const hr_weight* weights;  // [heads], of one shape
+  int64_t heads;
+} hr_heads_linear_args;
+
 // paged_attention: see headrace.ops. (kernels/attention.cpp)
-#define HR_MOST_HEAD_DIM 512
+#define HR_MOST_HEAD_DIM 1024
 typedef struct {
   hr_rows q;           // [tokens, heads * head_dim]
-  hr_rows out;         // the same
+  hr_rows out;         // the same; narrower if a value is the beginning of its key
   const void* keys;    // [pages, page_size, kv_heads, head_dim]
-  const void* values;  // the same
+  const void* values;  // the same; `keys` where `out` is narrower
   const float* key_scales;  // HR_I8: [pages, page_size, kv_heads], see rotary_kv
   const float* value_scales;
   const float* sinks;  // [heads] or null
+  const float* slopes;  // [heads] or null: a score gets slope * (position of key - of query)
   int64_t heads;
   int64_t kv_heads;
   int64_t page_size;
@@ -383,6 +401,7 @@ typedef struct {
   float value_scale;
   int32_t cache_dtype;
   int32_t both_ways;  // a query also sees the positions after its own, to the end of its chunk
+  int32_t in_chunks;  // `window` cuts the sequence into chunks, and a query sees its own chunk
 } hr_attention_args;
 
 // sample: the next token of each of step.tokens rows (kernels/sample.cpp). The fields are those of

@@ -46,7 +46,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("case", ["llama-tied", "llama-bias", "qwen3", "qwen2-moe", "gpt2"])
+CASES = ["llama-tied", "llama-bias", "qwen3", "qwen2-moe", "gpt2", "deepseek-v3", "bloom"]
+
+
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("quantization", ["none", "int8", "int4", "fp8"])
 def test_a_second_load_maps_the_same_weights(tmp_path: Path, case: str, quantization: str) -> None:
     dtype = torch.bfloat16 if case == "llama-bias" else torch.float32

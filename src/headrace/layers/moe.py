@@ -39,7 +39,8 @@ class MoESpec:
 
     `router_bias`: its logits have one; `expert_bias`: each matrix of an expert has one. Where an
     activation is `clamped`, the other one does not count. `shared`: inner size of the block that
-    every token takes, 0 for none; `shared_gate`: the token decides how much of it.
+    every token takes, 0 for none; `shared_gate`: the token decides how much of it. `on_input`:
+    weights are on what experts see, not on what they give.
     """
 
     experts: int
@@ -52,6 +53,7 @@ class MoESpec:
     router_bias: bool = False
     expert_bias: bool = False
     clamped: ClampedSwiglu | None = None
+    on_input: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.router.top_k <= self.experts:
@@ -253,7 +255,9 @@ class MoE:
 
     def __call__(self, x: Tensor) -> Tensor:
         ids, weights = ops.router_topk(self.router(x), self.spec.router, self.bias)
-        y = ops.moe_packed(x, self.experts.packed, ids, weights, self.activation)
+        y = ops.moe_packed(
+            x, self.experts.packed, ids, weights, self.activation, self.spec.on_input
+        )
         y = self.group.all_reduce(y)
         if self.shared is None:
             return y

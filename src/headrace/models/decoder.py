@@ -19,6 +19,7 @@ from headrace.layers.batch import ForwardBatch
 from headrace.layers.build import Build
 from headrace.layers.embedding import LMHead, PositionEmbedding, VocabEmbedding
 from headrace.layers.kv_scale import with_kv_scales
+from headrace.layers.latent import LatentAttention, LatentSpec
 from headrace.layers.mlp import MLP
 from headrace.layers.moe import MoE, MoESpec
 from headrace.layers.norm import Norm, NormSpec
@@ -53,7 +54,11 @@ class DecoderLayer:
         self.norms = [
             (name, Norm(hidden, norm, build) if name else None) for name in _NORMS[spec.wiring]
         ]
-        self.attention = Attention(spec.attention, build.at("self_attn"))
+        self.attention = (
+            LatentAttention(spec.attention, build.at("self_attn"))
+            if isinstance(spec.attention, LatentSpec)
+            else Attention(spec.attention, build.at("self_attn"))
+        )
         self.mlp = (
             MoE(hidden, spec.mlp, build.at("mlp"))
             if isinstance(spec.mlp, MoESpec)
@@ -111,6 +116,7 @@ class Decoder(ABC):
             if spec.positions
             else None
         )
+        self.embedding_norm = Norm(hidden, spec.norm, build) if spec.embedding_norm else None
         self.layers = [
             DecoderLayer(layer, spec.norm, build.at(f"model.layers.{index}"))
             for index, layer in enumerate(spec.layers)
@@ -135,6 +141,8 @@ class Decoder(ABC):
 
     def _embed(self, batch: ForwardBatch) -> Tensor:
         x, scale = self.embedding(batch.ids), self.spec.embedding_scale
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
         if self.positions is not None:
             return ops.combine(x, self.positions(batch.positions), a=scale)
         return x if scale == 1.0 else ops.combine(x, a=scale)
@@ -161,11 +169,10 @@ class Decoder(ABC):
 
     def kv_scales(self) -> list[tuple[float, float]]:
         """What a stored 1 means in an fp8 cache: keys and values of each layer."""
-        pairs = (layer.attention.kv_scale.tolist() for layer in self.layers)
-        return [(keys, values) for keys, values in pairs]
+        return [layer.attention.kv_scales() for layer in self.layers]
 
     def set_kv_scale(self, layer: int, scale: float) -> None:
-        self.layers[layer].attention.kv_scale.fill_(scale)
+        self.layers[layer].attention.set_kv_scale(scale)
 
     def prefix_scope(self, prompt_len: int) -> str:
         return "".join(prefix_scope(rope.spec, prompt_len) for rope in self.ropes)
@@ -187,6 +194,8 @@ class Decoder(ABC):
         found = self.embedding.targets("model.embed_tokens")
         if self.positions is not None:
             found |= self.positions.targets("model.embed_positions")
+        if self.embedding_norm is not None:
+            found |= self.embedding_norm.targets("model.embed_norm")
         for index, layer in enumerate(self.layers):
             found |= layer.targets(f"model.layers.{index}.")
         return found | self.norm.targets("model.norm") | self.head.targets("lm_head")

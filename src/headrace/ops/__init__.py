@@ -16,7 +16,7 @@ from torch import Tensor
 from headrace.ops import cpu, ref
 from headrace.ops.experts import ClampedSwiglu, PackedExperts, RouterSpec
 from headrace.ops.meta import AttentionMeta, KvCache
-from headrace.ops.packed import PackedWeight
+from headrace.ops.packed import PackedHeads, PackedWeight
 from headrace.ops.sampling import LogProbs, Sampled, SampleTable
 
 Activation = Literal["silu", "gelu_tanh", "gelu_erf", "relu", "relu_squared"]
@@ -61,10 +61,14 @@ _columns: Callable[..., Tensor] = _best("columns")
 _rms_norm: Callable[..., tuple[Tensor, Tensor]] = _best("rms_norm")
 _layer_norm: Callable[..., Tensor] = _best("layer_norm")
 _rotary_table: Callable[..., Tensor] = _best("rotary_table")
+_turn: Callable[..., Tensor] = _best("turn")
 _rotary: Callable[..., tuple[Tensor, Tensor]] = _best("rotary")
 _write_kv: Callable[..., None] = _best("write_kv")
 _rotary_kv: Callable[..., Tensor] = _best("rotary_kv")
+_latent_kv: Callable[..., Tensor] = _best("latent_kv")
 _paged_attention: Callable[..., Tensor] = _best("paged_attention")
+_chunked_attention: Callable[..., Tensor] = _best("chunked_attention")
+_sloped_attention: Callable[..., Tensor] = _best("sloped_attention")
 _gated: Callable[..., Tensor] = _best("gated")
 _activate: Callable[..., Tensor] = _best("activate")
 _logits: Callable[..., Tensor] = _best("logits")
@@ -80,6 +84,8 @@ _logits_packed: Callable[..., Tensor] = _best("logits_packed")
 _embedding_packed: Callable[..., Tensor] = _best("embedding_packed")
 _gated_packed: Callable[..., Tensor] = _best("gated_packed")
 _router_topk: Callable[..., tuple[Tensor, Tensor]] = _best("router_topk")
+_pack_heads: Callable[..., PackedHeads] = _best("pack_heads")
+_heads_linear: Callable[..., Tensor] = _best("heads_linear")
 _pack_experts: Callable[..., PackedExperts] = _best("pack_experts")
 _moe_packed: Callable[..., Tensor] = _best("moe_packed")
 
@@ -137,11 +143,11 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     return _layer_norm(x, weight, bias, eps)
 
 
-def rotary_table(positions: Tensor, inv_freq: Tensor, scale: float = 1.0) -> Tensor:
+def rotary_table(positions: Tensor, inv_freq: Tensor, scale: float | Tensor = 1.0) -> Tensor:
     """Cosines, then sines, of position * frequency, times `scale`.
 
-    positions int64 [tokens], inv_freq fp32 [rotary_dim / 2] or [tokens, rotary_dim / 2]
-    -> fp32 [tokens, rotary_dim].
+    positions int64 [tokens], inv_freq fp32 [rotary_dim / 2] or [tokens, rotary_dim / 2], scale a
+    number or fp64 [tokens, 1] -> fp32 [tokens, rotary_dim].
     """
     return _rotary_table(positions, inv_freq, scale)
 
@@ -158,8 +164,13 @@ def rotary(
     return _rotary(q, k, cos_sin, interleaved)
 
 
-def write_kv(k: Tensor, v: Tensor, cache: KvCache, slots: Tensor) -> None:
-    """Put k, v [tokens, kv_heads, dim] into a cache, rounded to its dtype.
+def turn(x: Tensor, cos_sin: Tensor, interleaved: bool = False) -> Tensor:
+    """`rotary` of one x [tokens, heads, dim] alone."""
+    return _turn(x, cos_sin, interleaved)
+
+
+def write_kv(k: Tensor, v: Tensor | None, cache: KvCache, slots: Tensor) -> None:
+    """Put k, v [tokens, kv_heads, dim] into a cache, rounded to its dtype; k alone if it is latent.
 
     slots int64 [tokens] = page * page_size + offset, without duplicates. float8_e4m3fn takes at
     most 448 times its scale in size.
@@ -180,6 +191,26 @@ def rotary_kv(
     return _rotary_kv(q, k, v, cos_sin, cache, slots, interleaved)
 
 
+def latent_kv(
+    q: Tensor,
+    kv: Tensor,
+    weight: Tensor,
+    eps: float,
+    cos_sin: Tensor,
+    cache: KvCache,
+    slots: Tensor,
+    interleaved: bool = False,
+) -> Tensor:
+    """What multi-head latent attention (arXiv 2405.04434) keeps, into a latent cache: the turned q.
+
+    kv [tokens, rank + turned]: its first `rank` elements are normalized as by `rms_norm` with
+    weight [rank]; the others, and those past `rank` of each head of q [tokens, heads, rank +
+    turned], are turned by cos_sin fp32 [tokens, turned] as by `rotary`. Use the result only: an
+    implementation may overwrite q and kv.
+    """
+    return _latent_kv(q, kv, weight, eps, cos_sin, cache, slots, interleaved)
+
+
 def paged_attention(
     q: Tensor,
     cache: KvCache,
@@ -193,8 +224,8 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention of each token to its own sequence, for any mix of chunks.
 
-    q [tokens, heads, dim], heads a multiple of the cache's kv_heads -> [tokens, heads, dim]. The
-    keys of these tokens are already in the cache, and are read from there. A query at
+    q [tokens, heads, dim], heads a multiple of the cache's kv_heads -> [tokens, heads, a value's
+    dim]. The keys of these tokens are already in the cache, and are read from there. A query at
     position p sees positions <= p, and only those > p - window if window > 0. Scores become
     soft_cap * tanh(score / soft_cap) if soft_cap > 0. `sinks` [heads] are extra logits in the
     softmax that carry no value. Softmax in fp32. Without `causal` a query sees all `context` tokens
@@ -215,6 +246,23 @@ def paged_attention(
 def columns(x: Tensor, order: Tensor) -> Tensor:
     """x [tokens, n], order int64 [m] of 0..n-1 -> column order[j] of x at j, [tokens, m]."""
     return _columns(x, order)
+
+
+def chunked_attention(
+    q: Tensor, cache: KvCache, meta: AttentionMeta, *, scale: float, size: int
+) -> Tensor:
+    """`paged_attention` in which a query at p sees positions from p // size * size to p."""
+    return _chunked_attention(q, cache, meta, scale=scale, size=size)
+
+
+def sloped_attention(
+    q: Tensor, cache: KvCache, meta: AttentionMeta, *, scale: float, slopes: Tensor
+) -> Tensor:
+    """`paged_attention` in which a score gets slope * (position of the key - that of the query).
+
+    `slopes` fp32 [heads] (ALiBi, arXiv 2108.12409).
+    """
+    return _sloped_attention(q, cache, meta, scale=scale, slopes=slopes)
 
 
 def gated(x: Tensor, activation: Gating) -> Tensor:
@@ -351,17 +399,36 @@ def router_topk(
     return _router_topk(logits, spec, bias)
 
 
+def pack_heads(weights: Tensor) -> PackedHeads:
+    """weights [heads, out, in]: a matrix for each head; see `pack`."""
+    return _pack_heads(weights)
+
+
+def heads_linear(x: Tensor, weights: PackedHeads) -> Tensor:
+    """`linear` of the first `in` elements of each head with the head's own matrix.
+
+    x [tokens, heads, in + rest] -> [tokens, heads, out + rest]; the rest follows as it is.
+    """
+    return _heads_linear(x, weights)
+
+
 def pack_experts(gate_up: Tensor, down: Tensor) -> PackedExperts:
     """gate_up [experts, gate rows | up rows, hidden], down [experts, hidden, inner]: see `pack`."""
     return _pack_experts(gate_up, down)
 
 
 def moe_packed(
-    x: Tensor, experts: PackedExperts, ids: Tensor, weights: Tensor, activation: Gating
+    x: Tensor,
+    experts: PackedExperts,
+    ids: Tensor,
+    weights: Tensor,
+    activation: Gating,
+    on_input: bool = False,
 ) -> Tensor:
     """Gated feed-forward blocks of the chosen experts, weighted and summed in the order of choice.
 
     x [tokens, hidden], ids and weights as from `router_topk` -> [tokens, hidden]. Each expert's
-    output is rounded to x's dtype; the sum is in fp32 and rounded once.
+    output is rounded to x's dtype; the sum is in fp32 and rounded once. With `on_input` x is
+    weighted, and rounded, instead of what comes out.
     """
-    return _moe_packed(x, experts, ids, weights, activation)
+    return _moe_packed(x, experts, ids, weights, activation, on_input)

@@ -18,6 +18,10 @@ class RouterSpec:
     Scores are the softmax over all experts, or the `sigmoid` of each. Of more than one of `groups`
     only the `top_groups` are chosen from whose `group_best` best scores have the largest sum. The
     weights are the scores, divided by their sum if `renormalize`, times `scale`.
+
+    With a `jitter` above 0 it is the SparseMixer of arXiv 2409.12136 as it is used after training:
+    the best expert's weight is its share of a softmax over the experts whose logit is at most
+    2 * jitter * max(|logit|, best) below the best one, and so on with those that are left.
     """
 
     top_k: int
@@ -27,6 +31,7 @@ class RouterSpec:
     top_groups: int = 1
     group_best: int = 1
     scale: float = 1.0
+    jitter: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ Made once by `ops.pack`, which is free to change layout, and type if asked to qu
 `ops.pack_quantized`. Only the implementation that made it understands `data`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,6 +66,17 @@ def format_of(weight: Tensor) -> str:
 
 
 FLOAT_FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, eq=False)
+class PackedHeads:
+    """A matrix of one shape for each head, made once by `ops.pack_heads`.
+
+    `handles`: what implementations keep beside them.
+    """
+
+    heads: tuple[PackedWeight, ...]
+    handles: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,12 +13,18 @@ from torch import Tensor
 from headrace.ops import ref_lowbit
 from headrace.ops.experts import ClampedSwiglu, PackedExperts, RouterSpec
 from headrace.ops.meta import KvCache
-from headrace.ops.packed import FLOAT_FORMATS, PackedWeight, check_quantized, format_of
-from headrace.ops.ref_attention import paged_attention, write_kv
+from headrace.ops.packed import FLOAT_FORMATS, PackedHeads, PackedWeight, check_quantized, format_of
+from headrace.ops.ref_attention import (
+    chunked_attention,
+    paged_attention,
+    sloped_attention,
+    write_kv,
+)
 from headrace.ops.ref_sampling import log_probs, sample
 
 __all__ = [
     "activate",
+    "chunked_attention",
     "columns",
     "combine",
     "embedding",
@@ -26,6 +32,8 @@ __all__ = [
     "gated",
     "gated_packed",
     "gather",
+    "heads_linear",
+    "latent_kv",
     "layer_norm",
     "linear",
     "linear_packed",
@@ -37,6 +45,7 @@ __all__ = [
     "moe_packed",
     "pack",
     "pack_experts",
+    "pack_heads",
     "pack_quantized",
     "paged_attention",
     "position_embedding",
@@ -46,7 +55,9 @@ __all__ = [
     "rotary_table",
     "router_topk",
     "sample",
+    "sloped_attention",
     "stored_dtype",
+    "turn",
     "write_kv",
 ]
 
@@ -102,11 +113,15 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-def rotary_table(positions: Tensor, inv_freq: Tensor, scale: float) -> Tensor:
+def rotary_table(positions: Tensor, inv_freq: Tensor, scale: float | Tensor) -> Tensor:
     # The angle is an fp32 product, as models were trained. Its sine and cosine are taken in fp64,
     # so that rounding to fp32 hides where in a vector register an element happened to sit.
     angle = (positions[:, None].float() * inv_freq).double()
     return (torch.cat((angle.cos(), angle.sin()), dim=-1) * scale).float()
+
+
+def turn(x: Tensor, cos_sin: Tensor, interleaved: bool) -> Tensor:
+    return rotary(x, x[:, :0], cos_sin, interleaved)[0]
 
 
 def rotary(q: Tensor, k: Tensor, cos_sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
@@ -135,6 +150,23 @@ def rotary_kv(
     q, k = rotary(q, k, cos_sin, interleaved)
     write_kv(k, v, cache, slots)
     return q
+
+
+def latent_kv(
+    q: Tensor,
+    kv: Tensor,
+    weight: Tensor,
+    eps: float,
+    cos_sin: Tensor,
+    cache: KvCache,
+    slots: Tensor,
+    interleaved: bool,
+) -> Tensor:
+    rank = len(weight)
+    q_rest, k_rest = rotary(q[..., rank:], kv[:, None, rank:], cos_sin, interleaved)
+    latent, _ = rms_norm(kv[:, :rank], weight, eps, None)
+    write_kv(torch.cat((latent[:, None], k_rest), dim=-1), None, cache, slots)
+    return torch.cat((q[..., :rank], q_rest), dim=-1)
 
 
 def columns(x: Tensor, order: Tensor) -> Tensor:
@@ -227,8 +259,22 @@ def embedding_packed(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> T
     return embedding(ids, weight.data).to(dtype)
 
 
+def pack_heads(weights: Tensor) -> PackedHeads:
+    return PackedHeads(tuple(map(pack, weights)))
+
+
+def heads_linear(x: Tensor, weights: PackedHeads) -> Tensor:
+    size = weights.heads[0].in_size
+    made = [
+        linear_packed(x[:, head, :size], weight, None) for head, weight in enumerate(weights.heads)
+    ]
+    return torch.cat((torch.stack(made, dim=1), x[..., size:]), dim=-1)
+
+
 def router_topk(logits: Tensor, spec: RouterSpec, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     logits = logits.float()
+    if spec.jitter > 0:
+        return _mixed_sparsely(logits, spec)
     scores = logits.sigmoid() if spec.sigmoid else logits.softmax(dim=-1)
     keys = logits if bias is None else scores + bias
     if spec.groups > 1:
@@ -241,6 +287,17 @@ def router_topk(logits: Tensor, spec: RouterSpec, bias: Tensor | None) -> tuple[
     if spec.renormalize:
         weights = weights / weights.sum(dim=-1, keepdim=True)
     return order.int(), weights * spec.scale
+
+
+def _mixed_sparsely(logits: Tensor, spec: RouterSpec) -> tuple[Tensor, Tensor]:
+    left, ids, weights = logits, [], []
+    for _ in range(spec.top_k):
+        best, chosen = left.max(dim=-1, keepdim=True)
+        far = (best - logits) / logits.abs().maximum(best) > 2 * spec.jitter
+        weights.append(left.masked_fill(far, float("-inf")).softmax(dim=-1).gather(1, chosen))
+        ids.append(chosen)
+        left = left.scatter(1, chosen, float("-inf"))
+    return torch.cat(ids, dim=1).int(), torch.cat(weights, dim=1) * spec.scale
 
 
 def _largest(keys: Tensor, count: int) -> Tensor:
@@ -260,6 +317,7 @@ def moe_packed(
     ids: Tensor,
     weights: Tensor,
     activation: str | ClampedSwiglu,
+    on_input: bool = False,
 ) -> Tensor:
     chosen = x.new_zeros(*ids.shape, experts.downs[0].out_size)
     for index, (gate, up, down) in enumerate(
@@ -268,10 +326,15 @@ def moe_packed(
         tokens, place = (ids == index).nonzero(as_tuple=True)
         if not len(tokens):
             continue
+        given = x[tokens]
+        if on_input:
+            given = (weights[tokens, place, None] * given).to(x.dtype)
         biases = experts.gate_up_bias, experts.down_bias
         first, second = (None if bias is None else bias[index].to(x.dtype) for bias in biases)
-        inner = gated(linear_parts(x[tokens], (gate, up), first), activation)
+        inner = gated(linear_parts(given, (gate, up), first), activation)
         chosen[tokens, place] = linear_packed(inner, down, second)
+    if on_input:
+        weights = torch.ones_like(weights)
     y = torch.zeros(chosen.shape[::2])
     for weight, output in zip(weights.unbind(1), chosen.unbind(1), strict=True):
         y += weight[:, None] * output

@@ -30,6 +30,7 @@ class _RouterArgs(Structure):
         ("renormalize", c_int32),
         ("sigmoid", c_int32),
         ("scale", c_float),
+        ("jitter", c_float),
     )
 
 
@@ -50,6 +51,7 @@ class _MoeArgs(Structure):
         ("activation", c_int32),
         ("alpha", c_float),
         ("limit", c_float),
+        ("on_input", c_int32),
     )
 
 
@@ -74,6 +76,7 @@ def router_topk(logits: Tensor, spec: RouterSpec, bias: Tensor | None) -> tuple[
         spec.renormalize,
         spec.sigmoid,
         spec.scale,
+        spec.jitter,
     )
     _ROUTER(args, Step(tokens=len(logits)))
     return ids, weights
@@ -118,6 +121,7 @@ def moe_packed(
     ids: Tensor,
     weights: Tensor,
     activation: str | ClampedSwiglu,
+    on_input: bool = False,
 ) -> Tensor:
     if x.shape[1] != experts.gates[0].in_size:
         raise ValueError(f"x has {x.shape[1]} columns, experts {experts.gates[0].in_size} inputs")
@@ -135,6 +139,7 @@ def moe_packed(
         experts.downs[0].in_size,
         ids.shape[1],
         *activation_args(activation),
+        on_input,
     )
     _MOE(args, Step(tokens=len(x)))
     return y
