@@ -15,7 +15,17 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)
 
-typedef enum { HR_F32 = 0, HR_BF16 = 1, HR_F16 = 2, HR_I8 = 3, HR_F8 = 4, HR_I4 = 5 } hr_dtype;
+typedef enum {
+  HR_F32 = 0,
+  HR_BF16 = 1,
+  HR_F16 = 2,
+  HR_I8 = 3,
+  HR_F8 = 4,
+  HR_I4 = 5,
+  HR_G8 = 6,  // int8 in groups
+  HR_MX4 = 7,  // e2m1 in groups, mxfp4
+  HR_T4 = 8    // places in a table of 16 numbers, in groups
+} hr_dtype;
 
 typedef enum {
   HR_PORTABLE = 0,
@@ -51,7 +61,7 @@ typedef struct {
 
 // ---- library ------------------------------------------------------------------------------------
 
-#define HR_ABI 5  // changes whenever a struct or a function here does
+#define HR_ABI 7  // changes whenever a struct or a function here does
 
 // What level HR_AMX needs, in the order in which it is looked for.
 typedef enum {
@@ -118,22 +128,27 @@ typedef struct {
 //   i8  [in / 4, up][HR_PANEL][4 inputs] of value + 128; `scales` [out, up to HR_PANEL]
 //   i4  [in / group, up] of (scale f16 [HR_PANEL], and what hr_scaling adds;
 //       [group / 8][HR_PANEL][4] bytes, byte i: input i in the low half, input 4 + i in the high)
+//   mx4 the same, of codes; scale / 2 as bf16 [HR_PANEL]
+//   g8  the same, but [group / 4][HR_PANEL][4 inputs] of value + 128
 //   f8  [in][HR_PANEL] of e4m3; `scales` [in / group, up, or 1][out, up to HR_PANEL]
+//   t4  [in][HR_PANEL / 2] bytes, byte j: output j in the low half, 16 + j in the high; `scales` as
+//       f8; before all panels the table, f32 [16]
 typedef struct {
   void* data;
-  const float* scales;  // fp32, of i8 and f8 alone
+  const float* scales;  // fp32, of i8, f8 and t4 alone
   int64_t out;
   int64_t in;
   int32_t dtype;    // hr_dtype
-  int32_t group;    // inputs per scale, i4: 16, 32, 64 or 128, f8: 128; 0: one scale per output
-  int32_t scaling;  // hr_scaling, of i4
+  int32_t group;    // inputs per scale, i4, g8, mx4, t4: 16, 32, 64, 128, f8: 128; 0: one per output
+  int32_t scaling;  // hr_scaling, of i4 and g8
 } hr_weight;
 
-// What an unsigned value of 4 bits stands for, and what lies beside the scales of its group.
+// What a value q of 0..15, or -128..127, stands for, and what lies beside the scales of its group.
 typedef enum {
-  HR_SYMMETRIC = 0,  // scale * (q - 8)
+  HR_SYMMETRIC = 0,  // scale * (q - 8), scale * q of 8 bits
   HR_ZEROS = 1,      // scale * (q - zero), zero f16 [HR_PANEL]
-  HR_OFFSETS = 2     // scale * q - offset, scale and offset both f32 [HR_PANEL]
+  HR_OFFSETS = 2,    // scale * q - offset, scale and offset both f32 [HR_PANEL]
+  HR_WIDE = 3        // of 8 bits: scale * q, scale f32 [HR_PANEL]
 } hr_scaling;
 
 #define HR_PANEL 32
@@ -149,18 +164,19 @@ typedef struct {
 
 // pack_int8, pack_int4, pack_fp8: fill `weight.data` from `source` [out, in]. Where that is a float
 // matrix (not for fp8) it is quantized as headrace.ops.ref defines. Else it holds bytes: signed
-// values, values of 0..15, or e4m3.
+// values, values of 0..15, codes of e2m1, or e4m3. pack_int4 also fills g8 and mx4, pack_fp8 t4.
 typedef struct {
   hr_rows source;
   hr_weight weight;
-  float* scales;         // i8: [out], written when quantizing; i4: [out, in / group, up], read
-  const float* offsets;  // i4: as `scales`; null where symmetric
+  float* scales;         // i8: [out], written when quantizing; else: [out, in / group, up], read
+  const float* offsets;  // i4, g8: as `scales`; null where symmetric; t4: the table
 } hr_pack_lowbit_args;
 
 // linear: y = x W^T + bias + residual; x and y fp32, bf16 or f16, sums in fp32, rounded once.
 // (kernels/linear.cpp)
 // linear_int8, linear_int4: x is quantized to 8 bits per row, or per row and group of inputs, and
-// multiplied in integers; linear_fp8: weights are widened to fp32. (kernels/linear_*.cpp)
+// multiplied in integers; linear_fp8: weights are widened to fp32. linear_int4 also reads g8 and mx4,
+// linear_fp8 t4. (kernels/linear_*.cpp)
 typedef struct {
   hr_rows x;
   hr_rows y;
@@ -181,6 +197,8 @@ typedef struct {
   const void* bias;  // [gate's, then up's] or null
   int32_t bias_dtype;
   int32_t activation;
+  float alpha;  // of HR_SWIGLU_CLAMPED
+  float limit;
 } hr_gated_linear_args;
 
 // unpack, unpack_int8, unpack_int4, unpack_fp8: rows step.ids of a packed weight, y [tokens, in] of
@@ -214,6 +232,13 @@ typedef struct {
   float limit;
 } hr_combine_args;
 
+// columns: y[i][j] = x[i][order[j]] for the step's tokens; same dtype.
+typedef struct {
+  hr_rows x;
+  hr_rows y;
+  const int64_t* order;  // [y.columns]
+} hr_columns_args;
+
 // gather: y[i] = x[step.picks[i]] for the step's tokens; same dtype and columns.
 typedef struct {
   hr_rows x;
@@ -229,18 +254,22 @@ typedef struct {
   int64_t words;         // at least columns / 32, rounded up
 } hr_mask_logits_args;
 
-// gated: y = act(gate) * up, where x = gate | up; y = act(x) if x is as wide as y.
+// gated: y = act(gate) * up, where x = gate | up; y = act(x) if x is as wide as y. The clamped one is
+// g * sigmoid(alpha * g) * (u + 1), where g = min(gate, limit), u = up clipped to [-limit, limit].
 typedef enum {
   HR_SILU = 0,
   HR_GELU_TANH = 1,
   HR_GELU_ERF = 2,
   HR_RELU = 3,
-  HR_RELU_SQUARED = 4
+  HR_RELU_SQUARED = 4,
+  HR_SWIGLU_CLAMPED = 5  // gated alone
 } hr_activation;
 typedef struct {
   hr_rows x;
   hr_rows y;
   int32_t activation;
+  float alpha;
+  float limit;
 } hr_gated_args;
 
 // rms_norm: of each of `parts` equal parts of a row. `residual` may have no data: then nothing is
@@ -270,8 +299,9 @@ typedef struct {
 } hr_layer_norm_args;
 
 // rotary_kv: turns the heads of q and k in place by the angles of row i of cos_sin (cosines | sines,
-// fp32), then writes k and v to slot step.slots[i] of the caches. Without cos_sin nothing turns,
-// without keys nothing is written. (kernels/rope.cpp)
+// fp32), from element `first` of each head on, then writes k and v to slot step.slots[i] of the
+// caches. Without cos_sin nothing turns, without keys or values these are not written.
+// (kernels/rope.cpp)
 // A cache may be narrower than k and v. HR_F8 (e4m3): x / scale, rounded to nearest even, at most
 // 448 in size, one scale per cache. HR_I8: per token and KV head x * (127 / m), rounded the same,
 // where m is the largest |x| of the head, and m / 127 in `key_scales` or `value_scales`, which lie
@@ -287,6 +317,7 @@ typedef struct {
   float* value_scales;  // the same
   int64_t heads;
   int64_t kv_heads;
+  int64_t first;
   float key_scale;  // read for HR_F8 alone
   float value_scale;
   int32_t cache_dtype;
@@ -297,7 +328,9 @@ typedef struct {
 // equals; ids int32 [tokens, top_k], weights fp32 [tokens, top_k]: softmax over all experts (or the
 // sigmoid of each), divided by the sum of those chosen if `renormalize`, times `scale`. A bias is
 // added to the scores for the choice alone. Of more than one group of equal size only the
-// `top_groups` are chosen from whose `group_best` best scores have the largest sum. (kernels/moe.cpp)
+// `top_groups` are chosen from whose `group_best` best scores have the largest sum. With a `jitter`
+// above 0 it is SparseMixer instead: each expert chosen is weighed against those not chosen before
+// it whose distance to it is at most 2 * jitter of the larger in size. (kernels/moe.cpp)
 #define HR_MOST_GROUPS 64
 typedef struct {
   hr_rows logits;
@@ -311,10 +344,13 @@ typedef struct {
   int32_t renormalize;
   int32_t sigmoid;
   float scale;
+  float jitter;
 } hr_router_args;
 
 // moe: y[i] = sum over r of weights[i][r] * expert ids[i][r] of x[i], in the order of r, in fp32. An
-// expert is gated_linear, then linear with `down`, each rounded to x's dtype.
+// expert is gated_linear, then linear with `down`, each rounded to x's dtype; weights are of any dtype
+// that a linear_* operator reads. With `on_input` x is multiplied with the weight instead, and
+// rounded, before the expert sees it.
 typedef struct {
   hr_rows x;
   hr_rows y;
@@ -323,21 +359,38 @@ typedef struct {
   const hr_weight* gates;  // [experts], as ups and downs
   const hr_weight* ups;
   const hr_weight* downs;
+  const float* gate_up_bias;  // [experts, gate | up] or null
+  const float* down_bias;     // [experts, hidden] or null
   int64_t experts;
+  int64_t inner;
   int64_t top_k;
-  int64_t activation;
+  int32_t activation;
+  float alpha;
+  float limit;
+  int32_t on_input;
 } hr_moe_args;
 
+// heads_linear: of each head's elements of x the first `in` go through the head's own weight, and
+// the others follow what came out as they are: x [tokens, heads * (in + rest)], y [tokens,
+// heads * (out + rest)], of one dtype. (kernels/linear_heads.cpp)
+typedef struct {
+  hr_rows x;
+  hr_rows y;
+  const hr_weight* weights;  // [heads], of one shape
+  int64_t heads;
+} hr_heads_linear_args;
+
 // paged_attention: see headrace.ops. (kernels/attention.cpp)
-#define HR_MOST_HEAD_DIM 512
+#define HR_MOST_HEAD_DIM 1024
 typedef struct {
   hr_rows q;           // [tokens, heads * head_dim]
-  hr_rows out;         // the same
+  hr_rows out;         // the same; narrower if a value is the beginning of its key
   const void* keys;    // [pages, page_size, kv_heads, head_dim]
-  const void* values;  // the same
+  const void* values;  // the same; `keys` where `out` is narrower
   const float* key_scales;  // HR_I8: [pages, page_size, kv_heads], see rotary_kv
   const float* value_scales;
   const float* sinks;  // [heads] or null
+  const float* slopes;  // [heads] or null: a score gets slope * (position of key - of query)
   int64_t heads;
   int64_t kv_heads;
   int64_t page_size;
@@ -348,6 +401,7 @@ typedef struct {
   float value_scale;
   int32_t cache_dtype;
   int32_t both_ways;  // a query also sees the positions after its own, to the end of its chunk
+  int32_t in_chunks;  // `window` cuts the sequence into chunks, and a query sees its own chunk
 } hr_attention_args;
 
 // sample: the next token of each of step.tokens rows (kernels/sample.cpp). The fields are those of

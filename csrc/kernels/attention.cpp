@@ -24,7 +24,7 @@ static Piece make_piece(const hr_attention_args& args, const hr_step& step, int6
   const int64_t count = rest < queries ? rest : queries;
   const int64_t oldest = step.context[chunk] - (args.both_ways ? 1 : rest);
   const int64_t newest = args.both_ways ? oldest : oldest + count - 1;
-  const int64_t low = args.window > 0 && oldest >= args.window ? oldest - args.window + 1 : 0;
+  const int64_t low = oldest_seen(args, oldest);
   return {static_cast<int32_t>(chunk), static_cast<int32_t>(first), static_cast<int32_t>(count),
           static_cast<int32_t>(low / kSpan), static_cast<int32_t>(newest / kSpan - low / kSpan + 1)};
 }

@@ -16,6 +16,13 @@ struct Span {
   int64_t heads[kSpan];    // in KV heads
 };
 
+// The first position that the query at `position` sees; it never falls from one to the next.
+static inline int64_t oldest_seen(const hr_attention_args& args, int64_t position) {
+  if (args.window <= 0) return 0;
+  if (args.in_chunks) return position / args.window * args.window;
+  return position >= args.window ? position - args.window + 1 : 0;
+}
+
 // Positions [low, newest] of the span at `begin`. `size` is what a position takes of the cache.
 static inline void find(const hr_attention_args& args, const int32_t* pages, int64_t size,
                         int64_t begin, int64_t low, int64_t newest, Span& span) {

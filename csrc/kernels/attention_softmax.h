@@ -25,6 +25,7 @@ struct Sight {
 // What is done to scores before the softmax: scales of keys and values may be null.
 struct Scaling {
   float soft_cap;  // 0: none
+  float slope;     // 0: none
   const float* keys;
   const float* values;
 };
@@ -41,13 +42,20 @@ static inline void hide(float* scores, int64_t first, int64_t end, Sight sight) 
   }
 }
 
-static inline void scale_scores(float* scores, int64_t first, int64_t end,
+// `newest`: the position of the query, see Sight.
+static inline void scale_scores(float* scores, int64_t first, int64_t end, int64_t newest,
                                 const Scaling& scaling) {
+  vi lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
   for (int64_t j = first; j < end; j += kLanes) {
     vf s = load(scores + j);
     if (scaling.keys) s = s * load(scaling.keys + j);
     if (scaling.soft_cap > 0) {
       s = set(scaling.soft_cap) * tanh(s * set(1 / scaling.soft_cap));
+    }
+    if (scaling.slope != 0) {
+      const vi distance = lane + static_cast<int32_t>(j - newest);
+      s = fma(set(scaling.slope), __builtin_convertvector(distance, vf), s);
     }
     store(scores + j, s);
   }
@@ -67,7 +75,9 @@ static inline float largest_score(const float* scores, int64_t first, int64_t en
 // scores[first .. end) of one row, multiples of kLanes, become weights; those out of sight are 0.
 static inline Seen weigh(float* scores, int64_t first, int64_t end, Sight sight,
                          const Scaling& scaling) {
-  if (scaling.keys || scaling.soft_cap > 0) scale_scores(scores, first, end, scaling);
+  if (scaling.keys || scaling.soft_cap > 0 || scaling.slope != 0) {
+    scale_scores(scores, first, end, sight.high, scaling);
+  }
   const int64_t whole = (sight.low + kLanes - 1) / kLanes * kLanes;
   const int64_t rest = (sight.high + 1) / kLanes * kLanes;
   if (whole > first) hide(scores, first, whole < end ? whole : end, sight);

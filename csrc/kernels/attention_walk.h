@@ -32,15 +32,19 @@ struct Group {
   int64_t row, rows, newest;
 };
 
+// Of a head: elements of a key and of a value, which is all of it or its beginning, and both in
+// whole vectors.
 struct Shape {
-  int64_t group, dim, vectors, width, record;
+  int64_t group, dim, vectors, width, value_dim, value_width, record;
 
   Shape(const hr_attention_args& args, int64_t (*vectors_of_dim)(int64_t)) {
     group = args.heads / args.kv_heads;
     dim = args.q.columns / args.heads;
+    value_dim = args.out.columns / args.heads;
     vectors = vectors_of_dim(dim);
     width = vectors * kLanes;
-    record = width + kLanes;  // of a partial result: what was seen, then the mix
+    value_width = vectors_of_dim(value_dim) * kLanes;
+    record = value_width + kLanes;  // of a partial result: what was seen, then the mix
   }
 };
 
@@ -53,6 +57,8 @@ class Walk {
         shape_(args, vectors_of<T>),
         dim_(shape_.dim),
         width_(shape_.width),
+        value_dim_(shape_.value_dim),
+        value_width_(shape_.value_width),
         bytes_(dim_ * static_cast<int64_t>(sizeof(T))) {
     for (int i = 0; i < kStep; ++i) staged_offsets_[i] = i * width_ * kStagedBytes;
   }
@@ -60,7 +66,7 @@ class Walk {
   void run(const Tile& tile) {
     start(tile);
     const int64_t oldest = position(0), newest = position(rows_ - 1);
-    const int64_t low = args_.window > 0 && oldest >= args_.window ? oldest - args_.window + 1 : 0;
+    const int64_t low = oldest_seen(args_, oldest);
     find_span(tile.first_span, low, newest, spans_[0]);
     int turn = 0;
     for (int64_t s = tile.first_span; s <= tile.last_span; ++s, turn = 1 - turn) {
@@ -85,7 +91,7 @@ class Walk {
       for (int64_t r = 0; r < heads_ * rows_; ++r, partial += shape_.record) {
         const Seen span = {partial[0], partial[1]};
         if (span.most > kNothing) {
-          join(seen_[r], mixes_ + r * width_, span, partial + kLanes, width_);
+          join(seen_[r], mixes_ + r * value_width_, span, partial + kLanes, value_width_);
         }
       }
     }
@@ -128,13 +134,13 @@ class Walk {
   void place_scratch() {
     const int64_t rows = heads_ * rows_, columns = width_ > kBlock ? width_ : kBlock;
     const int64_t panel = kBlock * columns;
-    const int64_t floats = panel + rows * (3 * width_ + kScoreStride);
+    const int64_t floats = panel + rows * (width_ + 2 * value_width_ + kScoreStride);
     const int64_t bytes = floats * 4 + 2 * rows * static_cast<int64_t>(sizeof(Seen));
     panel_ = static_cast<float*>(hr::scratch(static_cast<size_t>(bytes), 0));
     queries_ = panel_ + panel;
     mixes_ = queries_ + rows * width_;
-    span_mixes_ = mixes_ + rows * width_;
-    scores_ = span_mixes_ + rows * width_;
+    span_mixes_ = mixes_ + rows * value_width_;
+    scores_ = span_mixes_ + rows * value_width_;
     seen_ = reinterpret_cast<Seen*>(scores_ + rows * kScoreStride);
     span_seen_ = seen_ + rows;
   }
@@ -154,7 +160,7 @@ class Walk {
     const int64_t row = h * rows_ + r;
     const float sink = args_.sinks ? args_.sinks[head(h, r)] : kNothing;
     seen_[row] = sink > kNothing ? Seen{sink, 1} : Seen{kNothing, 0};
-    memset(mixes_ + row * width_, 0, static_cast<size_t>(width_) * 4);
+    memset(mixes_ + row * value_width_, 0, static_cast<size_t>(value_width_) * 4);
     alignas(64) float own[HR_MOST_HEAD_DIM + 2 * kLanes];
     load_row(args_.q, token_ + r / shape_.group, head(h, r) * dim_, dim_, own);
     memset(own + dim_, 0, static_cast<size_t>(width_ - dim_) * 4);
@@ -169,10 +175,10 @@ class Walk {
     for (int64_t h = 0; h < heads_; ++h) {
       for (int64_t r = 0; r < rows_; ++r) {
         const int64_t row = h * rows_ + r;
-        unite<T>(mixes_ + row * width_, width_, own);
+        unite<T>(mixes_ + row * value_width_, value_width_, own);
         const vf share = set(scale / seen_[row].total);
-        for (int64_t d = 0; d < width_; d += kLanes) store(own + d, load(own + d) * share);
-        store_row(args_.out, token_ + r / shape_.group, head(h, r) * dim_, dim_, own);
+        for (int64_t d = 0; d < value_width_; d += kLanes) store(own + d, load(own + d) * share);
+        store_row(args_.out, token_ + r / shape_.group, head(h, r) * value_dim_, value_dim_, own);
       }
     }
   }
@@ -202,13 +208,13 @@ class Walk {
     return {cache(all, 0), span.offsets + at, count < size ? count : size, heads_ * bytes_};
   }
 
-  // The positions at `place` (kStep at most), widened half way where that pays.
-  Place staged(const Place& place, int64_t positions, Ahead& next) {
+  // `dim` elements of the positions at `place` (kStep at most), widened half way where that pays.
+  Place staged(const Place& place, int64_t positions, int64_t dim, Ahead& next) {
     if constexpr (kStaged) {
       Near* to = reinterpret_cast<Near*>(panel_);
       for (int64_t j = 0; j < positions; ++j) {
-        stage(place.at<T>(j), dim_, to + j * width_);
-        next.lines(lines_of(bytes_));
+        stage(place.at<T>(j), dim, to + j * width_);
+        next.lines(lines_of(dim * static_cast<int64_t>(sizeof(T))));
       }
       return {reinterpret_cast<const char*>(to), staged_offsets_};
     }
@@ -232,7 +238,7 @@ class Walk {
   }
 
   void score_step(const Span& span, int64_t at, int64_t h, Ahead& next) {
-    const Place place = staged({cache(args_.keys, h), span.offsets + at}, kStep, next);
+    const Place place = staged({cache(args_.keys, h), span.offsets + at}, kStep, dim_, next);
     const int64_t row = h * rows_;
     const Queries queries = {queries_ + row * width_, width_, scores_ + row * kScoreStride + at,
                              kScoreStride};
@@ -263,7 +269,7 @@ class Walk {
   void weigh_rows(const Span& span) {
     const bool scaled = args_.key_scales != nullptr;
     Scales scales;
-    const Scaling scaling = {args_.soft_cap, scaled ? scales.keys : nullptr,
+    const Scaling scaling = {args_.soft_cap, 0, scaled ? scales.keys : nullptr,
                              scaled ? scales.values : nullptr};
     for (int64_t h = 0; h < heads_; ++h) {
       if (scaled) read_scales(span, first_head_ + h, scales);
@@ -286,14 +292,15 @@ class Walk {
     for (int64_t j = span.last; ++j % kLanes > 0;) scales.keys[j] = scales.values[j] = 0;
   }
 
-  void weigh_group(const Span& span, int64_t h, const Group& g, const Scaling& scaling) {
+  void weigh_group(const Span& span, int64_t h, const Group& g, Scaling scaling) {
     const int64_t seen = g.newest - span.begin;
     const int64_t end = (seen < span.last ? seen : span.last) / kLanes * kLanes + kLanes;
     for (int64_t r = g.row; r < g.row + g.rows; ++r) {
       const int64_t row = h * rows_ + r, high = position(r) - span.begin;
-      const int64_t low = args_.window > 0 ? high - args_.window + 1 : 0;
+      const int64_t low = oldest_seen(args_, position(r)) - span.begin;
       span_seen_[row] = {kNothing, 0};
       if (seen < span.first) continue;
+      if (args_.slopes) scaling.slope = args_.slopes[head(h, r)];
       span_seen_[row] = weigh(scores_ + row * kScoreStride, span.first / kLanes * kLanes, end,
                               {low > 0 ? low : 0, high}, scaling);
     }
@@ -310,8 +317,8 @@ class Walk {
       for (int64_t h = 0; h < heads_; ++h) {
         const Place place = {cache(args_.values, h), span.offsets + at + first};
         if (direct()) {
-          mix_step(span, at + first, h, staged(place, last - first + 1, after), last - first,
-                   at == begin, after);
+          const Place near = staged(place, last - first + 1, value_dim_, after);
+          mix_step(span, at + first, h, near, last - first, at == begin, after);
         } else {
           mix_block(span, at + first, h, place, last - first, at == begin, after);
         }
@@ -327,24 +334,24 @@ class Walk {
       const int64_t seen = g->newest - span.begin - at, row = h * rows_ + g->row;
       if (seen < 0) continue;
       const Mixing mixing = {scores_ + row * kScoreStride + at, kScoreStride,
-                             (seen < last ? seen : last) + 1, span_mixes_ + row * width_, width_,
-                             fresh};
-      mix_rows<Near>(mixing, g->rows, place, dim_, kStaged ? none : next);
+                             (seen < last ? seen : last) + 1, span_mixes_ + row * value_width_,
+                             value_width_, fresh};
+      mix_rows<Near>(mixing, g->rows, place, value_dim_, kStaged ? none : next);
     }
   }
 
   void mix_block(const Span& span, int64_t at, int64_t h, const Place& place, int64_t last,
                  bool fresh, Ahead& next) {
-    for (int64_t c = 0; c < dim_; c += kPanelColumns) {
-      const int64_t count = dim_ - c < kPanelColumns ? dim_ - c : kPanelColumns;
+    for (int64_t c = 0; c < value_dim_; c += kPanelColumns) {
+      const int64_t count = value_dim_ - c < kPanelColumns ? value_dim_ - c : kPanelColumns;
       const int64_t vectors = vectors_of<T>(count);
       widen_values<T>(place, 0, last, c, count, panel_, next);
       for (const Group* g = group_; g < group_ + groups_; ++g) {
         const int64_t seen = g->newest - span.begin - at, row = h * rows_ + g->row;
         if (seen < 0) continue;
         multiply({scores_ + row * kScoreStride + at, kScoreStride, 1, panel_,
-                  (seen < last ? seen : last) + 1, span_mixes_ + row * width_ + c, width_, fresh,
-                  0},
+                  (seen < last ? seen : last) + 1, span_mixes_ + row * value_width_ + c,
+                  value_width_, fresh, 0},
                  g->rows, vectors);
       }
     }
@@ -355,7 +362,8 @@ class Walk {
   void join_rows() {
     for (int64_t r = 0; r < heads_ * rows_; ++r) {
       if (span_seen_[r].most > kNothing) {
-        join(seen_[r], mixes_ + r * width_, span_seen_[r], span_mixes_ + r * width_, width_);
+        join(seen_[r], mixes_ + r * value_width_, span_seen_[r], span_mixes_ + r * value_width_,
+             value_width_);
       }
     }
   }
@@ -364,14 +372,16 @@ class Walk {
     for (int64_t r = 0; r < heads_ * rows_; ++r, partial += shape_.record) {
       partial[0] = span_seen_[r].most;
       partial[1] = span_seen_[r].total;
-      memcpy(partial + kLanes, span_mixes_ + r * width_, static_cast<size_t>(width_) * 4);
+      memcpy(partial + kLanes, span_mixes_ + r * value_width_,
+             static_cast<size_t>(value_width_) * 4);
     }
   }
 
   const hr_attention_args& args_;
   const hr_step& step_;
   const Shape shape_;
-  const int64_t dim_, width_, bytes_;  // bytes of a head
+  const int64_t dim_, width_, value_dim_, value_width_;
+  const int64_t bytes_;  // of a head's key; a value is as far from the next
   int64_t staged_offsets_[kStep];
   // Of the tile.
   int64_t token_ = 0, position_ = 0, rows_ = 0, heads_ = 0, first_head_ = 0, groups_ = 0;

@@ -1,4 +1,4 @@
-// embedding, gather, gated, combine: operators whose output elements depend on one row and one column.
+// embedding, gather, columns, gated, combine: operators whose output elements depend on one row and one column.
 #include "types.h"
 
 namespace HR_NS {
@@ -43,6 +43,21 @@ static void gather(const hr_gather_args& args, const hr_step& step) {
   });
 }
 
+template <class T>
+static void pick_columns(const hr_columns_args& args, int64_t row) {
+  const T* x = row_of<T>(args.x, row);
+  T* y = row_of<T>(args.y, row);
+  for (int64_t c = 0; c < args.y.columns; ++c) y[c] = x[args.order[c]];
+}
+
+static void columns(const hr_columns_args& args, const hr_step& step) {
+  hr::parallel(step.tokens, grain(args.y.columns), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      args.x.dtype == HR_F32 ? pick_columns<float>(args, i) : pick_columns<uint16_t>(args, i);
+    }
+  });
+}
+
 template <int Activation, bool Gated, class T>
 static void gated_rows(const hr_gated_args& args, const hr_step& step) {
   const int64_t columns = args.y.columns;
@@ -53,6 +68,10 @@ static void gated_rows(const hr_gated_args& args, const hr_step& step) {
       T* y = row_of<T>(args.y, i);
       for (int64_t c = 0; c < columns; c += kLanes) {
         const int64_t n = columns - c < kLanes ? columns - c : kLanes;
+        if constexpr (Activation == HR_SWIGLU_CLAMPED) {
+          put(y + c, swiglu_clamped(take(gate + c, n), take(up + c, n), args.alpha, args.limit), n);
+          continue;
+        }
         const auto active = activate<Activation>(take(gate + c, n));
         if constexpr (Gated) {
           put(y + c, active * take(up + c, n), n);
@@ -71,6 +90,9 @@ static void activated(const hr_gated_args& args, const hr_step& step) {
   if (args.activation == HR_GELU_ERF) gated_rows<HR_GELU_ERF, Gated, T>(args, step);
   if (args.activation == HR_RELU) gated_rows<HR_RELU, Gated, T>(args, step);
   if (args.activation == HR_RELU_SQUARED) gated_rows<HR_RELU_SQUARED, Gated, T>(args, step);
+  if (Gated && args.activation == HR_SWIGLU_CLAMPED) {
+    gated_rows<HR_SWIGLU_CLAMPED, Gated, T>(args, step);
+  }
 }
 
 static void gated(const hr_gated_args& args, const hr_step& step) {
@@ -112,6 +134,7 @@ static void combine(const hr_combine_args& args, const hr_step& step) {
 }
 
 HR_OPERATOR(combine, hr_combine_args)
+HR_OPERATOR(columns, hr_columns_args)
 HR_OPERATOR(embedding, hr_embedding_args)
 HR_OPERATOR(gather, hr_gather_args)
 HR_OPERATOR(gated, hr_gated_args)

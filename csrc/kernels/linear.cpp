@@ -93,7 +93,10 @@ static void write_gated(const hr_gated_linear_args& args, const Input& input, co
         const int64_t n = columns - j < kLanes ? columns - j : kLanes;
         const vf gate = rounded<T>(load(gates + j) + load(gate_bias + j));
         const vf up = rounded<T>(load(ups + j) + load(up_bias + j));
-        put(row_of<T>(args.y, r) + column + j, activate(gate, args.activation) * up, n);
+        const vf value = args.activation == HR_SWIGLU_CLAMPED
+                             ? swiglu_clamped(gate, up, args.alpha, args.limit)
+                             : activate(gate, args.activation) * up;
+        put(row_of<T>(args.y, r) + column + j, value, n);
       }
       gates += HR_PANEL;
       ups += HR_PANEL;

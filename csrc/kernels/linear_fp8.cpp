@@ -1,9 +1,11 @@
-// linear_fp8: fp8 e4m3 weights with scales per tensor, output or block; x stays float, sums in fp32.
+// linear_fp8: fp8 e4m3 weights with scales per tensor, output or block, and weights of 4 bits that are
+// places in a table; x stays float, sums in fp32.
 //
 // A weight is widened to fp32 and multiplied with its scale, then with x. Where one tile of rows
 // reads it that happens in registers; where several do, pieces of a panel, kPiece inputs long, are
 // widened once into first-level cache. One accumulator per output element runs over k from 0 to the
-// end; between pieces it is parked in memory as fp32, which changes nothing.
+// end; between pieces it is parked in memory as fp32, which changes nothing. Places in a table are
+// always widened first, one group of inputs at a time.
 #include "lowbit.h"
 
 namespace HR_NS {
@@ -49,6 +51,39 @@ static void widen_piece(const uint8_t* w, int64_t count, const float* scale, flo
       vf part[kVectors];
       read(w + j, scale + j, part);
       for (int v = 0; v < kVectors; ++v) store(out + j + v * kLanes, part[v]);
+    }
+  }
+}
+
+constexpr int64_t kTableBytes = 64;
+
+// kLanes numbers of a table [16] at the places in the low or high halves of bytes.
+HR_INLINE vf looked_up(const float* table, const uint8_t* bytes, int shift) {
+#if HR_LEVEL >= 2
+  const __m512i places = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)bytes));
+  return (vf)_mm512_permutexvar_ps(_mm512_srl_epi32(places, _mm_cvtsi32_si128(shift)),
+                                   _mm512_loadu_ps(table));
+#elif HR_LEVEL == 1
+  const __m256i words = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)bytes));
+  const __m256i places = _mm256_srl_epi32(words, _mm_cvtsi32_si128(shift));
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), places);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), places);
+  return (vf)_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(places, 28)));
+#else
+  float values[kLanes];
+  for (int i = 0; i < kLanes; ++i) values[i] = table[bytes[i] >> shift & 15];
+  return load(values);
+#endif
+}
+
+// Places [count][HR_PANEL / 2] to fp32, times the panel's scales.
+static void widen_places(const float* table, const uint8_t* w, int64_t count, const float* scale,
+                         float* out) {
+  constexpr int half = HR_PANEL / 2;
+  for (int64_t k = 0; k < count; ++k, w += half, out += HR_PANEL) {
+    if (k % 4 == 0) prefetch(w + kAhead);
+    for (int j = 0; j < HR_PANEL; j += kLanes) {
+      store(out + j, looked_up(table, w + j % half, j / half * 4) * load(scale + j));
     }
   }
 }
@@ -117,19 +152,26 @@ static void linear_fp8(const hr_linear_args& args, const hr_step& step) {
       const int64_t bytes = (kPiece + count) * HR_PANEL * 4;
       float* piece = static_cast<float*>(hr::scratch(static_cast<size_t>(bytes), 1));
       float* sums = piece + kPiece * HR_PANEL;  // [count][HR_PANEL]
-      const uint8_t* panel = static_cast<const uint8_t*>(w.data) + p * w.in * HR_PANEL;
-      for (int64_t k = 0; k < w.in; k += kPiece) {
-        const int64_t size = least(kPiece, w.in - k);
-        const uint8_t* words = panel + k * HR_PANEL;
+      const bool places = w.dtype == HR_T4;
+      const int64_t length = places ? w.group : kPiece, width = places ? HR_PANEL / 2 : HR_PANEL;
+      const uint8_t* data = static_cast<const uint8_t*>(w.data);
+      const uint8_t* panel = data + (places ? kTableBytes : 0) + p * w.in * width;
+      for (int64_t k = 0; k < w.in; k += length) {
+        const int64_t size = least(length, w.in - k);
+        const uint8_t* words = panel + k * width;
         alignas(64) float scales[HR_PANEL];
         const float* from = w.scales + p * HR_PANEL + (w.group ? k / w.group * columns : 0);
-        for (int j = 0; j < HR_PANEL; ++j) scales[j] = from[j] * 256.0f;
-        if (end - begin > 1) widen_piece(words, size, scales, piece);
+        for (int j = 0; j < HR_PANEL; ++j) scales[j] = from[j] * (places ? 1.0f : 256.0f);
+        if (places) {
+          widen_places(reinterpret_cast<const float*>(data), words, size, scales, piece);
+        } else if (end - begin > 1) {
+          widen_piece(words, size, scales, piece);
+        }
         for (int64_t t = begin; t < end; ++t) {
           const int64_t at = tiles.begin(t), of = tiles.size(t);
           const float* input = x + at * w.in + k * of;
           float* c = sums + (at - row) * HR_PANEL;
-          if (end - begin > 1) {
+          if (places || end - begin > 1) {
             kTiles<float>[of](piece, scales, input, size, c, k == 0);
           } else {
             kTiles<uint8_t>[of](words, scales, input, size, c, k == 0);
@@ -147,8 +189,27 @@ static void linear_fp8(const hr_linear_args& args, const hr_step& step) {
   });
 }
 
+static void pack_places(const hr_pack_lowbit_args& args) {
+  const hr_weight& w = args.weight;
+  constexpr int64_t half = HR_PANEL / 2;
+  memcpy(w.data, args.offsets, kTableBytes);
+  uint8_t* panels = static_cast<uint8_t*>(w.data) + kTableBytes;
+  memset(panels, 0, static_cast<size_t>(panels_of(w) * w.in * half));
+  hr::parallel(panels_of(w), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin * HR_PANEL; row < least(end * HR_PANEL, w.out); ++row) {
+      const int64_t j = row % HR_PANEL;
+      const uint8_t* values = row_of<uint8_t>(args.source, row);
+      uint8_t* to = panels + row / HR_PANEL * w.in * half + j % half;
+      for (int64_t k = 0; k < w.in; ++k) {
+        to[k * half] = static_cast<uint8_t>(to[k * half] | values[k] << j / half * 4);
+      }
+    }
+  });
+}
+
 static void pack_fp8(const hr_pack_lowbit_args& args, const hr_step&) {
   const hr_weight w = args.weight;
+  if (w.dtype == HR_T4) return pack_places(args);
   hr::parallel(panels_of(w), 1, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       uint8_t* panel = static_cast<uint8_t*>(w.data) + p * w.in * HR_PANEL;
@@ -165,8 +226,14 @@ static void unpack_fp8(const hr_unpack_args& args, const hr_step& step) {
   const hr_weight w = args.weight;
   const int64_t columns = round_up(w.out, HR_PANEL);
   unpack_rows(args, step, [&](int64_t row, int64_t k) {
-    const int64_t at = (row / HR_PANEL * w.in + k) * HR_PANEL + row % HR_PANEL;
     const float scale = w.scales[row + (w.group ? k / w.group * columns : 0)];
+    const int64_t line = row / HR_PANEL * w.in + k, j = row % HR_PANEL;
+    if (w.dtype == HR_T4) {
+      const uint8_t* bytes = static_cast<const uint8_t*>(w.data) + kTableBytes;
+      const uint8_t byte = bytes[line * (HR_PANEL / 2) + j % (HR_PANEL / 2)];
+      return static_cast<const float*>(w.data)[byte >> j / (HR_PANEL / 2) * 4 & 15] * scale;
+    }
+    const int64_t at = line * HR_PANEL + j;
     return part_of(static_cast<const uint8_t*>(w.data)[at]) * (256.0f * scale);
   });
 }

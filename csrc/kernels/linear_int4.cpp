@@ -1,11 +1,11 @@
-// linear_int4: unsigned 4-bit weights with a scale per group of inputs, x quantized to int8 with a
-// scale per row and group.
+// linear_int4: weights of 4 or 8 bits with a scale per group of inputs, x quantized to int8 with a
+// scale per row and group. Values of 4 bits are numbers or, of mxfp4, places in a table.
 //
 // y = sum over groups of x_scale * (scale * dot - offset * sum_q) + bias, where dot = sum of w * q and
 // sum_q are exact integers. A scale of x per group keeps one outlier from costing all inputs of its
 // row their precision, for one multiplication per group. Groups are added in rising order, one
-// accumulator per output element, whatever the number of rows. In the symmetric form 8 * sum_q is
-// taken off the integer at no cost: the sum of products starts there.
+// accumulator per output element, whatever the number of rows. What makes bytes unsigned, times
+// sum_q, is taken off the integer at no cost: the sum of products starts there.
 #include "dot_int8.h"
 #include "lowbit.h"
 
@@ -16,14 +16,60 @@ constexpr int kVectors = 2;
 constexpr int kRows = HR_LEVEL >= 2 ? 12 : 4;
 constexpr int kTile = kVectors * kLanes;
 constexpr int64_t kBlock = 4 * HR_PANEL;  // bytes of a panel for eight inputs
-constexpr int64_t kBlocksIn16Bits = 4;    // of products that one 16-bit sum can hold
+
+// What the bytes of a weight are: 4 bits with zero at 8, or with a zero of its own, places in the
+// table of e2m1, or 8 bits.
+enum Form { kEven, kOdd, kTable, kEight };
+constexpr int kForms = 4;
+
+HR_INLINE Form form_of(const hr_weight& w) {
+  if (w.dtype == HR_G8) return kEight;
+  if (w.dtype == HR_MX4) return kTable;
+  return w.scaling == HR_SYMMETRIC ? kEven : kOdd;
+}
+// What was added to a value to make its byte unsigned.
+HR_INLINE int32_t zero_of(Form form) {
+  constexpr int32_t zeros[kForms] = {8, 0, 12, 128};
+  return zeros[form];
+}
+// Bytes of x for four inputs; blocks of eight inputs as bytes; how many's products fit 16 bits.
+HR_INLINE constexpr int64_t quad_of(Form form) { return form == kEight ? kInt8Quad : kInt4Quad; }
+HR_INLINE constexpr int64_t block_of(Form form) { return form == kEight ? 2 * kBlock : kBlock; }
+HR_INLINE constexpr int64_t blocks_in_16_bits(Form form) { return form == kTable ? 2 : 4; }
+
+// Twice the values of e2m1 (OCP microscaling), plus 12.
+alignas(16) static const uint8_t kE2m1[16] = {12, 13, 14, 15, 16, 18, 20, 24,
+                                              12, 11, 10, 9,  8,  6,  4,  0};
+
+// Four values of 4 bits per lane as what they stand for.
+template <Form F>
+HR_INLINE vu looked_up(vu nibbles) {
+  if constexpr (F != kTable) return nibbles;
+#if HR_LEVEL >= 2
+  const __m512i table = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)kE2m1));
+  return (vu)_mm512_shuffle_epi8(table, (__m512i)nibbles);
+#elif HR_LEVEL == 1
+  const __m256i table = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)kE2m1));
+  return (vu)_mm256_shuffle_epi8(table, (__m256i)nibbles);
+#else
+  uint8_t bytes[4 * kLanes];
+  memcpy(bytes, &nibbles, sizeof bytes);
+  for (uint8_t& byte : bytes) byte = kE2m1[byte];
+  return load_words(bytes);
+#endif
+}
+template <Form F>
+HR_INLINE vu low_half(vu raw) { return looked_up<F>(raw & 0x0f0f0f0fu); }
+template <Form F>
+HR_INLINE vu high_half(vu raw) { return looked_up<F>((raw >> 4) & 0x0f0f0f0fu); }
 
 HR_INLINE int64_t groups_of(const hr_weight& w) { return (w.in + w.group - 1) / w.group; }
 HR_INLINE int64_t header_bytes(const hr_weight& w) {  // scales of a panel's group, and the rest
-  return HR_PANEL * (w.scaling == HR_SYMMETRIC ? 2 : w.scaling == HR_ZEROS ? 4 : 8);
+  constexpr int64_t bytes[] = {2, 4, 8, 4};  // by hr_scaling
+  return HR_PANEL * bytes[w.scaling];
 }
 HR_INLINE int64_t group_bytes(const hr_weight& w) {
-  return header_bytes(w) + w.group / 8 * kBlock;
+  return header_bytes(w) + w.group / 8 * block_of(form_of(w));
 }
 
 // One group of x in one tile, beside which lie the values: [2 * blocks][R] quads.
@@ -31,40 +77,47 @@ template <int R>
 struct Sides {
   float scale[R];  // of x
   float sum[R];    // scale * sum_q
-  int32_t start[R];  // -8 * sum_q in the symmetric form, else 0
+  int32_t start[R];  // -zero_of(form) * sum_q
 };
 constexpr int64_t kSideBytes = 12;  // of one row
 
+// Bytes of eight inputs, four by four.
+template <Form F>
+HR_INLINE void read_block(const char* w, vu (&low)[kVectors], vu (&high)[kVectors]) {
+  for (int v = 0; v < kVectors; ++v) {
+    const vu raw = load_words(w + v * 4 * kLanes);
+    low[v] = F == kEight ? raw : low_half<F>(raw);
+    high[v] = F == kEight ? load_words(w + kBlock + v * 4 * kLanes) : high_half<F>(raw);
+  }
+  prefetch(w + kAhead);
+  prefetch(w + kAhead + 64);
+}
+
 #if HR_LEVEL >= 3
 // sum [R][kVectors] = start + products of `blocks` blocks.
-template <int R>
+template <Form F, int R>
 HR_INLINE void multiply_group(const char* w, const char* x, int64_t blocks, const int32_t* start,
                               vi (&sum)[R][kVectors]) {
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < kVectors; ++v) sum[r][v] = set_int(start[r]);
   }
-  for (; blocks > 0; --blocks, w += kBlock, x += 2 * R * kInt4Quad) {
+  constexpr int64_t quad = quad_of(F);
+  for (; blocks > 0; --blocks, w += block_of(F), x += 2 * R * quad) {
     vu low[kVectors], high[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
-      const vu raw = load_words(w + v * 4 * kLanes);
-      low[v] = raw & 0x0f0f0f0fu;
-      high[v] = (raw >> 4) & 0x0f0f0f0fu;
-    }
-    prefetch(w + kAhead);
-    prefetch(w + kAhead + 64);
+    read_block<F>(w, low, high);
     for (int r = 0; r < R; ++r) {
-      const vi s = repeat(x + r * kInt4Quad);
+      const vi s = repeat(x + r * quad);
       for (int v = 0; v < kVectors; ++v) sum[r][v] = dot4(sum[r][v], low[v], s);
     }
     for (int r = 0; r < R; ++r) {
-      const vi s = repeat(x + (R + r) * kInt4Quad);
+      const vi s = repeat(x + (R + r) * quad);
       for (int v = 0; v < kVectors; ++v) sum[r][v] = dot4(sum[r][v], high[v], s);
     }
   }
 }
 #else
-// part [R][kVectors] = products of at most kBlocksIn16Bits blocks, in 16 bits.
-template <int R>
+// part [R][kVectors] = products of so few blocks that they fit 16 bits.
+template <Form F, int R>
 HR_INLINE void multiply_blocks(const char* w, const char* x, int64_t blocks,
                                vs (&part)[R][kVectors]) {
   for (int r = 0; r < R; ++r) {
@@ -72,16 +125,14 @@ HR_INLINE void multiply_blocks(const char* w, const char* x, int64_t blocks,
   }
   for (; blocks > 0; --blocks, w += kBlock, x += 2 * R * kInt4Quad) {
     vu four[kVectors];
-    for (int v = 0; v < kVectors; ++v) four[v] = load_words(w + v * 4 * kLanes) & 0x0f0f0f0fu;
+    for (int v = 0; v < kVectors; ++v) four[v] = low_half<F>(load_words(w + v * 4 * kLanes));
     prefetch(w + kAhead);
     prefetch(w + kAhead + 64);
     for (int r = 0; r < R; ++r) {
       const char* quad = x + r * kInt4Quad;
       for (int v = 0; v < kVectors; ++v) part[r][v] = dot_nibbles(part[r][v], four[v], quad);
     }
-    for (int v = 0; v < kVectors; ++v) {
-      four[v] = (load_words(w + v * 4 * kLanes) >> 4) & 0x0f0f0f0fu;
-    }
+    for (int v = 0; v < kVectors; ++v) four[v] = high_half<F>(load_words(w + v * 4 * kLanes));
     for (int r = 0; r < R; ++r) {
       const char* quad = x + (R + r) * kInt4Quad;
       for (int v = 0; v < kVectors; ++v) part[r][v] = dot_nibbles(part[r][v], four[v], quad);
@@ -89,16 +140,36 @@ HR_INLINE void multiply_blocks(const char* w, const char* x, int64_t blocks,
   }
 }
 
+// sum += products of four inputs of 8 bits with a quad of each row.
 template <int R>
+HR_INLINE void multiply_quad(const char* w, const char* x, vi (&sum)[R][kVectors]) {
+  for (int v = 0; v < kVectors; ++v) {
+    const vu raw = load_words(w + v * 4 * kLanes);
+    const vs even = even_bytes(raw), odd = odd_bytes(raw);
+    for (int r = 0; r < R; ++r) {
+      const char* quad = x + r * kInt8Quad;
+      sum[r][v] += pair_dot(even, (vs)repeat(quad)) + pair_dot(odd, (vs)repeat(quad + 4));
+    }
+  }
+}
+
+template <Form F, int R>
 HR_INLINE void multiply_group(const char* w, const char* x, int64_t blocks, const int32_t* start,
                               vi (&sum)[R][kVectors]) {
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < kVectors; ++v) sum[r][v] = set_int(start[r]);
   }
+  if constexpr (F == kEight) {
+    for (int64_t quads = 2 * blocks; quads > 0; --quads, w += kBlock, x += R * kInt8Quad) {
+      prefetch(w + kAhead);
+      multiply_quad<R>(w, x, sum);
+    }
+    return;
+  }
   while (blocks > 0) {
-    const int64_t now = least(blocks, kBlocksIn16Bits);
+    const int64_t now = least(blocks, blocks_in_16_bits(F));
     vs part[R][kVectors];
-    multiply_blocks<R>(w, x, now, part);
+    multiply_blocks<F, R>(w, x, now, part);
     for (int r = 0; r < R; ++r) {
       for (int v = 0; v < kVectors; ++v) sum[r][v] += pair_dot(part[r][v], vs{} + 1);
     }
@@ -107,58 +178,64 @@ HR_INLINE void multiply_group(const char* w, const char* x, int64_t blocks, cons
 }
 #endif
 
-// Scales and offsets of kLanes outputs from j on; there are none in the symmetric form.
-template <bool Symmetric>
+// Scales and offsets of kLanes outputs from j on; 0 where there are none.
+template <Form F>
 HR_INLINE void read_header(int32_t scaling, const char* header, int j, vf* scale, vf* offset) {
   const f16* half = reinterpret_cast<const f16*>(header) + j;
   const float* full = reinterpret_cast<const float*>(header) + j;
-  if (Symmetric || scaling == HR_ZEROS) {
+  *offset = zero();
+  if constexpr (F == kTable) {
+    *scale = load(reinterpret_cast<const bf16*>(header) + j);
+  } else if (F == kEven || scaling == HR_SYMMETRIC || scaling == HR_ZEROS) {
     *scale = load(half);
-    *offset = Symmetric ? zero() : *scale * load(half + HR_PANEL);
+    if (F != kEven && scaling == HR_ZEROS) *offset = *scale * load(half + HR_PANEL);
   } else {
     *scale = load(full);
-    *offset = load(full + HR_PANEL);
+    if (scaling == HR_OFFSETS) *offset = load(full + HR_PANEL);
   }
 }
 
 // One tile in one panel: c [R, HR_PANEL] = sums of all groups.
-template <bool Symmetric, int R>
+template <Form F, int R>
 static void tile(const hr_weight& w, const char* panel, const char* x, float* c) {
   const int64_t groups = groups_of(w), header = header_bytes(w), blocks = w.group / 8;
+  const bool offsets = F == kOdd || (F == kEight && w.scaling != HR_SYMMETRIC);
   for (int j = 0; j < R * HR_PANEL; j += kLanes) store(c + j, zero());
-  for (int64_t g = 0; g < groups; ++g, panel += header + blocks * kBlock) {
+  for (int64_t g = 0; g < groups; ++g, panel += header + blocks * block_of(F)) {
     const Sides<R>& side = *reinterpret_cast<const Sides<R>*>(x);
     x += sizeof side;
     for (int j = 0; j < HR_PANEL; j += kTile) {
       vi dots[R][kVectors];
-      multiply_group<R>(panel + header + 4 * j, x, blocks, side.start, dots);
+      multiply_group<F, R>(panel + header + 4 * j, x, blocks, side.start, dots);
       vf scale[kVectors], offset[kVectors];
       for (int v = 0; v < kVectors; ++v) {
-        read_header<Symmetric>(w.scaling, panel, j + v * kLanes, scale + v, offset + v);
+        read_header<F>(w.scaling, panel, j + v * kLanes, scale + v, offset + v);
       }
       for (int r = 0; r < R; ++r) {
         for (int v = 0; v < kVectors; ++v) {
           float* sum = c + r * HR_PANEL + j + v * kLanes;
           const vf dot = __builtin_convertvector(dots[r][v], vf) * set(side.scale[r]);
           vf total = fma(dot, scale[v], load(sum));
-          if (!Symmetric) total = fma(set(-side.sum[r]), offset[v], total);
+          if (offsets) total = fma(set(-side.sum[r]), offset[v], total);
           store(sum, total);
         }
       }
     }
-    x += 2 * blocks * R * kInt4Quad;
+    x += 2 * blocks * R * quad_of(F);
   }
 }
 
 using TileOf = void (*)(const hr_weight&, const char*, const char*, float*);
-template <bool S>
+template <Form F>
 static constexpr TileOf kTiles[] = {
-    nullptr,    tile<S, 1>, tile<S, 2>, tile<S, 3>,  tile<S, 4>,
+    nullptr,    tile<F, 1>, tile<F, 2>, tile<F, 3>,  tile<F, 4>,
 #if HR_LEVEL >= 2
-    tile<S, 5>, tile<S, 6>, tile<S, 7>, tile<S, 8>,  tile<S, 9>,  tile<S, 10>,
-    tile<S, 11>, tile<S, 12>,
+    tile<F, 5>, tile<F, 6>, tile<F, 7>, tile<F, 8>,  tile<F, 9>,  tile<F, 10>,
+    tile<F, 11>, tile<F, 12>,
 #endif
 };
+static constexpr const TileOf* kTilesOf[kForms] = {kTiles<kEven>, kTiles<kOdd>, kTiles<kTable>,
+                                                   kTiles<kEight>};
 
 // x as the kernel wants it: per tile and group Sides, then values.
 namespace {  // the linker must not share its functions between levels
@@ -169,7 +246,8 @@ struct Input {
 
   Input(const hr_linear_args& args, int64_t first, int64_t rows)
       : tiles(rows, kRows),
-        row_bytes(groups_of(args.weight) * (kSideBytes + args.weight.group / 4 * kInt4Quad)) {
+        row_bytes(groups_of(args.weight) *
+                  (kSideBytes + args.weight.group / 4 * quad_of(form_of(args.weight)))) {
     data = static_cast<char*>(hr::scratch(static_cast<size_t>(rows * row_bytes), 0));
     each_row(rows, args.x.columns, [&](int64_t row) {
       const RowBuffer buffer(groups_of(args.weight) * args.weight.group);
@@ -181,6 +259,7 @@ struct Input {
 
   void put_row(const hr_weight& w, const RowBuffer& buffer, int64_t row) const {
     const int64_t t = tiles.holding(row), size = tiles.size(t), r = row - tiles.begin(t);
+    const int64_t quad = quad_of(form_of(w));
     char* to = tile(t);
     for (int64_t k = 0; k < buffer.width; k += w.group) {
       int32_t sum;
@@ -188,11 +267,11 @@ struct Input {
       float* sides = reinterpret_cast<float*>(to);
       sides[r] = scale;
       sides[size + r] = scale * static_cast<float>(sum);
-      const int32_t start = w.scaling == HR_SYMMETRIC ? -8 * sum : 0;
+      const int32_t start = -zero_of(form_of(w)) * sum;
       memcpy(sides + 2 * size + r, &start, 4);
       to += size * kSideBytes;
-      for (int64_t i = 0; i < w.group; i += 4, to += size * kInt4Quad) {
-        place_quad(buffer.bytes + i, kInt4Quad, to + r * kInt4Quad);
+      for (int64_t i = 0; i < w.group; i += 4, to += size * quad) {
+        place_quad(buffer.bytes + i, quad, to + r * quad);
       }
     }
   }
@@ -209,9 +288,7 @@ static void linear_int4(const hr_linear_args& args, const hr_step& step) {
       const Result result(args, p);
       for (int64_t t = begin; t < end; ++t) {
         alignas(64) float sums[kRows * HR_PANEL];
-        const bool symmetric = w.scaling == HR_SYMMETRIC;
-        const TileOf multiply = (symmetric ? kTiles<true> : kTiles<false>)[input.tiles.size(t)];
-        multiply(w, panel, input.tile(t), sums);
+        kTilesOf[form_of(w)][input.tiles.size(t)](w, panel, input.tile(t), sums);
         for (int64_t r = 0; r < input.tiles.size(t); ++r) {
           for (int j = 0; j < HR_PANEL; j += kLanes) {
             result.write(first + input.tiles.begin(t) + r, j, load(sums + r * HR_PANEL + j));
@@ -253,22 +330,29 @@ static Group quantize_group(const float* x, int64_t count, int8_t* q) {
 }
 
 // Element j of a header.
-static void put_header(int32_t scaling, const Group& group, int64_t j, char* header) {
+static void put_header(const hr_weight& w, const Group& group, int64_t j, char* header) {
   f16* half = reinterpret_cast<f16*>(header);
   float* full = reinterpret_cast<float*>(header);
-  if (scaling == HR_OFFSETS) {
+  if (w.scaling == HR_OFFSETS || w.scaling == HR_WIDE) {
     full[j] = group.scale;
-    full[HR_PANEL + j] = group.offset;
+    if (w.scaling == HR_OFFSETS) full[HR_PANEL + j] = group.offset;
+    return;
+  }
+  if (w.dtype == HR_MX4) {  // the table has twice the values
+    narrow(0.5f * group.scale, reinterpret_cast<bf16*>(header) + j);
     return;
   }
   narrow(group.scale, half + j);
-  if (scaling == HR_ZEROS) {
+  if (w.scaling == HR_ZEROS) {
     narrow(group.scale == 0.0f ? 0.0f : group.offset / group.scale, half + HR_PANEL + j);
   }
 }
 
-// Byte of a group with its input k of output j; the odd four inputs of eight lie in the high halves.
-HR_INLINE int64_t place(int64_t k, int64_t j) { return k / 8 * kBlock + j * 4 + k % 4; }
+// Byte of a group with its input k of output j; of 4 bits the odd four inputs of eight lie in the
+// high halves.
+HR_INLINE int64_t place(const hr_weight& w, int64_t k, int64_t j) {
+  return k / (w.dtype == HR_G8 ? 4 : 8) * kBlock + j * 4 + k % 4;
+}
 HR_INLINE int shift_of(int64_t k) { return k % 8 < 4 ? 0 : 4; }
 
 static void pack_row(const hr_pack_lowbit_args& args, const RowBuffer& buffer, int64_t row,
@@ -287,10 +371,11 @@ static void pack_row(const hr_pack_lowbit_args& args, const RowBuffer& buffer, i
     const int64_t at = row * groups + g;
     const Group group = given ? Group{args.scales[at], args.offsets ? args.offsets[at] : 0.0f, q}
                               : quantize_group(buffer.numbers + g * w.group, w.group, q);
-    put_header(w.scaling, group, j, panel);
+    put_header(w, group, j, panel);
     char* bytes = panel + header_bytes(w);
     for (int64_t k = 0; k < w.group; ++k) {
-      bytes[place(k, j)] = static_cast<char>(bytes[place(k, j)] | q[k] << shift_of(k));
+      char& byte = bytes[place(w, k, j)];
+      byte = static_cast<char>(w.dtype == HR_G8 ? q[k] + 128 : byte | q[k] << shift_of(k));
     }
   }
 }
@@ -314,11 +399,19 @@ static float value_of(const hr_weight& w, const char* panel, int64_t j, int64_t 
   const char* header = panel + k / w.group * group_bytes(w);
   const f16* half = reinterpret_cast<const f16*>(header);
   const float* full = reinterpret_cast<const float*>(header);
-  const float scale = w.scaling == HR_OFFSETS ? full[j] : widen(half[j]);
-  const float zero = w.scaling == HR_ZEROS ? widen(half[HR_PANEL + j]) : 8.0f;
-  const float offset = w.scaling == HR_OFFSETS ? full[HR_PANEL + j] : scale * zero;
-  const int byte = header[header_bytes(w) + place(k % w.group, j)];
-  return static_cast<float>(byte >> shift_of(k) & 15) * scale - offset;
+  const uint8_t byte =
+      static_cast<uint8_t>(header[header_bytes(w) + place(w, k % w.group, j)]);
+  if (w.dtype == HR_MX4) {
+    const float scale = widen(reinterpret_cast<const bf16*>(header)[j]);
+    return static_cast<float>(kE2m1[byte >> shift_of(k) & 15] - 12) * scale;
+  }
+  const bool wide = w.scaling == HR_OFFSETS || w.scaling == HR_WIDE;
+  const float scale = wide ? full[j] : widen(half[j]);
+  float offset = w.dtype == HR_I4 ? scale * 8.0f : 0.0f;
+  if (w.scaling == HR_ZEROS) offset = scale * widen(half[HR_PANEL + j]);
+  if (w.scaling == HR_OFFSETS) offset = full[HR_PANEL + j];
+  const int value = w.dtype == HR_G8 ? byte - 128 : byte >> shift_of(k) & 15;
+  return static_cast<float>(value) * scale - offset;
 }
 
 static void unpack_int4(const hr_unpack_args& args, const hr_step& step) {

@@ -2,7 +2,8 @@
 //
 // Rows are sorted by expert, so that an expert's weights are read once for all its rows; an
 // expert's sums do not depend on how many rows it has, and each token adds its experts in the order
-// of its choice. Nothing depends on which other tokens there are.
+// of its choice. Nothing depends on which other tokens there are. Experts of float weights share the
+// threads' work; of others the linear operators are called, one expert after another.
 #include "linear.h"
 #include "types.h"
 
@@ -61,12 +62,35 @@ static float score(const hr_router_args& args, int64_t padded, float* scores) {
   return sum(total);
 }
 
+// SparseMixer (arXiv 2409.12136): the best expert is weighed against those near it, and so is the
+// best of those that are left.
+static void mix_sparsely(const hr_router_args& args, const float* scores, const int32_t* ids,
+                         float* weights) {
+  for (int64_t r = 0; r < args.top_k; ++r) {
+    const float best = scores[ids[r]];
+    float total = 0;
+    for (int64_t e = 0; e < args.logits.columns; ++e) {
+      bool out = false;
+      for (int64_t i = 0; i < r; ++i) out = out || ids[i] == e;
+      const float size = __builtin_fabsf(scores[e]), most = size > best ? size : best;
+      if (!out && !((best - scores[e]) / most > 2 * args.jitter)) {
+        total += exp(set(scores[e] - best))[0];
+      }
+    }
+    weights[r] = 1 / total * args.scale;
+  }
+}
+
 static void route(const hr_router_args& args, int64_t row, int64_t padded, float* scores,
                   float* keys) {
   const int64_t experts = args.logits.columns;
   int32_t* ids = args.ids + row * args.top_k;
   float* weights = row_of<float>(args.weights, row);
   load_row(args.logits, row, 0, experts, scores);
+  if (args.jitter > 0) {
+    choose(scores, experts, args.top_k, ids);
+    return mix_sparsely(args, scores, ids, weights);
+  }
   for (int64_t e = experts; e < padded; ++e) scores[e] = -__builtin_inff();
   memcpy(keys, scores, static_cast<size_t>(experts) * 4);
   float total = score(args, padded, scores);
@@ -103,20 +127,26 @@ struct Expert {
 struct Sorted {
   Expert* experts;
   int32_t *order, *place;
-  char *inner, *outer;  // [rows, inner], [rows, hidden], of x's dtype
+  // Of x's dtype: [rows, inner], [rows, hidden]; where not all weights are floats, or weights of
+  // choices are on the input, x itself [rows, hidden], and in the first case [rows, gate | up].
+  char *inner, *outer, *x, *gate_up;
 };
 
 static int64_t lined_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-static Sorted memory(const hr_moe_args& args, int64_t rows) {
+static Sorted memory(const hr_moe_args& args, int64_t rows, bool floats) {
   const int64_t size = args.x.dtype == HR_F32 ? 4 : 2;
   const int64_t experts = lined_up((args.experts + 1) * static_cast<int64_t>(sizeof(Expert)));
-  const int64_t index = lined_up(rows * 4), inner = lined_up(rows * args.gates[0].out * size);
-  const int64_t all = experts + 2 * index + inner + rows * args.y.columns * size;
+  const int64_t index = lined_up(rows * 4), inner = lined_up(rows * args.inner * size);
+  const int64_t outer = lined_up(rows * args.y.columns * size);
+  const int64_t x = floats && !args.on_input ? 0 : lined_up(rows * args.x.columns * size);
+  const int64_t all = experts + 2 * index + inner + outer + x + (floats ? 0 : 2 * inner);
   char* at = static_cast<char*>(hr::scratch(static_cast<size_t>(all), 3));
   char* const order = at + experts;
+  char* const first = order + 2 * index;
   return {reinterpret_cast<Expert*>(at), reinterpret_cast<int32_t*>(order),
-          reinterpret_cast<int32_t*>(order + index), order + 2 * index, order + 2 * index + inner};
+          reinterpret_cast<int32_t*>(order + index), first, first + inner, first + inner + outer,
+          first + inner + outer + x};
 }
 
 static void sort(const hr_moe_args& args, int64_t token, int64_t tokens, const Sorted& sorted) {
@@ -173,6 +203,37 @@ static void each_block(const hr_moe_args& args, const hr_weight* weights, const 
   });
 }
 
+// Sorted rows of x as they are.
+static void gather_inputs(const hr_moe_args& args, int64_t rows, const Sorted& sorted) {
+  const int64_t size = args.x.dtype == HR_F32 ? 4 : 2, bytes = args.x.columns * size;
+  hr::parallel(rows, 1 + (1 << 15) / bytes, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const char* const row =
+          static_cast<const char*>(args.x.data) + sorted.order[i] * args.x.stride * size;
+      memcpy(sorted.x + i * bytes, row, static_cast<size_t>(bytes));
+    }
+  });
+}
+
+// Sorted rows of x, each times the weight of its choice.
+template <class T>
+static void weigh_inputs(const hr_moe_args& args, int64_t token, int64_t tokens,
+                         const Sorted& sorted) {
+  const int64_t columns = args.x.columns, top_k = args.top_k;
+  T* weighed = reinterpret_cast<T*>(sorted.x);
+  hr::parallel(tokens, 1 + (1 << 14) / (columns * top_k + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * top_k; i < end * top_k; ++i) {
+      const int64_t row = token + i / top_k;
+      const vf weight = set(row_of<float>(args.weights, row)[i % top_k]);
+      for (int64_t c = 0; c < columns; c += kLanes) {
+        const int64_t n = columns - c < kLanes ? columns - c : kLanes;
+        put(weighed + sorted.place[i] * columns + c, weight * take(row_of<T>(args.x, row) + c, n),
+            n);
+      }
+    }
+  });
+}
+
 template <class T>
 static void combine(const hr_moe_args& args, int64_t token, int64_t tokens, const Sorted& sorted) {
   const int64_t columns = args.y.columns, top_k = args.top_k;
@@ -185,7 +246,8 @@ static void combine(const hr_moe_args& args, int64_t token, int64_t tokens, cons
         const int64_t n = columns - c < kLanes ? columns - c : kLanes;
         vf sum = zero();
         for (int64_t r = 0; r < top_k; ++r) {
-          sum = fma(set(weights[r]), take(outer + place[r] * columns + c, n), sum);
+          const vf weight = set(args.on_input ? 1.0f : weights[r]);
+          sum = fma(weight, take(outer + place[r] * columns + c, n), sum);
         }
         put(row_of<T>(args.y, token + i) + c, sum, n);
       }
@@ -193,24 +255,108 @@ static void combine(const hr_moe_args& args, int64_t token, int64_t tokens, cons
   });
 }
 
-static void part(const hr_moe_args& args, int64_t token, int64_t tokens) {
-  const int64_t inner_size = args.gates[0].out;
-  const Sorted sorted = memory(args, tokens * args.top_k);
-  sort(args, token, tokens, sorted);
-  const hr_rows inner{sorted.inner, inner_size, inner_size, args.x.dtype};
-  const hr_rows outer{sorted.outer, args.y.columns, args.y.columns, args.x.dtype};
+// Rows of the bias of expert e, null if there is none.
+static const float* bias_of(const float* biases, int64_t e, int64_t size) {
+  return biases ? biases + e * size : nullptr;
+}
+
+static hr_rows sorted_x(const hr_moe_args& args, const Sorted& sorted) {
+  return {sorted.x, args.x.columns, args.x.columns, args.x.dtype};
+}
+
+static void float_experts(const hr_moe_args& args, const Sorted& sorted, const hr_rows& inner,
+                          const hr_rows& outer) {
   Expert* experts = sorted.experts;
+  const hr_rows x = args.on_input ? sorted_x(args, sorted) : args.x;
   const auto gated = [&](int64_t e, const Input& input, const Block& block) {
-    gated_block({args.x, inner, args.gates[e], args.ups[e], nullptr, 0,
-                 static_cast<int32_t>(args.activation)},
+    gated_block({x, inner, args.gates[e], args.ups[e],
+                 bias_of(args.gate_up_bias, e, 2 * args.inner), HR_F32, args.activation, args.alpha,
+                 args.limit},
                 input, block, experts[e].begin);
   };
-  each_block(args, args.gates, args.x, sorted.order, experts, gated);
+  each_block(args, args.gates, x, args.on_input ? nullptr : sorted.order, experts, gated);
   const auto down = [&](int64_t e, const Input& input, const Block& block) {
-    linear_block({inner, outer, args.downs[e], nullptr, 0, HR_TOKENS, hr_rows{}}, input, block,
-                 experts[e].begin);
+    linear_block({inner, outer, args.downs[e], bias_of(args.down_bias, e, outer.columns), HR_F32,
+                  HR_TOKENS, hr_rows{}},
+                 input, block, experts[e].begin);
   };
   each_block(args, args.downs, inner, nullptr, experts, down);
+}
+
+// The operator that multiplies with a weight.
+static hr::Kernel linear_of(const hr_weight& weight) {
+  const char* const names[] = {"linear",     "linear",      "linear",      "linear_int8",
+                               "linear_fp8", "linear_int4", "linear_int4", "linear_int4",
+                               "linear_fp8"};
+  return hr::kernel_of(hr_operator(names[weight.dtype], sizeof(hr_linear_args)));
+}
+
+static hr_rows rows_from(const hr_rows& rows, int64_t first) {
+  const int64_t size = rows.dtype == HR_F32 ? 4 : 2;
+  return {static_cast<char*>(rows.data) + first * rows.stride * size, rows.stride, rows.columns,
+          rows.dtype};
+}
+
+// One product of all experts, each with its sorted rows; biases lie `apart` from expert to expert.
+static void each_expert(const hr_moe_args& args, const hr_weight* weights, const float* biases,
+                        int64_t apart, const hr_rows& x, const hr_rows& y,
+                        const Expert* experts) {
+  for (int64_t e = 0; e < args.experts; ++e) {
+    if (experts[e].rows == 0) continue;
+    const hr_linear_args linear{rows_from(x, experts[e].begin), rows_from(y, experts[e].begin),
+                                weights[e], bias_of(biases, e, apart), HR_F32, HR_TOKENS,
+                                hr_rows{}};
+    hr_step step{};
+    step.tokens = experts[e].rows;
+    linear_of(weights[e])(&linear, step);
+  }
+}
+
+static void single_experts(const hr_moe_args& args, int64_t rows, const Sorted& sorted,
+                            const hr_rows& inner, const hr_rows& outer) {
+  const hr_rows x = sorted_x(args, sorted);
+  const int64_t width = args.inner, size = args.x.dtype == HR_F32 ? 4 : 2;
+  const hr_rows gate_up{sorted.gate_up, 2 * width, 2 * width, args.x.dtype};
+  const hr_rows gate{sorted.gate_up, 2 * width, width, args.x.dtype};
+  const hr_rows up{sorted.gate_up + width * size, 2 * width, width, args.x.dtype};
+  const float* up_bias = args.gate_up_bias ? args.gate_up_bias + width : nullptr;
+  each_expert(args, args.gates, args.gate_up_bias, 2 * width, x, gate, sorted.experts);
+  each_expert(args, args.ups, up_bias, 2 * width, x, up, sorted.experts);
+  const hr_gated_args gated{gate_up, inner, args.activation, args.alpha, args.limit};
+  hr_step step{};
+  step.tokens = rows;
+  hr::kernel_of(hr_operator("gated", sizeof gated))(&gated, step);
+  each_expert(args, args.downs, args.down_bias, outer.columns, inner, outer, sorted.experts);
+}
+
+static bool all_floats(const hr_moe_args& args) {
+  bool floats = true;
+  const hr_weight* const all[] = {args.gates, args.ups, args.downs};
+  for (const hr_weight* weights : all) {
+    for (int64_t e = 0; e < args.experts; ++e) floats = floats && weights[e].dtype <= HR_F16;
+  }
+  return floats;
+}
+
+static void part(const hr_moe_args& args, int64_t token, int64_t tokens) {
+  const int64_t rows = tokens * args.top_k;
+  const bool floats = all_floats(args);
+  const Sorted sorted = memory(args, rows, floats);
+  sort(args, token, tokens, sorted);
+  const hr_rows inner{sorted.inner, args.inner, args.inner, args.x.dtype};
+  const hr_rows outer{sorted.outer, args.y.columns, args.y.columns, args.x.dtype};
+  if (args.on_input) {
+    with_type(args.x.dtype, [&](auto type) {
+      weigh_inputs<decltype(type)>(args, token, tokens, sorted);
+    });
+  } else if (!floats) {
+    gather_inputs(args, rows, sorted);
+  }
+  if (floats) {
+    float_experts(args, sorted, inner, outer);
+  } else {
+    single_experts(args, rows, sorted, inner, outer);
+  }
   with_type(args.x.dtype, [&](auto type) { combine<decltype(type)>(args, token, tokens, sorted); });
 }
 

@@ -41,7 +41,7 @@ static void turn_row(const hr_rotary_kv_args& args, const hr_rows& rows, int64_t
   if (!rows.data) return;
   const int64_t half = args.cos_sin.columns / 2, dim = rows.columns / heads;
   const float* cos = row_of<float>(args.cos_sin, row);
-  T* head = row_of<T>(rows, row);
+  T* head = row_of<T>(rows, row) + args.first;
   for (int64_t h = 0; h < heads; ++h, head += dim) {
     if (args.interleaved) {
       turn_interleaved(head, cos, cos + half, half);
@@ -120,6 +120,7 @@ static void rotary_kv(const hr_rotary_kv_args& args, const hr_step& step) {
         if (args.keys) {
           const int64_t slot = step.slots[row];
           put_row<T>(args.k, row, args, args.keys, args.key_scales, args.key_scale, slot);
+          if (!args.values) continue;
           put_row<T>(args.v, row, args, args.values, args.value_scales, args.value_scale, slot);
         }
       }

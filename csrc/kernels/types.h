@@ -122,5 +122,9 @@ HR_INLINE vf activate(vf x, int32_t activation) {
   if (activation == HR_RELU_SQUARED) return activate<HR_RELU_SQUARED>(x);
   return activation == HR_GELU_TANH ? activate<HR_GELU_TANH>(x) : activate<HR_GELU_ERF>(x);
 }
+HR_INLINE vf swiglu_clamped(vf gate, vf up, float alpha, float limit) {
+  const vf g = min(gate, set(limit)), u = min(max(up, set(-limit)), set(limit));
+  return g / (set(1.0f) + exp(set(-alpha) * g)) * (u + set(1.0f));
+}
 
 }  // namespace HR_NS

@@ -231,6 +231,13 @@ def test_narrow_caches(tmp_path, kv):
     check(folder, requests, ["together", "chunks-of-16", "two-threads"], kv_cache_dtype=kv)
 
 
+@pytest.mark.parametrize(("dtype", "kv"), [("bfloat16", "auto"), ("float32", "int8")])
+def test_latent_caches(tmp_path, dtype, kv):
+    folder = tiny(tmp_path, "deepseek-v3")
+    requests = make_requests(101, 6, 6, 90)
+    check(folder, requests, ["chunks-of-16", "two-threads"], kv_cache_dtype=kv, dtype=dtype)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("level", "case"), SCHEDULED, indirect=["level"])
 def test_64_requests_under_every_schedule_at_every_level(tmp_path, level, case):

@@ -72,7 +72,9 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_operators(package: Path) -> None:
-    files = [f"tests/cpu/test_native_{name}.py" for name in ("linear", "lowbit", "experts")]
+    files = [
+        f"tests/cpu/test_native_{name}.py" for name in ("linear", "lowbit", "experts", "attention")
+    ]
     asked = ["-q", "-p", "no:cacheprovider", "-k", " or ".join(EMULATED), *files]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", *asked],

@@ -1,6 +1,7 @@
 """Models from one GGUF file: logits of the checkpoint it was made of."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
@@ -25,6 +26,7 @@ CASES = {
     "llama-tied": "llama",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "qwen3-moe": "qwen3moe",
 }
 NAMES = (
     (r"^model\.embed_tokens\.", "token_embd."),
@@ -36,6 +38,8 @@ NAMES = (
     (r"self_attn\.(\w)_proj", r"attn_\1"),
     (r"self_attn\.(\w)_norm", r"attn_\1_norm"),
     (r"attn_o\.", "attn_output."),
+    (r"mlp\.gate\.", "ffn_gate_inp."),
+    (r"mlp\.experts\.(\w+)_proj", r"ffn_\1_exps.weight"),
     (r"mlp\.(\w+)_proj", r"ffn_\1"),
 )
 
@@ -73,7 +77,11 @@ def write(path: Path, oracle: transformers.PreTrainedModel, architecture: str) -
     writer.add_token_merges(["a b"])
     writer.add_eos_token_id(100)
     writer.add_chat_template("{{ messages[0].content }}")
-    for name, values in oracle.state_dict().items():
+    if architecture == "qwen3moe":
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    for name, values in split_experts(oracle.state_dict()):
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         if architecture == "llama" and (found := re.search(r"self_attn\.([qk])_proj", name)):
@@ -90,9 +98,19 @@ def write(path: Path, oracle: transformers.PreTrainedModel, architecture: str) -
     writer.close()
 
 
+def split_experts(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    for name, values in state.items():
+        if name.endswith("experts.gate_up_proj"):
+            for part, half in zip(("gate", "up"), values.chunk(2, dim=1), strict=True):
+                yield name.replace("gate_up", part), half.contiguous()
+        else:
+            yield name, values
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_logits_are_those_of_the_checkpoint(tmp_path: Path, case: str) -> None:
-    oracle = make_case(tmp_path / "hf", case)
+    every = {"decoder_sparse_step": 1} if case == "qwen3-moe" else {}
+    oracle = make_case(tmp_path / "hf", case, **every)
     write(tmp_path / "m.gguf", oracle, CASES[case])
     info = read_model_info(resolve_model_path(str(tmp_path / "m.gguf")))
     model = load_model(info, torch.float32, SoloGroup())

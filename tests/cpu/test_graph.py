@@ -25,6 +25,7 @@ def paged(folder: Path, case: str) -> PagedRun:
 
 CASES = ["llama-bias", "mistral-window", "qwen3", "llama-longrope-long", "gpt2", "gptj", "neox"]
 CASES += ["opt", "falcon-40b", "phi", "stablelm", "cohere2", "olmo", "olmo2", "gemma2", "gemma3"]
+CASES += ["deepseek-v2-lite", "deepseek-v3", "llama4", "phimoe", "bloom"]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -92,7 +92,7 @@ def test_chunks_then_decode(pair: tuple[Model, transformers.PreTrainedModel]) ->
 def test_auto_takes_ours_where_there_is_one(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "Qwen3ForCausalLM")
     assert type(load(tmp_path, "auto")).__name__ == "Qwen3ForCausalLM"
-    assert borrowed("PhimoeForCausalLM") and not borrowed("NobodyForCausalLM")
+    assert borrowed("JetMoeForCausalLM") and not borrowed("NobodyForCausalLM")
 
 
 def test_an_architecture_that_nobody_knows(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ config.json of the real one.
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from headrace.core.errors import LoadError
 from headrace.core.model_info import read_model_info
 from headrace.dist.comm import SoloGroup
 from headrace.loader import load_model
+from headrace.models.llama import BaichuanForCausalLM
 from tests.cpu.test_models_parity import assert_close, expected, random_ids
-from tests.support.checkpoints import make_checkpoint
+from tests.support.checkpoints import make_case, make_checkpoint
 from tests.support.paged import run_all
 
 Tensors = dict[str, Tensor]
@@ -165,6 +167,59 @@ def test_published_layouts(tmp_path: Path, architecture: str) -> None:
     sequences = random_ids(40, 1, 17)
     for ours, ids in zip(run_all(model, sequences), sequences, strict=True):
         assert_close(ours, expected(oracle, ids))
+
+
+def test_baichuan_13b_has_slopes_instead_of_positions(tmp_path: Path) -> None:
+    """Llama at position 0 throughout, with ALiBi in its mask."""
+    oracle = write(tmp_path, "BaichuanForCausalLM")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model_max_length"] = config.pop("max_position_embeddings")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    info = read_model_info(tmp_path)
+    assert info.context_length == 256
+    model = load_model(info, torch.float32, SoloGroup())
+    ids = random_ids(40)[0]
+    at = torch.arange(40)
+    slopes = torch.tensor([2.0 ** (-2 * head) for head in range(1, 5)])
+    mask = slopes[:, None, None] * (at - at[:, None]) + torch.where(at > at[:, None], -1e9, 0.0)
+    zeros = torch.zeros(1, 40, dtype=torch.int64)
+    with torch.inference_mode():
+        wanted = oracle(torch.tensor([ids]), attention_mask=mask[None], position_ids=zeros)
+    assert_close(run_all(model, [ids])[0], wanted.logits[0])
+
+
+def test_baichuan_2_has_rows_of_length_1_in_its_head(tmp_path: Path) -> None:
+    write(tmp_path, "BaichuanForCausalLM", {"vocab_size": 125696})
+    layout = BaichuanForCausalLM.describe(read_model_info(tmp_path)).layout
+    weight = torch.randn(7, 32)
+    [(name, made)] = layout.canonical([("lm_head.weight", weight)])
+    assert name == "lm_head.weight"
+    torch.testing.assert_close(made, weight / weight.norm(dim=1, keepdim=True))
+
+
+def test_llama4_beside_its_vision_model(tmp_path: Path) -> None:
+    oracle = make_case(tmp_path, "llama4")
+    path = tmp_path / "model.safetensors"
+    tensors = {f"language_model.{name}": tensor for name, tensor in load_file(path).items()}
+    save_file({**tensors, "vision_model.class_embedding": torch.zeros(4)}, path)
+    text = json.loads((tmp_path / "config.json").read_text())
+    whole = {"architectures": ["Llama4ForConditionalGeneration"], "text_config": text}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    model = load_model(read_model_info(tmp_path), torch.float32, SoloGroup())
+    ids = random_ids(40)[0]
+    assert_close(run_all(model, [ids])[0], expected(oracle, ids))
+
+
+@pytest.mark.parametrize("case", ["deepseek-v3", "glm4-moe"])
+def test_layers_that_predict_more_tokens_are_left_out(tmp_path: Path, case: str) -> None:
+    make_case(tmp_path, case)
+    path = tmp_path / "model.safetensors"
+    extra = {"model.layers.3.eh_proj.weight": torch.zeros(2, 2)}
+    save_file(load_file(path) | extra, path)
+    for count, message in ((1, ""), (0, "unexpected tensor model.layers.3.eh_proj")):
+        info = read_model_info(tmp_path, {"num_nextn_predict_layers": count})
+        with pytest.raises(LoadError, match=message) if message else nullcontext():
+            load_model(info, torch.float32, SoloGroup())
 
 
 def test_a_stack_of_wrong_size_is_named(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def test_unknown_architecture_names_close_ones() -> None:
         ("rope_parameters", {"rope_type": "spiral"}, "unknown rope scaling 'spiral'"),
         ("rope_parameters", {"rope_type": "llama3", "factor": 8}, "low_freq_factor"),
         ("rope_parameters", {"rope_type": "longrope", "short_factor": [1]}, "short_factor"),
-        ("quantization_config", {"quant_method": "awq"}, "quant_method='awq'"),
+        ("quantization_config", {"quant_method": "quip"}, "quant_method='quip'"),
     ],
 )
 def test_bad_config_is_named(tmp_path: Path, field: str, value: object, message: str) -> None:

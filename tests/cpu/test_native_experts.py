@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from headrace.ops import cpu
-from headrace.ops.experts import RouterSpec
+from headrace.ops import cpu, ref
+from headrace.ops.experts import PackedExperts, RouterSpec
 from tests.support.native import native_level, native_levels, operators
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -112,6 +112,41 @@ def test_a_row_is_the_same_in_every_batch(dtype: torch.dtype) -> None:
                 again = cpu.router_topk(logits[rows], RouterSpec(3), None)
                 assert torch.equal(again[0], ids[rows])
                 assert torch.equal(again[1], weights[rows])
+
+
+@pytest.mark.parametrize("on_input", [False, True])
+@pytest.mark.parametrize("format", ["int8", "int4", "fp8"])
+def test_low_bit_experts_are_their_linear_layers(
+    impl: SimpleNamespace, format: str, on_input: bool
+) -> None:
+    """Every expert by hand; one of them of floats. The same bits alone and among others."""
+    count, hidden, inner, top_k = 4, 96, 70, 2
+    formats = [format] * (count - 1) + [""]
+    weights = {
+        name: tuple(impl.pack(torch.randn(shape) / shape[1] ** 0.5, form) for form in formats)
+        for name, shape in (
+            ("gates", (inner, hidden)),
+            ("ups", (inner, hidden)),
+            ("downs", (hidden, inner)),
+        )
+    }
+    x = torch.randn(41, hidden)
+    ids, shares = impl.router_topk(torch.randn(41, count), RouterSpec(top_k), None)
+    y = impl.moe_packed(x, PackedExperts(**weights), ids, shares, "silu", on_input)
+    expected = torch.zeros_like(x)
+    for token in range(len(x)):
+        for expert, share in zip(ids[token].tolist(), shares[token], strict=True):
+            row = x[token : token + 1]
+            if on_input:
+                row, share = share * row, torch.tensor(1.0)
+            gate, up, down = (weights[name][expert] for name in ("gates", "ups", "downs"))
+            gate_up = torch.cat([impl.linear_packed(row, w, None) for w in (gate, up)], dim=1)
+            out = impl.linear_packed(impl.gated(gate_up, "silu"), down, None)
+            expected[token] += share * out[0]
+    torch.testing.assert_close(y, expected, atol=2e-6, rtol=1e-5)
+    few = ids[7:8], shares[7:8]
+    alone = impl.moe_packed(x[7:8], PackedExperts(**weights), *few, "silu", on_input)
+    assert torch.equal(alone, y[7:8]) or impl.moe_packed is ref.moe_packed
 
 
 def test_wrong_shapes_are_refused(impl: SimpleNamespace) -> None:

@@ -194,7 +194,7 @@ def test_what_no_format_has_is_refused() -> None:
     bytes_, nibbles = torch.ones(8, 64, dtype=torch.int8), torch.ones(8, 64, dtype=torch.uint8)
     cases = [
         ((bytes_, torch.ones(7), "int8"), "scales of shape"),
-        ((bytes_, torch.ones(8, 2), "int8", 32), "group of int8"),
+        ((bytes_, torch.ones(8, 3), "int8", 24), "group of int8"),
         ((nibbles, torch.ones(8), "int8"), "needs torch.int8"),
         ((nibbles * 16, torch.ones(8, 2), "int4", 32), "an int4 value is 16"),
         ((nibbles, torch.ones(8, 3), "int4", 32), "do not fit"),

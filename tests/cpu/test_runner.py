@@ -308,15 +308,34 @@ def test_pool_shapes_follow_the_layers():
         assert not values.any()
 
 
+LATENT = StateSpec(kind="latent", kv_heads=1, head_dim=5, value_dim=3)
+
+
+def test_each_layer_has_the_pool_that_it_declares():
+    """Hybrids: a list of specs, one for each layer, of any kinds."""
+    specs = [StateSpec(kv_heads=2, head_dim=8), LATENT, StateSpec(kv_heads=1, head_dim=4)]
+    pool = KvPool(specs, pages=3, page_size=PAGE, dtype=torch.int8)
+    shapes = [cache.values.shape[2:] for cache in pool.caches]
+    assert shapes == [(2, 8), (1, 3), (1, 4)]
+    assert [cache.latent for cache in pool.caches] == [False, True, False]
+    keys, scale = pool.caches[1].tensors()
+    keys[2, 1, 0] = torch.arange(5)
+    assert pool.caches[1].values[2, 1, 0].tolist() == [0, 1, 2]
+    assert scale is pool.caches[1].key_scale is pool.caches[1].value_scale
+    assert StateSpec(kind="recurrent", kv_heads=1, head_dim=4).bytes_per_token(4) == 0
+
+
+@pytest.mark.parametrize("spec", [StateSpec(kv_heads=1, head_dim=2), LATENT], ids=str)
 @pytest.mark.parametrize("name", ["auto", "fp8_e4m3", "int8"])
-def test_pool_copies_pages_in_order(name):
+def test_pool_copies_pages_in_order(name, spec):
     """Scales, too, are copied, and counted."""
-    specs, dtype = [StateSpec(kv_heads=1, head_dim=2)] * 2, kv_dtype(name, torch.float32)
+    specs, dtype = [spec] * 2, kv_dtype(name, torch.float32)
     pool = KvPool(specs, 6, PAGE, dtype)
     held = sum(tensor.nbytes for cache in pool.caches for tensor in cache.tensors())
     assert held == 6 * PAGE * bytes_per_token(specs, dtype)
     for cache in pool.caches:
-        assert len(cache.tensors()) == (4 if name == "int8" else 2)
+        stored = 1 if spec.kind == "latent" else 2
+        assert len(cache.tensors()) == (2 * stored if name == "int8" else stored)
         for tensor in cache.tensors():
             for page in range(6):
                 tensor[page].fill_(page)

@@ -15,7 +15,7 @@ from headrace.layers.held import held, held_bytes
 from headrace.loader import load_model
 from headrace.loader.snapshot import snapshot_path
 from headrace.ops.packed import PackedWeight
-from headrace.quant import quant_method
+from headrace.quant import quantization_of
 from tests.support.checkpoints import make_case
 
 
@@ -46,7 +46,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("case", ["llama-tied", "llama-bias", "qwen3", "qwen2-moe", "gpt2"])
+CASES = ["llama-tied", "llama-bias", "qwen3", "qwen2-moe", "gpt2", "deepseek-v3", "bloom"]
+
+
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("quantization", ["none", "int8", "int4", "fp8"])
 def test_a_second_load_maps_the_same_weights(tmp_path: Path, case: str, quantization: str) -> None:
     dtype = torch.bfloat16 if case == "llama-bias" else torch.float32
@@ -85,7 +88,7 @@ def test_a_damaged_snapshot_costs_time_only(
 ) -> None:
     first = load(folder, tmp_path / "cache")
     info = read_model_info(folder)
-    build = Build(torch.float32, SoloGroup(), quant_method(info.hf))
+    build = Build(torch.float32, SoloGroup(), quantization_of(info))
     path = snapshot_path(tmp_path / "cache", info, build, "auto")
     good = path.read_bytes()
     if damage == "another model":

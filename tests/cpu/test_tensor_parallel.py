@@ -33,7 +33,9 @@ def assert_close(one: Tensor, other: Tensor) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
-@pytest.mark.parametrize("case", ["llama-bias", "llama-tied", "llama-mqa", "qwen3", "llama-mha"])
+@pytest.mark.parametrize(
+    "case", ["llama-bias", "llama-tied", "llama-mqa", "qwen3", "llama-mha", "deepseek-v3"]
+)
 def test_ranks_agree_with_one(tmp_path: Path, case: str, size: int) -> None:
     """Sizes that divide nothing: 4 heads, 2 KV heads, 44 inner columns, 101 tokens."""
     make_case(tmp_path, case)
@@ -43,7 +45,19 @@ def test_ranks_agree_with_one(tmp_path: Path, case: str, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["gpt2", "gptj", "neox", "falcon-40b", "opt", "cohere", "stablelm-parallel", "gemma3"]
+    "case",
+    [
+        "gpt2",
+        "gptj",
+        "neox",
+        "falcon-40b",
+        "opt",
+        "cohere",
+        "stablelm-parallel",
+        "gemma3",
+        "bloom",
+        "llama4",
+    ],
 )
 def test_other_families_on_two_ranks(tmp_path: Path, case: str) -> None:
     make_case(tmp_path, case)

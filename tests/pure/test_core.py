@@ -74,6 +74,10 @@ def test_resolve_fills_in_and_explains(tmp_path):
     assert resolve(Config(), large, MACHINE)[0].run.threads == 3
     plain = msgspec.structs.replace(MACHINE, bf16=False)
     assert resolve(Config(), large, plain)[0].model.dtype == "float32"
+    scales = {"model_path": "here", "quantization_param_path": "scales.json"}
+    with pytest.raises(BadRequest, match="needs --kv-cache-dtype fp8_e4m3"):
+        resolve(Config.from_flat(scales), info, MACHINE)
+    assert resolve(Config.from_flat(scales | {"kv_cache_dtype": "fp8_e4m3"}), info, MACHINE)
     with pytest.raises(BadRequest, match="--context-length 600 is more than the model's 512"):
         resolve(Config.from_flat({"context_length": 600}), info, MACHINE)
 

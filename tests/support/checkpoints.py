@@ -36,7 +36,25 @@ _OLD: dict[str, Any] = {
 """The same for configurations with the names of GPT-2."""
 
 _EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
-_BASES: dict[str, dict[str, Any]] = {"gpt2": _OLD, "gptj": _OLD, "dbrx": {}}
+_LATENT = {
+    "q_lora_rank": 20,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "head_dim": "absent",
+    "num_key_value_heads": 4,
+}
+_DEEPSEEK = {
+    **_LATENT,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 20,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.7,
+}
+_BASES: dict[str, dict[str, Any]] = {"gpt2": _OLD, "gptj": _OLD, "dbrx": {}, "mpt": {}, "bloom": {}}
 _MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 _MULTI = {"num_key_value_heads": 4, "head_dim": 8}
 
@@ -141,6 +159,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"head_dim": "absent", "pad_token_id": 0, "partial_rotary_factor": 0.5},
     ),
     "smollm3": ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 0, 1], "pad_token_id": 0}),
+    "ernie": ("Ernie4_5ForCausalLM", {"use_bias": True}),
     "granite": (
         "GraniteForCausalLM",
         {
@@ -303,6 +322,23 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "MiniMaxM2ForCausalLM",
         {"num_local_experts": 6, "num_experts_per_tok": 2, "rotary_dim": 8},
     ),
+    "gpt-oss": (
+        "GptOssForCausalLM",
+        {
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "sliding_window": 9,
+            "swiglu_limit": 0.8,
+            **_rope(
+                "yarn",
+                factor=4.0,
+                original_max_position_embeddings=64,
+                truncate=False,
+                beta_fast=32.0,
+                beta_slow=1.0,
+            ),
+        },
+    ),
     "dbrx": (
         "DbrxForCausalLM",
         {
@@ -320,6 +356,128 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "phimoe": (
+        "PhimoeForCausalLM",
+        {
+            "num_local_experts": 6,
+            "num_experts_per_tok": 2,
+            "router_jitter_noise": 0.4,
+            "attention_bias": True,
+            "lm_head_bias": True,
+            "pad_token_id": 0,
+            **_rope(
+                "longrope",
+                short_factor=[1.0 + 0.1 * i for i in range(8)],
+                # transformers takes those of short prompts always, the model's own code these.
+                long_factor=[1.0 + 0.1 * i for i in range(8)],
+                short_mscale=1.1,
+                long_mscale=1.3,
+                original_max_position_embeddings=8,
+            ),
+        },
+    ),
+    "llama4": (
+        "Llama4ForCausalLM",
+        {
+            "num_hidden_layers": 4,
+            "num_local_experts": 5,
+            "intermediate_size": 20,
+            "intermediate_size_mlp": 44,
+            "interleave_moe_layer_step": 2,
+            "attention_chunk_size": 16,
+            "floor_scale": 8,
+            "attn_scale": 0.5,
+            "no_rope_layers": [1, 0, 1, 0],
+            "pad_token_id": 0,
+        },
+    ),
+    "falcon-rw": (
+        "FalconForCausalLM",
+        {
+            # "eager" adds the slopes a second time.
+            "attention": "sdpa",
+            "alibi": True,
+            "multi_query": False,
+            "parallel_attn": False,
+            "bias": True,
+            "head_dim": "absent",
+            "num_key_value_heads": "absent",
+        },
+    ),
+    "bloom": (
+        "BloomForCausalLM",
+        {"hidden_size": 48, "n_layer": 3, "n_head": 6, "vocab_size": 101},
+    ),
+    "mpt": (
+        "MptForCausalLM",
+        {
+            "d_model": 48,
+            "n_heads": 6,
+            "n_layers": 3,
+            "vocab_size": 101,
+            "max_seq_len": 256,
+            "attn_config": {"clip_qkv": 1.5},
+        },
+    ),
+    "deepseek-v2": (
+        "DeepseekV2ForCausalLM",
+        {
+            **_DEEPSEEK,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+        },
+    ),
+    "deepseek-v2-lite": (
+        "DeepseekV2ForCausalLM",
+        {
+            **_DEEPSEEK,
+            "q_lora_rank": None,
+            **_rope(
+                "yarn",
+                factor=4.0,
+                original_max_position_embeddings=64,
+                mscale=0.7,
+                mscale_all_dim=1.1,
+            ),
+        },
+    ),
+    "deepseek-v3": (
+        "DeepseekV3ForCausalLM",
+        {
+            **_DEEPSEEK,
+            "n_group": 4,
+            "topk_group": 2,
+            "attention_bias": True,
+            **_rope(
+                "yarn",
+                factor=4.0,
+                original_max_position_embeddings=64,
+                mscale=1.0,
+                mscale_all_dim=1.0,
+            ),
+        },
+    ),
+    "kimi-k2": (
+        "DeepseekV3ForCausalLM",
+        {**_DEEPSEEK, "n_group": 1, "topk_group": 1, "rope_interleave": False},
+    ),
+    "minicpm3": (
+        "MiniCPM3ForCausalLM",
+        {
+            **_LATENT,
+            "scale_emb": 3.0,
+            "scale_depth": 0.7,
+            "dim_model_base": 16,
+            **_rope(
+                "longrope",
+                factor=4.0,
+                short_factor=[1.0 + 0.1 * i for i in range(4)],
+                long_factor=[2.0 + 0.5 * i for i in range(4)],
+                original_max_position_embeddings=24,
+            ),
+        },
+    ),
     "qwen3-bias-tied": ("Qwen3ForCausalLM", {"attention_bias": True, "tie_word_embeddings": True}),
 }
 
@@ -331,11 +489,12 @@ def make_checkpoint(
     dtype: torch.dtype = torch.float32,
     max_shard_size: str = "1GB",
     seed: int = 0,
+    attention: str = "eager",
     **changes: Any,
 ) -> transformers.PreTrainedModel:
     """Save a random checkpoint in `folder`; returns the transformers model, the oracle."""
     config = _config(architecture, changes)
-    config._attn_implementation = "eager"
+    config._attn_implementation = attention
     model = getattr(transformers, architecture)(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -347,6 +506,9 @@ def make_checkpoint(
                 weight.copy_(0.3 * noise)
             else:
                 weight.copy_(noise * (1.6 / weight.shape[1] ** 0.5))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
     model = model.to(dtype).eval()
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return model

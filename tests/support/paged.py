@@ -11,7 +11,8 @@ from torch import Tensor
 
 from headrace.layers.batch import ForwardBatch
 from headrace.models import Model
-from headrace.ops.meta import AttentionMeta, KvCache
+from headrace.ops.meta import AttentionMeta
+from headrace.runner.pool import KvPool
 
 
 class PagedRun:
@@ -35,16 +36,12 @@ class PagedRun:
         pages = width * len(sequences) + 1
         order = torch.randperm(pages - 1, generator=torch.Generator().manual_seed(7)) + 1
         self.table = order.view(width, len(sequences)).t().int().contiguous()
-        self.caches = [
-            self._cache((pages, page_size, spec.kv_heads, spec.head_dim), dtype)
-            for spec in model.state_specs()
-        ]
-
-    def _cache(self, shape: tuple[int, ...], dtype: torch.dtype) -> KvCache:
-        if dtype == torch.int8:
-            numbers = [torch.full(shape, 127, dtype=dtype) for _ in range(2)]
-            return KvCache(*numbers, *(torch.full(shape[:3], float("nan")) for _ in range(2)))
-        return KvCache(*(torch.full(shape, float("nan")).to(dtype) for _ in range(2)))
+        self.caches = KvPool(model.state_specs(), pages, page_size, dtype).caches
+        for tensor in (tensor for cache in self.caches for tensor in cache.tensors()):
+            if tensor.dtype == torch.int8:
+                tensor.fill_(127)
+            else:
+                tensor.copy_(torch.full((), float("nan")))
 
     def step(self, chunks: Sequence[tuple[int, int]]) -> list[Tensor]:
         """Run the next `count` tokens of each (row, count); fp32 logits [count, vocab] of each."""

@@ -84,9 +84,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from headrace.ops.packed import FORMATS, INT4_GROUPS
+    from headrace.ops.packed import FORMATS, INT4_GROUPS, TABLES
 
-    known = (*FORMATS, *(f"int4-{group}" for group in INT4_GROUPS))
+    floats = [format for format in FORMATS if format not in ("mxfp4", *TABLES)]
+    known = (*floats, *(f"int4-{group}" for group in INT4_GROUPS))
     unknown = set(args.formats) - set(known)
     if unknown:
         raise BadRequest(f"--formats knows {', '.join(known)}, not {min(unknown)}", field="formats")

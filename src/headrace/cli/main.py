@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("headrace.cli.demo", "start the demo model, ask it something, show the speed"),
     "bench": ("headrace.cli.bench", "measure a server, the engine, the start or the control plane"),
     "replay": ("headrace.cli.replay", "run a recorded scheduler again, compare its decisions"),
+    "test-model": ("headrace.cli.compare", "compare a checkpoint layer by layer with transformers"),
     "check-env": ("headrace.cli.check_env", "show what this machine offers and what is missing"),
     "doctor": ("headrace.cli.check_env", "the same as check-env"),
 }

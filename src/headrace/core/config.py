@@ -16,6 +16,12 @@ from headrace.core.option import check_value, kept, option
 from headrace.core.parser_names import REASONING_PARSERS, TOOL_CALL_PARSERS
 from headrace.core.secret import Secret
 
+STORED_QUANTIZATIONS = (
+    *("fbgemm_fp8", "compressed-tensors", "w8a8_int8", "w8a8_fp8", "modelopt", "modelopt_fp8"),
+    *("torchao", "awq", "awq_marlin", "gptq", "gptq_marlin", "bitsandbytes", "mxfp4", "gguf"),
+)
+"""What a checkpoint may be quantized with, by the names that --quantization has for it."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelOptions:
@@ -27,12 +33,14 @@ class ModelOptions:
     tokenizer_path: str = option("", "Tokenizer folder or hub id; empty takes the model's.")
     served_model_name: str = option("", "Name shown to clients; empty takes the model path.")
     load_format: str = option(
-        "auto", "How weights are read.", choices=("auto", "safetensors", "gguf", "dummy")
+        "auto",
+        "How weights are read; bitsandbytes also quantizes floats, to NF4.",
+        choices=("auto", "safetensors", "bitsandbytes", "gguf", "dummy"),
     )
     quantization: str = option(
         "none",
-        "Quantize the weights while they are loaded.",
-        choices=("none", "int8", "int4", "fp8"),
+        "Quantize the weights while they are loaded, or say how the checkpoint is quantized.",
+        choices=("none", "int8", "int4", "fp8", *STORED_QUANTIZATIONS),
     )
     model_impl: str = option(
         "auto",
@@ -81,6 +89,9 @@ class CacheOptions:
         "auto",
         "How keys and values are stored; auto takes the model's dtype.",
         choices=("auto", "bf16", "fp8_e4m3", "int8"),
+    )
+    quantization_param_path: str = option(
+        "", "JSON file with the scales of an fp8_e4m3 cache; see docs/quantization.md."
     )
     disable_radix_cache: bool = option(False, "Keep no prefixes between requests.")
     radix_eviction_policy: str = option(

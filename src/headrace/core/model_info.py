@@ -19,6 +19,7 @@ _CONTEXT_KEYS = (
     "max_sequence_length",
     "seq_length",
     "max_seq_len",
+    "model_max_length",
 )
 _DTYPES = {"float32", "float16", "bfloat16"}
 
@@ -92,7 +93,7 @@ def read_model_info(
         raise LoadError(f"{path}/config.json names no architecture (field 'architectures')")
     heads = _number(text, path, "num_attention_heads", "n_head", "n_heads")
     kv_heads = text.get("num_key_value_heads") or text.get("multi_query_group_num") or heads
-    hidden = _number(text, path, "hidden_size", "n_embd", "d_model")
+    hidden = _number(text, path, "hidden_size", "n_embd", "n_embed", "d_model")
     return ModelInfo(
         path=str(path),
         architecture=str(architectures[0]),

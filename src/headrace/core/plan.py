@@ -120,16 +120,18 @@ class StateSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What one layer keeps per token or per sequence; pools are allocated from a list of these.
 
     kind "kv": paged keys and values, [page, page_size, kv_heads, head_dim] each. `window` > 0 means
-    only the last `window` tokens are read. Kinds "latent" (MLA) and "recurrent" use `head_dim`
-    as the width of the stored vector.
+    only the last `window` tokens are read. Kind "latent" (MLA): paged vectors, [page, page_size,
+    kv_heads, head_dim], which are keys, and values as far as `value_dim`. Kind "recurrent": vectors
+    [kv_heads, head_dim] per sequence, whatever its length.
     """
 
     kind: str = "kv"
     kv_heads: int
     head_dim: int
     window: int = 0
+    value_dim: int = 0
 
     def bytes_per_token(self, element_size: int, scale_size: int = 0) -> int:
         """`scale_size`: bytes kept beside each stored vector."""
-        copies = 2 if self.kind == "kv" else 1
+        copies = {"kv": 2, "latent": 1, "recurrent": 0}[self.kind]
         return copies * self.kv_heads * (self.head_dim * element_size + scale_size)

@@ -34,6 +34,11 @@ def resolve(config: Config, info: ModelInfo, hardware: Hardware) -> tuple[Config
             field="context_length",
         )
     check_workers(config.serve)
+    if config.cache.quantization_param_path and config.cache.kv_cache_dtype != "fp8_e4m3":
+        raise BadRequest(
+            "--quantization-param-path needs --kv-cache-dtype fp8_e4m3",
+            field="quantization_param_path",
+        )
     if not config.model.served_model_name:
         choose("model", "served_model_name", config.model.model_path, "no other name was given")
     if config.run.device == "auto":

@@ -12,10 +12,11 @@ from headrace.core.plan import StateSpec
 from headrace.dist.topology import Cut, split_heads
 from headrace.layers.batch import ForwardBatch
 from headrace.layers.build import Build
+from headrace.layers.kv_scale import scale_targets
 from headrace.layers.linear import RowLinear, qkv_linear
 from headrace.layers.norm import HeadNorm, Norm, NormSpec
-from headrace.ops.meta import KvCache
-from headrace.quant.base import Targets
+from headrace.ops.meta import AttentionMeta, KvCache
+from headrace.quant.base import Targets, cut_target, plain
 
 _PLAIN = NormSpec(1e-6)
 
@@ -24,9 +25,12 @@ _PLAIN = NormSpec(1e-6)
 class AttentionSpec:
     """An attention layer before it is cut.
 
-    `window` 0 sees everything. `rope`: which of the decoder's rotary embeddings turns q and k, None
-    for none. `qk_norm`: of each head with one weight ("head") or a weight per head ("heads"), or of
-    all heads together ("all"). `scale` 0 is head_dim ** -0.5. `clip` bounds q, k, v.
+    `window` 0 sees everything; `in_chunks`: it cuts the sequence into chunks, and a token sees its
+    own. `slopes` of all heads, none without ALiBi. `rope`: which of the decoder's rotary embeddings
+    turns q and k, None for none; `rope_scales`: it is a table of factors of q. `qk_norm`: of
+    each head with one weight ("head") or a weight per head ("heads"), or of all heads together
+    ("all"). `scale` 0 is head_dim ** -0.5. `clip` bounds q, k, v. `sinks`: each head has a logit
+    more in its softmax that carries no value.
     """
 
     hidden_size: int
@@ -34,15 +38,19 @@ class AttentionSpec:
     kv_heads: int
     head_dim: int
     window: int = 0
+    in_chunks: bool = False
+    slopes: tuple[float, ...] = ()
     qkv_bias: bool = False
     out_bias: bool = False
     rope: int | None = 0
+    rope_scales: bool = False
     interleaved: bool = False
     qk_norm: Literal["", "head", "heads", "all"] = ""
     norm: NormSpec = _PLAIN
     scale: float = 0.0
     soft_cap: float = 0.0
     clip: float = 0.0
+    sinks: bool = False
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -67,23 +75,40 @@ class Attention:
         self.q_norm = _head_norm(spec, spec.heads, heads.q_cut(1), build)
         self.k_norm = _head_norm(spec, spec.kv_heads, heads.kv_cut(1), build)
         self.scale = spec.scale or spec.head_dim**-0.5
+        self.kv_scale = torch.ones(2)
+        self.sinks = torch.zeros(self.heads) if spec.sinks else None
+        self._sinks_cut = heads.q_cut(1)
+        self.slopes: Tensor | None = None
+        if spec.slopes:
+            local = [0.0 if head is None else spec.slopes[head] for head in heads.q]
+            self.slopes = torch.tensor(local, dtype=torch.float32)
 
     def __call__(self, x: Tensor, cos_sin: Tensor, batch: ForwardBatch, cache: KvCache) -> Tensor:
         spec = self.spec
         q, k, v = self._project(x)
-        if spec.rope is None:
+        if spec.rope is None or spec.rope_scales:
             ops.write_kv(k, v, cache, batch.meta.slots)
+            if spec.rope_scales:
+                q = ops.turn(q, cos_sin)
         else:
             q = ops.rotary_kv(q, k, v, cos_sin, cache, batch.meta.slots, spec.interleaved)
-        mixed = ops.paged_attention(
+        return self.out(self._mixed(q, cache, batch.meta).flatten(1))
+
+    def _mixed(self, q: Tensor, cache: KvCache, meta: AttentionMeta) -> Tensor:
+        spec = self.spec
+        if spec.in_chunks:
+            return ops.chunked_attention(q, cache, meta, scale=self.scale, size=spec.window)
+        if self.slopes is not None:
+            return ops.sloped_attention(q, cache, meta, scale=self.scale, slopes=self.slopes)
+        return ops.paged_attention(
             q,
             cache,
-            batch.meta,
+            meta,
             scale=self.scale,
             window=spec.window,
             soft_cap=spec.soft_cap,
+            sinks=self.sinks,
         )
-        return self.out(mixed.flatten(1))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v [tokens, heads, dim] of the local heads, normalized."""
@@ -109,8 +134,19 @@ class Attention:
             kv_heads=self.kv_heads, head_dim=self.spec.head_dim, window=self.spec.window
         )
 
+    def kv_scales(self) -> tuple[float, float]:
+        """What a stored 1 means in an fp8 cache, of keys and of values."""
+        keys, values = self.kv_scale.tolist()
+        return keys, values
+
+    def set_kv_scale(self, scale: float) -> None:
+        self.kv_scale.fill_(scale)
+
     def targets(self, prefix: str) -> Targets:
         found = self.qkv.targets(prefix) | self.out.targets(prefix)
+        found |= scale_targets(prefix, self.kv_scale)
+        if self.sinks is not None:
+            found[f"{prefix}sinks"] = cut_target(plain(self.sinks), self._sinks_cut)
         if self.q_norm and self.k_norm:
             found |= self.q_norm.targets(f"{prefix}q_norm")
             found |= self.k_norm.targets(f"{prefix}k_norm")

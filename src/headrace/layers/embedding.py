@@ -10,21 +10,36 @@ from headrace import ops
 from headrace.dist.topology import even, whole
 from headrace.layers.build import Build
 from headrace.ops.packed import PackedWeight
-from headrace.quant.base import Matrix, Targets, cut_target, plain, when_filled
+from headrace.quant.base import (
+    Kind,
+    LinearShape,
+    Part,
+    Targets,
+    cut_target,
+    plain,
+    when_filled,
+)
 
 
 class VocabEmbedding:
     """ids int64 [tokens] -> [tokens, hidden], equal on all ranks."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, build: Build) -> None:
-        self.rows = even(vocab_size, build.shard)
-        self.columns = whole(hidden_size)
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        build: Build,
+        name: str,
+        kind: Kind = "embedding",
+    ) -> None:
+        rows = even(vocab_size, build.shard)
+        self.rows, self.columns = rows, whole(hidden_size)
+        self.shape = LinearShape((Part("", rows),), self.columns)
         self.group = build.group
         self.dtype = build.dtype
-        self.first = self.rows.local * build.shard.rank
-        self.weight = Matrix(self.rows.local, hidden_size, build.dtype)
-        self.packed: PackedWeight
-        self.format = build.quant.head_format
+        self.first = rows.local * build.shard.rank
+        self.method = build.method(name, kind=kind)
+        self.weights = self.method.create_weights(self.shape, build.dtype)
 
     def __call__(self, ids: Tensor) -> Tensor:
         if self.group.size == 1:
@@ -39,12 +54,14 @@ class VocabEmbedding:
         """hidden [n, hidden], bias [rows.local] -> fp32 [n, rows.local]."""
         return ops.logits_packed(hidden, self.packed, bias)
 
-    def targets(self, prefix: str) -> Targets:
-        target = cut_target(self.weight.open, self.rows, self.columns)
-        return when_filled({f"{prefix}.weight": target}, self._pack)
+    @property
+    def packed(self) -> PackedWeight:
+        found: PackedWeight = self.weights["packed"]
+        return found
 
-    def _pack(self) -> None:
-        self.packed = self.weight.pack(self.format)
+    def targets(self, prefix: str) -> Targets:
+        targets = self.method.targets(self.shape, self.weights, prefix)
+        return when_filled(targets, lambda: self.method.process_after_loading(self.weights))
 
 
 class LMHead:
@@ -62,7 +79,7 @@ class LMHead:
         tied: VocabEmbedding | None = None,
         bias: bool = False,
     ) -> None:
-        self.table = tied or VocabEmbedding(vocab_size, hidden_size, build)
+        self.table = tied or VocabEmbedding(vocab_size, hidden_size, build, "lm_head", "head")
         self.tied = tied is not None
         self.bias = torch.zeros(self.table.rows.local, dtype=build.dtype) if bias else None
         self.vocab_size = vocab_size

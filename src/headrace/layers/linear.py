@@ -12,6 +12,7 @@ from headrace import ops
 from headrace.dist.topology import Cut, HeadSplit, even, whole
 from headrace.layers.build import Build
 from headrace.quant.base import (
+    Kind,
     LinearShape,
     Part,
     Targets,
@@ -33,9 +34,11 @@ class ColumnLinear:
         *,
         bias: bool = False,
         stacked: str = "",
+        kind: Kind = "linear",
     ) -> None:
         self.shape = LinearShape(parts, whole(in_size))
-        self.method = build.quant
+        names = (part.name for part in parts)
+        self.method = build.method(*names, kind=kind, stacked=stacked)
         self.weights = self.method.create_weights(self.shape, build.dtype)
         self.bias = torch.empty(self.shape.local_rows, dtype=build.dtype) if bias else None
         self.stacked = stacked
@@ -48,16 +51,16 @@ class ColumnLinear:
         return self.method.apply_gated(self.weights, x, self.bias, activation)
 
     def targets(self, prefix: str) -> Targets:
-        """Targets of each part, and of the stacked tensor if it has a name."""
-        found: Targets = {}
+        """Targets of each part, and of the stacked tensors if they have a name."""
         weights = packed_when_filled(self, prefix)
         biases: Targets = {}
         if self.bias is not None:
             biases = part_targets(plain(self.bias), self.shape, prefix, "bias", None)
-        for suffix, targets in (("weight", weights), ("bias", biases)):
-            found |= targets
-            if self.stacked and targets:
-                found[f"{prefix}{self.stacked}.{suffix}"] = stacked_target(targets)
+        found = weights | biases
+        if self.stacked:
+            found |= self.method.stacked(self.shape, weights, prefix, self.stacked)
+            if biases:
+                found[f"{prefix}{self.stacked}.bias"] = stacked_target(biases)
         return found
 
 
@@ -68,7 +71,7 @@ class RowLinear:
         self, name: str, columns: Cut, out_size: int, build: Build, *, bias: bool = False
     ) -> None:
         self.shape = LinearShape((Part(name, whole(out_size)),), columns)
-        self.method = build.quant
+        self.method = build.method(name)
         self.group = build.group
         self.weights = self.method.create_weights(self.shape, build.dtype)
         self.bias = torch.empty(out_size, dtype=build.dtype) if bias else None

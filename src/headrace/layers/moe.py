@@ -4,7 +4,9 @@ Experts are cut over tensor-parallel ranks along their inner size, as every feed
 not know how checkpoints stack them beyond the two usual ways.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,18 +17,30 @@ from headrace.dist.topology import Cut, even, whole
 from headrace.layers.build import Build
 from headrace.layers.linear import ColumnLinear
 from headrace.layers.mlp import ACTIVATIONS, MLP, MLPSpec
-from headrace.ops.experts import PackedExperts, RouterSpec
+from headrace.ops.experts import ClampedSwiglu, PackedExperts, RouterSpec
 from headrace.ops.packed import PackedWeight
-from headrace.quant.base import Part, Targets, WeightTarget, cut_target, plain, when_filled
-from headrace.quant.dense import METHODS
+from headrace.quant.base import (
+    LinearShape,
+    Part,
+    QuantMethod,
+    Targets,
+    Weights,
+    WeightTarget,
+    cut_target,
+    plain,
+    when_filled,
+)
+from headrace.quant.dense import AS_IS
 
 
 @dataclass(frozen=True)
 class MoESpec:
     """`inner_size` of one expert. `bias`: the router has one for the choice.
 
-    `shared`: inner size of the block that every token takes, 0 for none; `shared_gate`: the token
-    decides how much of it.
+    `router_bias`: its logits have one; `expert_bias`: each matrix of an expert has one. Where an
+    activation is `clamped`, the other one does not count. `shared`: inner size of the block that
+    every token takes, 0 for none; `shared_gate`: the token decides how much of it. `on_input`:
+    weights are on what experts see, not on what they give.
     """
 
     experts: int
@@ -36,6 +50,10 @@ class MoESpec:
     bias: bool = False
     shared: int = 0
     shared_gate: bool = False
+    router_bias: bool = False
+    expert_bias: bool = False
+    clamped: ClampedSwiglu | None = None
+    on_input: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.router.top_k <= self.experts:
@@ -46,15 +64,101 @@ class MoESpec:
 
 
 _KINDS = ("gates", "ups", "downs")
+_PARTS = ("gate_proj", "up_proj", "down_proj")
+
+
+class ExpertBiases:
+    """The biases of all experts, as `PackedExperts` has them; stacked in checkpoints too."""
+
+    def __init__(self, hidden_size: int, spec: MoESpec, build: Build) -> None:
+        self.inner = even(spec.inner_size, build.shard)
+        self.gate_up = torch.zeros(spec.experts, 2 * self.inner.local)
+        self.down = torch.zeros(spec.experts, hidden_size)
+        self._adds_down = build.shard.rank == 0  # one rank does, so that the sum has it once
+
+    def targets(self, prefix: str) -> Targets:
+        return {
+            f"{prefix}gate_up_proj_bias": self._gate_up_target(),
+            f"{prefix}down_proj_bias": WeightTarget(tuple(self.down.shape), self._copy_down),
+        }
+
+    def _gate_up_target(self) -> WeightTarget:
+        experts, inner = whole(len(self.gate_up)), self.inner
+        halves = [cut_target(plain(half), experts, inner) for half in self.gate_up.chunk(2, dim=1)]
+
+        def copy(source: Tensor) -> None:
+            for half, part in zip(halves, source.chunk(2, dim=1), strict=True):
+                half.copy(part)
+
+        return WeightTarget((len(self.gate_up), 2 * inner.full), copy)
+
+    def _copy_down(self, source: Tensor) -> None:
+        if self._adds_down:
+            self.down.copy_(source)
+
+
+def _biases(hidden_size: int, spec: MoESpec, build: Build) -> ExpertBiases | None:
+    return ExpertBiases(hidden_size, spec, build) if spec.expert_bias else None
+
+
+def _packed(
+    gates: Sequence[PackedWeight],
+    ups: Sequence[PackedWeight],
+    downs: Sequence[PackedWeight],
+    biases: ExpertBiases | None,
+) -> PackedExperts:
+    given = (biases.gate_up, biases.down) if biases else (None, None)
+    return PackedExperts(tuple(gates), tuple(ups), tuple(downs), *given)
+
+
+class SingleExperts:
+    """Experts of which each matrix is stored as the checkpoint says, and packed as it comes."""
+
+    def __init__(self, hidden_size: int, spec: MoESpec, build: Build) -> None:
+        self.count = spec.experts
+        inner, hidden = even(spec.inner_size, build.shard), whole(hidden_size)
+        self.methods: dict[str, QuantMethod] = {}
+        self.shapes: dict[str, LinearShape] = {}
+        self.weights: dict[str, Weights] = {}
+        for name in (f"{i}.{part}" for i in range(self.count) for part in _PARTS):
+            rows, columns = (hidden, inner) if name.endswith(_PARTS[2]) else (inner, hidden)
+            method, shape = (
+                build.method(name, kind="expert"),
+                LinearShape((Part(name, rows),), columns),
+            )
+            self.methods[name], self.shapes[name] = method, shape
+            self.weights[name] = method.create_weights(shape, build.dtype)
+        self.biases = _biases(hidden_size, spec, build)
+        self._packed: PackedExperts | None = None
+
+    def targets(self, prefix: str) -> Targets:
+        found: Targets = {}
+        for name, method in self.methods.items():
+            weights = self.weights[name]
+            targets = method.targets(self.shapes[name], weights, prefix)
+            found |= when_filled(targets, partial(method.process_after_loading, weights))
+        return found | (self.biases.targets(prefix) if self.biases else {})
+
+    @property
+    def packed(self) -> PackedExperts:
+        """All experts as `ops.moe_packed` takes them."""
+        if self._packed is None:
+            gates, ups, downs = (
+                [self.weights[f"{index}.{part}"]["packed"] for index in range(self.count)]
+                for part in _PARTS
+            )
+            self._packed = _packed(gates, ups, downs, self.biases)
+        return self._packed
 
 
 class Experts:
-    """The weights of all experts: unpacked while they are loaded, packed when all are there."""
+    """The floats of all experts: unpacked while they are loaded, packed when all are there."""
 
     def __init__(self, hidden_size: int, spec: MoESpec, build: Build) -> None:
         self.count, self.hidden = spec.experts, hidden_size
         self.inner = even(spec.inner_size, build.shard)
         self.dtype = build.dtype
+        self.biases = _biases(hidden_size, spec, build)
         # Kind and number of an expert -> its matrix; whoever saves and restores weights walks it.
         self.weights: dict[str, PackedWeight] = {}
         self._packed: PackedExperts | None = None
@@ -70,7 +174,8 @@ class Experts:
             found[f"{own}up_proj.weight"] = self._target(index, 1)
             found[f"{own}down_proj.weight"] = self._target(index, 2)
         found = when_filled(found, self._pack)
-        return found | self._stacks(prefix, found)
+        biases = self.biases.targets(prefix) if self.biases else {}
+        return found | self._stacks(prefix, found) | biases
 
     def _target(self, index: int, which: int) -> WeightTarget:
         if which == 2:
@@ -128,10 +233,9 @@ class Experts:
         """All experts as `ops.moe_packed` takes them."""
         if self._packed is None:
             gates, ups, downs = (
-                tuple(self.weights[f"{kind}.{index}"] for index in range(self.count))
-                for kind in _KINDS
+                [self.weights[f"{kind}.{index}"] for index in range(self.count)] for kind in _KINDS
             )
-            self._packed = PackedExperts(gates, ups, downs)
+            self._packed = _packed(gates, ups, downs, self.biases)
         return self._packed
 
 
@@ -140,20 +244,20 @@ class MoE:
 
     def __init__(self, hidden_size: int, spec: MoESpec, build: Build) -> None:
         self.spec, self.group = spec, build.group
-        self.activation = ACTIVATIONS[spec.activation]
-        # Routers are small, and an error in them takes another expert.
-        exact = replace(build, quant=METHODS["none"])
-        self.router = _small(hidden_size, "gate", spec.experts, exact)
+        self.activation = spec.clamped or ACTIVATIONS[spec.activation]
+        self.router = _small(hidden_size, "gate", spec.experts, build, bias=spec.router_bias)
         self.bias = torch.zeros(spec.experts) if spec.bias else None
-        self.experts = Experts(hidden_size, spec, build)
+        self.experts = _experts(hidden_size, spec, build.at("experts"))
         shared = MLPSpec(spec.shared, spec.activation) if spec.shared else None
-        self.shared = MLP(hidden_size, shared, build) if shared else None
-        gate = _small(hidden_size, "shared_expert_gate", 1, exact) if spec.shared_gate else None
+        self.shared = MLP(hidden_size, shared, build.at("shared_expert")) if shared else None
+        gate = _small(hidden_size, "shared_expert_gate", 1, build) if spec.shared_gate else None
         self.shared_gate = gate
 
     def __call__(self, x: Tensor) -> Tensor:
         ids, weights = ops.router_topk(self.router(x), self.spec.router, self.bias)
-        y = ops.moe_packed(x, self.experts.packed, ids, weights, self.activation)
+        y = ops.moe_packed(
+            x, self.experts.packed, ids, weights, self.activation, self.spec.on_input
+        )
         y = self.group.all_reduce(y)
         if self.shared is None:
             return y
@@ -172,7 +276,13 @@ class MoE:
         return found
 
 
-def _small(in_size: int, name: str, rows: int, build: Build) -> ColumnLinear:
+def _small(in_size: int, name: str, rows: int, build: Build, *, bias: bool = False) -> ColumnLinear:
     """A matrix that every rank holds."""
     cut: Cut = whole(rows)
-    return ColumnLinear((Part(name, cut),), in_size, build)
+    return ColumnLinear((Part(name, cut),), in_size, build, kind="router", bias=bias)
+
+
+def _experts(hidden_size: int, spec: MoESpec, build: Build) -> Experts | SingleExperts:
+    names = [f"{index}.{part}" for index in range(spec.experts) for part in _PARTS]
+    floats = all(build.method(name, kind="expert") == AS_IS for name in names)
+    return (Experts if floats else SingleExperts)(hidden_size, spec, build)

@@ -66,6 +66,8 @@ class Layout:
                 continue
             try:
                 parts = split.cut(tensor)
+                if len(parts) != len(split.names):
+                    raise ValueError(f"it has {len(parts)} parts")
             except (RuntimeError, ValueError) as error:
                 raise LoadError(
                     f"tensor {name} with shape {tuple(tensor.shape)} cannot be cut into "

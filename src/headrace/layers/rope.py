@@ -14,7 +14,14 @@ from torch import Tensor
 
 from headrace import ops
 from headrace.layers.batch import ForwardBatch
-from headrace.layers.rope_scaling import RopeSpec, attention_factor, inverse_frequencies
+from headrace.layers.rope_scaling import (
+    TEMPERATURE,
+    RopeSpec,
+    attention_factor,
+    inverse_frequencies,
+    length_factors,
+    temperatures,
+)
 
 _BLOCK = 2048  # positions computed together
 
@@ -28,8 +35,12 @@ class Rope:
     def prepare(self, batch: ForwardBatch) -> Tensor:
         """fp32 [tokens, rotary_dim]: cosines | sines of each token's position."""
         if self.spec.by_length:
-            frequencies = inverse_frequencies(self.spec, batch.lengths())
-            return ops.rotary_table(batch.positions, frequencies, self.scale)
+            lengths = batch.lengths()
+            frequencies = inverse_frequencies(self.spec, lengths)
+            scale = length_factors(self.spec, lengths)
+            return ops.rotary_table(
+                batch.positions, frequencies, self.scale if scale is None else scale
+            )
         # Through numpy: calling a torch operator on so little costs several times as much.
         positions = batch.positions.numpy()
         needed = int(positions.max()) + 1
@@ -39,13 +50,20 @@ class Rope:
 
     def _grow(self, needed: int) -> None:
         """At least double, so that long generations rarely come here."""
-        frequencies = inverse_frequencies(self.spec, torch.empty(0))
         blocks = [self.table]
         target = max(needed, min(2 * len(self.table), self.spec.max_positions))
         for first in range(len(self.table), target, _BLOCK):
             positions = torch.arange(first, first + _BLOCK)
-            blocks.append(ops.rotary_table(positions, frequencies, self.scale))
+            blocks.append(self._rows(positions))
         self.table = torch.cat(blocks)
+
+    def _rows(self, positions: Tensor) -> Tensor:
+        if self.spec.kind == TEMPERATURE:
+            # As the cosine of a turn by nothing.
+            factors = temperatures(self.spec, positions)[:, None].expand(-1, self.spec.dim // 2)
+            return torch.cat((factors, torch.zeros_like(factors)), dim=1)
+        frequencies = inverse_frequencies(self.spec, torch.empty(0))
+        return ops.rotary_table(positions, frequencies, self.scale)
 
 
 def prefix_scope(spec: RopeSpec, prompt_len: int) -> str:

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from headrace.core.errors import LoadError
 
+TEMPERATURE = "temperature"
+"""The kind of a table that is no rotation."""
+
 
 @dataclass(frozen=True)
 class RopeSpec:
@@ -97,6 +100,39 @@ def attention_factor(spec: RopeSpec) -> float:
     if mscale and mscale_all:
         return _mscale(factor, mscale) / _mscale(factor, mscale_all)
     return _mscale(factor, 1.0)
+
+
+def length_factors(spec: RopeSpec, lengths: Tensor) -> Tensor | None:
+    """fp64 [n, 1] in the place of the attention factor, where short and long sequences have each
+    their own (PhiMoE)."""
+    short, long = spec.params.get("short_mscale"), spec.params.get("long_mscale")
+    if spec.kind != "longrope" or short is None or long is None:
+        return None
+    return torch.where(lengths > spec.original, float(long), float(short)).double()[:, None]
+
+
+def temperature(hf: Mapping[str, Any], head_dim: int) -> RopeSpec:
+    """A table that grows with the position and is a factor of q (arXiv 2501.19399), of Llama 4."""
+    params = {
+        "attn_scale": float(hf.get("attn_scale", 0.1)),
+        "floor_scale": float(hf.get("floor_scale", 8192)),
+    }
+    context = int(hf.get("max_position_embeddings") or 2048)
+    return RopeSpec(TEMPERATURE, 1.0, head_dim, context, context, params)
+
+
+def temperatures(spec: RopeSpec, positions: Tensor) -> Tensor:
+    """fp32 of each of the positions."""
+    steps = torch.floor((positions.float() + 1) / spec.number("floor_scale"))
+    return (torch.log1p(steps.double()) * spec.number("attn_scale") + 1).float()
+
+
+def latent_scale(spec: RopeSpec) -> float:
+    """What latent attention multiplies its scores with where `mscale_all_dim` is given."""
+    mscale_all = spec.params.get("mscale_all_dim")
+    if spec.kind == "default" or not mscale_all:
+        return 1.0
+    return _mscale(spec.number("factor"), mscale_all) ** 2
 
 
 def _factor(spec: RopeSpec) -> float:

@@ -38,7 +38,9 @@ def load_targets(
 
 
 def _check(name: str, tensor: Tensor, target: WeightTarget) -> None:
-    if tuple(tensor.shape) != target.shape:
+    if target.any_length and tensor.dim() == 1:
+        pass
+    elif tuple(tensor.shape) not in (target.shape, *target.other_shapes):
         raise LoadError(
             f"tensor {name} has shape {tuple(tensor.shape)} in the checkpoint, "
             f"but the model's is {target.shape}"
@@ -51,7 +53,11 @@ def _check(name: str, tensor: Tensor, target: WeightTarget) -> None:
 
 
 def _check_complete(targets: Targets, filled: set[str]) -> None:
-    missing = [name for name, target in targets.items() if not target.covers and name not in filled]
+    missing = [
+        name
+        for name, target in targets.items()
+        if not target.covers and not target.optional and name not in filled
+    ]
     if missing:
         name = missing[0]
         others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from headrace.loader.base import BaseModelLoader
     from headrace.models import Model
 
-LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
+LOAD_FORMATS = ("auto", "safetensors", "bitsandbytes", "gguf", "dummy")
 
 
 def load_model(
@@ -40,10 +40,18 @@ def load_model(
     """
     from headrace.layers.build import Build
     from headrace.loader.gguf_folder import GGUF_KEY
+    from headrace.loader.stored import stored_names
     from headrace.models import borrowed
-    from headrace.quant import quant_method
+    from headrace.quant import quantization_of
 
-    build = Build(dtype, group, quant_method(info.hf, quantization))
+    if load_format == "bitsandbytes" and quantization == "none":
+        quantization = "bitsandbytes"
+    if GGUF_KEY in info.hf and load_format != "dummy" and quantization in ("none", "gguf"):
+        from headrace.loader.gguf_loader import gguf_quantization
+
+        build = Build(dtype, group, gguf_quantization(info))
+    else:
+        build = Build(dtype, group, quantization_of(info, quantization, stored_names))
     if model_impl == "transformers" or (model_impl == "auto" and borrowed(info.architecture)):
         from headrace.loader.fallback import TransformersModelLoader
 
@@ -68,6 +76,10 @@ def get_model_loader(load_format: str) -> "BaseModelLoader":
         from headrace.loader.gguf_loader import GgufModelLoader
 
         return GgufModelLoader()
+    if load_format == "bitsandbytes":
+        from headrace.loader.bitsandbytes import BitsAndBytesModelLoader
+
+        return BitsAndBytesModelLoader()
     if load_format in LOAD_FORMATS:
         from headrace.loader.default import DefaultModelLoader
 

@@ -13,12 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from headrace.core.errors import LoadError
 from headrace.core.model_info import ModelInfo
 from headrace.dist.comm import SoloGroup
 from headrace.layers.build import Build
 from headrace.loader.base import BaseModelLoader, logged_load
 from headrace.models import Model, make_model
-from headrace.quant import quant_method
+from headrace.quant import quantization_of
+from headrace.quant.checkpoint import FromCheckpoint
 
 _POOL = 1_048_573  # a prime, so that rows of a matrix begin at different places
 _RANGE = 0.02
@@ -28,6 +30,12 @@ class DummyModelLoader(BaseModelLoader):
     """Format dummy; needs only config.json."""
 
     def load_model(self, info: ModelInfo, build: Build) -> Model:
+        if isinstance(build.quant, FromCheckpoint):
+            raise LoadError(
+                "--load-format dummy makes up floats only; take quantization_config away with "
+                "--json-model-override-args '{\"quantization_config\": null}'",
+                field="load_format",
+            )
         with logged_load(info, build):
             model = make_model(info, build)
             # Rounded as a real checkpoint of this model is.
@@ -39,7 +47,7 @@ class DummyModelLoader(BaseModelLoader):
 def dummy_checkpoint(info: ModelInfo) -> dict[str, Tensor]:
     """Every tensor that format dummy makes up for this model, as a checkpoint would store it."""
     dtype: torch.dtype = getattr(torch, info.dtype)
-    build = Build(dtype, SoloGroup(), quant_method(info.hf))
+    build = Build(dtype, SoloGroup(), quantization_of(info))
     model = make_model(info, build)
     return dict(dummy_weights(model.checkpoint_shapes(), dtype))
 

@@ -1,7 +1,8 @@
 """The block formats of GGUF, from bytes to numbers: numpy, whole tensors at once.
 
 A format stores `size` values in `bytes` bytes, in the layouts of ggml's block structs; k-quants
-pack a super-block of 256 values with scales of scales. Knows no files.
+pack a super-block of 256 values with scales of scales. All but floats are integers (or places in a
+table) with a scale, and sometimes a minimum, for each of `groups`. Knows no files.
 """
 
 import math
@@ -16,13 +17,38 @@ Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
+class Parts:
+    """An element is value * scale - minimum.
+
+    `values` [n, size], with a `table` places in it; fp32 `scales` and `mins` [n, groups]; `bits`
+    that the values need, a sign included.
+    """
+
+    values: Array
+    scales: Array
+    bits: int
+    mins: Array | None = None
+    table: str = ""
+
+    def numbers(self) -> Array:
+        """fp32 [n, size]"""
+        values = TABLES[self.table][self.values] if self.table else self.values
+        found = _by_group(self.scales, values.astype(np.float32))
+        if self.mins is None:
+            return found
+        wide: Array = np.repeat(self.mins, values.shape[1] // self.mins.shape[1], axis=1)
+        return found - wide
+
+
+@dataclass(frozen=True)
 class Block:
-    """`code`: the type's number in a file. `decode`: uint8 [n, bytes] -> fp32 [n, size]."""
+    """`code`: the type's number in a file. `read`: uint8 [n, bytes] -> fp32 [n, size] of floats,
+    else parts."""
 
     code: int
     size: int
     bytes: int
-    decode: Callable[[Array], Array]
+    read: Callable[[Array], "Array | Parts"]
 
     def bytes_of(self, shape: tuple[int, ...]) -> int | None:
         """Bytes of a tensor; None if its rows are not whole blocks."""
@@ -32,7 +58,14 @@ class Block:
 
     def values(self, raw: Array) -> Array:
         """fp32 [values] of a tensor's bytes."""
-        return self.decode(raw.reshape(-1, self.bytes)).reshape(-1)
+        found = self.read(raw.reshape(-1, self.bytes))
+        return (found.numbers() if isinstance(found, Parts) else found).reshape(-1)
+
+    def parts(self, raw: Array) -> Parts:
+        """Those of a tensor's bytes, which are no floats."""
+        found = self.read(raw.reshape(-1, self.bytes))
+        assert isinstance(found, Parts)
+        return found
 
 
 def _f16(raw: Array) -> Array:
@@ -50,38 +83,38 @@ def _bf16(raw: Array) -> Array:
 
 def _halves(raw: Array) -> Array:
     """The low halves of all bytes, then the high ones."""
-    return np.concatenate([raw & 15, raw >> 4], axis=1).astype(np.float32)
+    return np.concatenate([raw & 15, raw >> 4], axis=1)
 
 
 def _fifth_bits(raw: Array) -> Array:
-    """uint8 [n, 4] -> 32 bits as 0 or 16, fp32 [n, 32]."""
-    bits = np.unpackbits(raw, axis=1, bitorder="little")
-    return bits.astype(np.float32) * 16
+    """uint8 [n, 4] -> 32 bits as 0 or 16, [n, 32]."""
+    return np.unpackbits(raw, axis=1, bitorder="little") * np.uint8(16)
 
 
-def _q4_0(raw: Array) -> Array:
-    found: Array = _f16(raw[:, :2]) * (_halves(raw[:, 2:]) - 8)
-    return found
+def _signed(values: Array, zero: int) -> Array:
+    return values.astype(np.int8) - np.int8(zero)
 
 
-def _q4_1(raw: Array) -> Array:
-    scale, least = _f16(raw[:, :2]), _f16(raw[:, 2:4])
-    return scale * _halves(raw[:, 4:]) + least
+def _q4_0(raw: Array) -> Parts:
+    return Parts(_signed(_halves(raw[:, 2:]), 8), _f16(raw[:, :2]), 4)
 
 
-def _q5_0(raw: Array) -> Array:
-    found: Array = _f16(raw[:, :2]) * (_halves(raw[:, 6:]) + _fifth_bits(raw[:, 2:6]) - 16)
-    return found
+def _q4_1(raw: Array) -> Parts:
+    return Parts(_halves(raw[:, 4:]), _f16(raw[:, :2]), 4, -_f16(raw[:, 2:4]))
 
 
-def _q5_1(raw: Array) -> Array:
-    scale, least = _f16(raw[:, :2]), _f16(raw[:, 2:4])
-    found: Array = scale * (_halves(raw[:, 8:]) + _fifth_bits(raw[:, 4:8])) + least
-    return found
+def _q5_0(raw: Array) -> Parts:
+    values = _halves(raw[:, 6:]) | _fifth_bits(raw[:, 2:6])
+    return Parts(_signed(values, 16), _f16(raw[:, :2]), 8)
 
 
-def _q8_0(raw: Array) -> Array:
-    return _f16(raw[:, :2]) * np.ascontiguousarray(raw[:, 2:]).view(np.int8).astype(np.float32)
+def _q5_1(raw: Array) -> Parts:
+    values = _halves(raw[:, 8:]) | _fifth_bits(raw[:, 4:8])
+    return Parts(values, _f16(raw[:, :2]), 8, -_f16(raw[:, 2:4]))
+
+
+def _q8_0(raw: Array) -> Parts:
+    return Parts(np.ascontiguousarray(raw[:, 2:]).view(np.int8), _f16(raw[:, :2]), 8)
 
 
 def _two_bits(raw: Array) -> Array:
@@ -90,27 +123,25 @@ def _two_bits(raw: Array) -> Array:
     return groups.reshape(len(raw), 256)
 
 
-def _q2_k(raw: Array) -> Array:
-    packed, values = raw[:, :16], _two_bits(raw[:, 16:80]).astype(np.float32)
+def _q2_k(raw: Array) -> Parts:
+    packed, values = raw[:, :16], _two_bits(raw[:, 16:80])
     scale, least = _f16(raw[:, 80:82]), _f16(raw[:, 82:84])
-    scales, mins = scale * (packed & 15), least * (packed >> 4)
-    found: Array = _by_group(scales, values) - np.repeat(mins, 16, axis=1)
-    return found
+    return Parts(values, scale * (packed & 15), 4, least * (packed >> 4))
 
 
 def _by_group(scales: Array, values: Array) -> Array:
     return np.repeat(scales, values.shape[1] // scales.shape[1], axis=1) * values
 
 
-def _q3_k(raw: Array) -> Array:
+def _q3_k(raw: Array) -> Parts:
     high: Array = np.unpackbits(raw[:, :32], axis=1, bitorder="little").reshape(-1, 32, 8)
     high = high.transpose(0, 2, 1).reshape(-1, 256)  # bit b of byte i: value 32 b + i
-    values = _two_bits(raw[:, 32:96]).astype(np.float32) - 4.0 * (1 - high)
+    values = _signed(_two_bits(raw[:, 32:96]) | high << 2, 4)
     packed = raw[:, 96:108]
     low = np.concatenate([packed[:, :8] & 15, packed[:, :8] >> 4], axis=1)
     two = packed[:, None, 8:] >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3
     scales = (low | two.reshape(len(raw), 16) << 4).astype(np.float32) - 32
-    return _by_group(_f16(raw[:, 108:110]) * scales, values)
+    return Parts(values, _f16(raw[:, 108:110]) * scales, 4)
 
 
 def _six_bits(packed: Array) -> tuple[Array, Array]:
@@ -127,46 +158,45 @@ def _nibble_runs(raw: Array) -> Array:
     return parts.reshape(len(raw), 256)
 
 
-def _q4_k(raw: Array) -> Array:
+def _q4_k(raw: Array) -> Parts:
     scale, least = _f16(raw[:, :2]), _f16(raw[:, 2:4])
     scales, mins = _six_bits(raw[:, 4:16])
-    values = _nibble_runs(raw[:, 16:]).astype(np.float32)
-    found: Array = _by_group(scale * scales, values) - np.repeat(least * mins, 32, axis=1)
-    return found
+    return Parts(_nibble_runs(raw[:, 16:]), scale * scales, 4, least * mins)
 
 
-def _q5_k(raw: Array) -> Array:
+def _q5_k(raw: Array) -> Parts:
     scale, least = _f16(raw[:, :2]), _f16(raw[:, 2:4])
     scales, mins = _six_bits(raw[:, 4:16])
     high: Array = np.unpackbits(raw[:, 16:48], axis=1, bitorder="little").reshape(-1, 32, 8)
     high = high.transpose(0, 2, 1).reshape(-1, 256)
-    values = (_nibble_runs(raw[:, 48:]) + 16 * high).astype(np.float32)
-    found: Array = _by_group(scale * scales, values) - np.repeat(least * mins, 32, axis=1)
-    return found
+    return Parts(_nibble_runs(raw[:, 48:]) | high << 4, scale * scales, 8, least * mins)
 
 
-def _q6_k(raw: Array) -> Array:
+def _q6_k(raw: Array) -> Parts:
     low = raw[:, :128].reshape(-1, 2, 1, 64) >> np.array([0, 4], np.uint8)[:, None] & 15
     high = raw[:, 128:192].reshape(-1, 2, 1, 32) >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3
     values = low.reshape(-1, 256) | high.reshape(-1, 256) << 4
     scales = np.ascontiguousarray(raw[:, 192:208]).view(np.int8).astype(np.float32)
-    return _by_group(_f16(raw[:, 208:]) * scales, values.astype(np.float32) - 32)
+    return Parts(_signed(values, 32), _f16(raw[:, 208:]) * scales, 8)
 
 
-_NL = np.array(
-    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32
-)
-_FP4 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
+TABLES: dict[str, Array] = {
+    "iq4_nl": np.array(
+        [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32
+    ),
+    # e2m1, times two
+    "mxfp4": np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32),
+}
 
 
-def _iq4_nl(raw: Array) -> Array:
-    return _f16(raw[:, :2]) * _NL[_halves(raw[:, 2:]).astype(np.uint8)]
+def _iq4_nl(raw: Array) -> Parts:
+    return Parts(_halves(raw[:, 2:]), _f16(raw[:, :2]), 4, table="iq4_nl")
 
 
-def _mxfp4(raw: Array) -> Array:
+def _mxfp4(raw: Array) -> Parts:
     """OCP microscaling: e2m1 values (here times two) with a power of two for each 32."""
     scale = np.ldexp(np.float32(0.5), raw[:, :1].astype(np.int32) - 127)
-    return (scale * _FP4[_halves(raw[:, 1:]).astype(np.uint8)]).astype(np.float32)
+    return Parts(_halves(raw[:, 1:]), scale.astype(np.float32), 4, table="mxfp4")
 
 
 BLOCKS = {

@@ -20,19 +20,21 @@ class Family:
     """`rotated`: rows of q and k lie in pairs, as llama.cpp turns them.
 
     `from_one`: norms are stored with the 1 that checkpoints leave out. `extra`: fields of
-    config.json that the file implies.
+    config.json that the file implies. `experts`: each feed-forward has some.
     """
 
     architecture: str
     rotated: bool = False
     from_one: bool = False
     extra: tuple[tuple[str, Any], ...] = ()
+    experts: bool = False
 
 
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", rotated=True),
     "qwen2": Family("Qwen2ForCausalLM"),
     "qwen3": Family("Qwen3ForCausalLM"),
+    "qwen3moe": Family("Qwen3MoeForCausalLM", extra=(("norm_topk_prob", True),), experts=True),
     "gemma": Family("GemmaForCausalLM", from_one=True),
     "smollm3": Family("SmolLM3ForCausalLM", rotated=True),
 }
@@ -48,6 +50,8 @@ _NAMES = (
     (r"\.attn_(q|k|v)\.", r".self_attn.\1_proj."),
     (r"\.attn_output\.", ".self_attn.o_proj."),
     (r"\.attn_(q|k)_norm\.", r".self_attn.\1_norm."),
+    (r"\.ffn_gate_inp\.", ".mlp.gate."),
+    (r"\.ffn_(gate|up|down)_exps\.", r".mlp.experts.\1_proj."),
     (r"\.ffn_(gate|up|down)\.", r".mlp.\1_proj."),
 )
 
@@ -93,8 +97,17 @@ def config_of(file: GgufFile) -> dict[str, Any]:
         "rope_theta": fields.number("rope.freq_base", 10000.0),
         "torch_dtype": "float32" if embedding.kind == "F32" else "bfloat16",
         **dict(family.extra),
+        **(_experts(fields) if family.experts else {}),
         **_scaling(file, fields),
         **_tokens(file),
+    }
+
+
+def _experts(fields: "_Fields") -> dict[str, Any]:
+    return {
+        "num_experts": fields.whole("expert_count"),
+        "num_experts_per_tok": fields.whole("expert_used_count"),
+        "moe_intermediate_size": fields.whole("expert_feed_forward_length"),
     }
 
 
@@ -161,6 +174,13 @@ def usual_name(name: str) -> str:
     for pattern, replacement in _NAMES:
         name = re.sub(pattern, replacement, name)
     return name
+
+
+def single_names(name: str, shape: tuple[int, ...]) -> list[str]:
+    """The name, or those of all experts whose matrices are stacked in it."""
+    if len(shape) != 3:
+        return [name]
+    return [name.replace(".experts.", f".experts.{index}.") for index in range(shape[0])]
 
 
 def usual_values(family: Family, name: str, values: "Tensor", config: dict[str, Any]) -> "Tensor":

@@ -1,6 +1,7 @@
-"""Weights from a GGUF file. What is quantized in it is widened while it is read."""
+"""Weights from a GGUF file: kept as the blocks they are, or widened while they are read."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,10 +11,13 @@ from headrace.core.errors import LoadError
 from headrace.core.model_info import ModelInfo
 from headrace.layers.build import Build
 from headrace.loader.base import BaseModelLoader, logged_load
-from headrace.loader.gguf import GgufFile
-from headrace.loader.gguf_config import family_of, usual_name, usual_values
+from headrace.loader.gguf import GgufFile, GgufTensor
+from headrace.loader.gguf_blocks import BLOCKS
+from headrace.loader.gguf_config import family_of, single_names, usual_name, usual_values
 from headrace.loader.gguf_folder import GGUF_KEY
 from headrace.models import Model, make_model
+from headrace.ops.packed import Quantized
+from headrace.quant.gguf import FromGguf, GgufBlocks
 
 _VIEWS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ELSEWHERE = ("rope_freqs.weight",)  # in config.json
@@ -23,25 +27,83 @@ class GgufModelLoader(BaseModelLoader):
     """Format gguf; auto where --model-path is a GGUF file."""
 
     def load_model(self, info: ModelInfo, build: Build) -> Model:
-        path = info.hf.get(GGUF_KEY)
-        if not isinstance(path, str):
-            raise LoadError(f"{info.path} is no GGUF file", field="load_format")
+        kept = build.quant.name == "gguf"
         with logged_load(info, build):
             model = make_model(info, build)
-            model.load_weights(gguf_weights(GgufFile(Path(path)), info))
+            model.load_weights(gguf_weights(_file_of(info), info, kept))
         return model
 
 
-def gguf_weights(file: GgufFile, info: ModelInfo) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor by the name that checkpoints give it; views of the file where they can be."""
+def _file_of(info: ModelInfo) -> GgufFile:
+    path = info.hf.get(GGUF_KEY)
+    if not isinstance(path, str):
+        raise LoadError(f"{info.path} is no GGUF file", field="load_format")
+    return GgufFile(Path(path))
+
+
+def gguf_quantization(info: ModelInfo) -> FromGguf:
+    """How the matrices of a file are stored."""
+    storages = {
+        name.removesuffix(".weight"): _storage(tensor.kind)
+        for tensor in _file_of(info)
+        if _is_blocks(tensor)
+        for name in single_names(usual_name(tensor.name), tensor.shape)
+    }
+    wide: torch.dtype = getattr(torch, info.dtype)
+    return FromGguf(storages, wide)
+
+
+def _is_blocks(tensor: GgufTensor) -> bool:
+    return tensor.kind not in _VIEWS and len(tensor.shape) in (2, 3)
+
+
+def _storage(kind: str) -> GgufBlocks:
+    block = BLOCKS[kind]
+    return GgufBlocks(f"GGUF {kind}", block.size, block.bytes, partial(_matrix, kind))
+
+
+def gguf_weights(file: GgufFile, info: ModelInfo, kept: bool) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor by the name that checkpoints give it; views of the file where they can be.
+
+    What is not floats is widened, or, if it is `kept`, comes as its bytes under the name `blocks`.
+    """
     family = family_of(file)
     for tensor in file:
         if tensor.name in _ELSEWHERE:
             continue
         name = usual_name(tensor.name)
         dtype = _VIEWS.get(tensor.kind)
-        if dtype is None:
-            values = torch.from_numpy(file.values(tensor))
-        else:
+        if dtype is not None:
             values = torch.frombuffer(file.bytes_of(tensor), dtype=dtype).view(tensor.shape)
-        yield name, usual_values(family, name, values, info.hf)
+        elif kept and _is_blocks(tensor):
+            values = torch.frombuffer(file.bytes_of(tensor), dtype=torch.uint8)
+            values = values.view(*tensor.shape[:-1], -1)
+        else:
+            values = torch.from_numpy(file.values(tensor))
+        usual = usual_values(family, name, values, info.hf)
+        if values.dtype == torch.uint8:
+            name = f"{name.removesuffix('weight')}blocks"
+        yield from zip(
+            single_names(name, tensor.shape), usual if usual.dim() == 3 else [usual], strict=True
+        )
+
+
+def _matrix(kind: str, raw: Tensor) -> Quantized:
+    """Rows of blocks, uint8 [rows, bytes], for kernels."""
+    parts, rows = BLOCKS[kind].parts(raw.contiguous().numpy()), len(raw)
+    values = torch.from_numpy(parts.values).reshape(rows, -1)
+    scales = torch.from_numpy(parts.scales).reshape(rows, -1)
+    mins = None if parts.mins is None else torch.from_numpy(parts.mins).reshape(rows, -1)
+    for numbers in (scales, mins):
+        if numbers is not None and not bool(torch.isfinite(numbers).all()):
+            raise ValueError("a scale is no finite number")
+    group = values.shape[1] // scales.shape[1]
+    if parts.table == "mxfp4":  # its table has twice the values
+        return Quantized("mxfp4", values, 2 * scales, group)
+    if parts.table:
+        return Quantized(parts.table, values, scales, group)
+    if parts.bits == 8:
+        return Quantized("int8", values.to(torch.int8), scales, group, mins)
+    if mins is None:
+        values = (values + 8).to(torch.uint8)
+    return Quantized("int4", values, scales, group, mins)

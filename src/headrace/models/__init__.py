@@ -15,10 +15,13 @@ from headrace.layers.build import Build
 
 _CAUSAL = {
     "llama": "Llama Arcee Helium Mistral Ministral Qwen2 Qwen3 Phi3 InternLM2 InternLM3 Baichuan "
-    "SmolLM3 Granite MiniCPM Olmo Olmo2 Olmo3 Exaone4",
+    "SmolLM3 Ernie4_5 Granite MiniCPM Olmo Olmo2 Olmo3 Exaone4",
     "gemma": "Gemma Gemma2 Gemma3 Glm Glm4",
-    "gpt": "GPTJ GPTNeoX OPT Falcon Phi StableLm Starcoder2 Nemotron Cohere Cohere2",
-    "moe": "Mixtral Qwen2Moe Qwen3Moe Olmoe GraniteMoe Glm4Moe Ernie4_5_Moe MiniMaxM2 Dbrx",
+    "gpt": "GPTJ GPTNeoX Bloom Mpt OPT Falcon Phi StableLm Starcoder2 Nemotron Cohere Cohere2",
+    "deepseek": "DeepseekV2 DeepseekV3 MiniCPM3",
+    "moe": "Mixtral Qwen2Moe Qwen3Moe Olmoe GraniteMoe Glm4Moe Ernie4_5_Moe MiniMaxM2 Dbrx "
+    "Phimoe Llama4",
+    "gpt_oss": "GptOss",
 }
 """Module -> the families in it, each the class `<family>ForCausalLM`."""
 
@@ -39,6 +42,8 @@ ARCHITECTURES |= {
     "BaiChuanForCausalLM": "llama:BaichuanForCausalLM",
     "ChatGLMForConditionalGeneration": "gemma:ChatGLMModel",
     "ChatGLMModel": "gemma:ChatGLMModel",
+    "PhiMoEForCausalLM": "moe:PhimoeForCausalLM",
+    "Llama4ForConditionalGeneration": "moe:Llama4ForCausalLM",
     "GPT2LMHeadModel": "gpt:GPT2LMHeadModel",
     "BertModel": "encoder:Bert",
     "BertForSequenceClassification": "encoder:Bert",

@@ -6,6 +6,7 @@ tensors are those of Llama; what is stored otherwise is renamed by the family's 
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from headrace.layers.attention import Attention
 from headrace.layers.batch import ForwardBatch
 from headrace.layers.build import Build
 from headrace.layers.embedding import LMHead, PositionEmbedding, VocabEmbedding
+from headrace.layers.kv_scale import with_kv_scales
+from headrace.layers.latent import LatentAttention, LatentSpec
 from headrace.layers.mlp import MLP
 from headrace.layers.moe import MoE, MoESpec
 from headrace.layers.norm import Norm, NormSpec
@@ -51,11 +54,15 @@ class DecoderLayer:
         self.norms = [
             (name, Norm(hidden, norm, build) if name else None) for name in _NORMS[spec.wiring]
         ]
-        self.attention = Attention(spec.attention, build)
+        self.attention = (
+            LatentAttention(spec.attention, build.at("self_attn"))
+            if isinstance(spec.attention, LatentSpec)
+            else Attention(spec.attention, build.at("self_attn"))
+        )
         self.mlp = (
-            MoE(hidden, spec.mlp, build)
+            MoE(hidden, spec.mlp, build.at("mlp"))
             if isinstance(spec.mlp, MoESpec)
-            else MLP(hidden, spec.mlp, build)
+            else MLP(hidden, spec.mlp, build.at("mlp"))
         )
 
     def __call__(
@@ -102,13 +109,18 @@ class Decoder(ABC):
     def __init__(self, info: ModelInfo, build: Build) -> None:
         self.spec = spec = self.describe(info)
         hidden = spec.hidden_size
-        self.embedding = VocabEmbedding(spec.vocab_size, hidden, build)
+        build = replace(build, quant=build.quant.renamed(spec.layout.rename))
+        self.embedding = VocabEmbedding(spec.vocab_size, hidden, build, "model.embed_tokens")
         self.positions = (
             PositionEmbedding(spec.positions, hidden, build, spec.first_position)
             if spec.positions
             else None
         )
-        self.layers = [DecoderLayer(layer, spec.norm, build) for layer in spec.layers]
+        self.embedding_norm = Norm(hidden, spec.norm, build) if spec.embedding_norm else None
+        self.layers = [
+            DecoderLayer(layer, spec.norm, build.at(f"model.layers.{index}"))
+            for index, layer in enumerate(spec.layers)
+        ]
         self.norm = Norm(hidden, spec.norm, build)
         tied = self.embedding if spec.tied else None
         self.head = LMHead(spec.vocab_size, hidden, build, tied=tied, bias=spec.head_bias)
@@ -129,6 +141,8 @@ class Decoder(ABC):
 
     def _embed(self, batch: ForwardBatch) -> Tensor:
         x, scale = self.embedding(batch.ids), self.spec.embedding_scale
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
         if self.positions is not None:
             return ops.combine(x, self.positions(batch.positions), a=scale)
         return x if scale == 1.0 else ops.combine(x, a=scale)
@@ -153,20 +167,35 @@ class Decoder(ABC):
     def state_specs(self) -> list[StateSpec]:
         return [layer.attention.state_spec() for layer in self.layers]
 
+    def kv_scales(self) -> list[tuple[float, float]]:
+        """What a stored 1 means in an fp8 cache: keys and values of each layer."""
+        return [layer.attention.kv_scales() for layer in self.layers]
+
+    def set_kv_scale(self, layer: int, scale: float) -> None:
+        self.layers[layer].attention.set_kv_scale(scale)
+
     def prefix_scope(self, prompt_len: int) -> str:
         return "".join(prefix_scope(rope.spec, prompt_len) for rope in self.ropes)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        load_targets(self.targets(), self.spec.layout.canonical(weights), self._ignored)
+        targets = self.targets()
+        weights = with_kv_scales(self.spec.layout.canonical(weights), targets)
+        load_targets(targets, weights, self._ignored)
 
     def checkpoint_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: t.shape for name, t in self.targets().items() if not t.covers}
+        return {
+            name: target.shape
+            for name, target in self.targets().items()
+            if not target.covers and not target.optional
+        }
 
     def targets(self) -> Targets:
         """Every tensor that has a place here, by its name here."""
         found = self.embedding.targets("model.embed_tokens")
         if self.positions is not None:
             found |= self.positions.targets("model.embed_positions")
+        if self.embedding_norm is not None:
+            found |= self.embedding_norm.targets("model.embed_norm")
         for index, layer in enumerate(self.layers):
             found |= layer.targets(f"model.layers.{index}.")
         return found | self.norm.targets("model.norm") | self.head.targets("lm_head")

@@ -55,11 +55,11 @@ class EncoderLayer:
         cut = heads.q_cut(dim)
         parts = tuple(Part(name, cut) for name in ("query", "key", "value"))
         self.heads, self.dim, self.scale = len(heads.q), dim, dim**-0.5
-        self.qkv = ColumnLinear(parts, hidden, build, bias=True)
-        self.out = RowLinear("dense", cut, hidden, build, bias=True)
-        split = even(inner, build.shard)
-        self.up = ColumnLinear((Part("dense", split),), hidden, build, bias=True)
-        self.down = RowLinear("dense", split, hidden, build, bias=True)
+        self.qkv = ColumnLinear(parts, hidden, build.at("attention.self"), bias=True)
+        self.out = RowLinear("dense", cut, hidden, build.at("attention.output"), bias=True)
+        split, up = even(inner, build.shard), build.at("intermediate")
+        self.up = ColumnLinear((Part("dense", split),), hidden, up, bias=True)
+        self.down = RowLinear("dense", split, hidden, build.at("output"), bias=True)
         eps = float(info.hf.get("layer_norm_eps", 1e-12))
         self.norm = LayerNorm(hidden, eps, build)
         self.mlp_norm = LayerNorm(hidden, eps, build)
@@ -92,11 +92,14 @@ class Encoder(ABC):
         if hf.get("position_embedding_type", "absolute") != "absolute":
             raise LoadError("positions must be absolute", field="position_embedding_type")
         self.made = self.family(info)
-        self.words = VocabEmbedding(info.vocab_size, hidden, build)
+        self.words = VocabEmbedding(info.vocab_size, hidden, build, "embeddings.word_embeddings")
         self.positions = torch.empty(int(hf["max_position_embeddings"]), hidden, dtype=build.dtype)
         self.types = torch.empty(int(hf.get("type_vocab_size", 1)), hidden, dtype=build.dtype)
         self.norm = LayerNorm(hidden, float(hf.get("layer_norm_eps", 1e-12)), build)
-        self.layers = [EncoderLayer(info, build) for _ in range(info.num_layers)]
+        self.layers = [
+            EncoderLayer(info, build.at(f"encoder.layer.{index}"))
+            for index in range(info.num_layers)
+        ]
         self.head = Head(_head_layers(self.made, info))
 
     @staticmethod

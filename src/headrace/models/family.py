@@ -82,17 +82,23 @@ def _mlp_fields(info: ModelInfo, given: Fields) -> Fields:
     return found
 
 
+def attention_of(layer: LayerSpec) -> AttentionSpec:
+    """Of a layer that keeps keys and values."""
+    assert isinstance(layer.attention, AttentionSpec)
+    return layer.attention
+
+
 def with_windows(layer: LayerSpec, windows: Sequence[int]) -> tuple[LayerSpec, ...]:
     """The same layer once for each of the sliding windows."""
     return tuple(
-        replace(layer, attention=replace(layer.attention, window=window)) for window in windows
+        replace(layer, attention=replace(attention_of(layer), window=window)) for window in windows
     )
 
 
 def with_ropes(spec: DecoderSpec, ropes: Sequence[int | None]) -> DecoderSpec:
     """Which rotary embedding each layer takes."""
     layers = tuple(
-        replace(layer, attention=replace(layer.attention, rope=rope))
+        replace(layer, attention=replace(attention_of(layer), rope=rope))
         for layer, rope in zip(spec.layers, ropes, strict=True)
     )
     return replace(spec, layers=layers)
@@ -144,6 +150,22 @@ def size(hf: Fields, *keys: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise LoadError(f"config.json needs a positive integer {key!r}, not {value!r}", field=key)
     return value
+
+
+def alibi_slopes(heads: int) -> tuple[float, ...]:
+    """ALiBi (arXiv 2108.12409): powers of 2^(-8 / n), for other numbers of heads with some of those
+    for the next power of 2."""
+    n = 1 << (heads.bit_length() - 1)
+    slopes = [2.0 ** (-8 * (i + 1) / n) for i in range(n)]
+    between = [2.0 ** (-4 * (2 * i + 1) / n) for i in range(heads - n)]
+    return tuple(slopes + between)
+
+
+def ignored_layers(info: ModelInfo) -> tuple[str, ...]:
+    """Patterns of the layers after the last, which predict more tokens at once (MTP)."""
+    extra = int(info.text.get("num_nextn_predict_layers") or info.text.get("num_mtp_layers") or 0)
+    first = info.num_layers
+    return tuple(rf"^model\.layers\.{index}\." for index in range(first, first + extra))
 
 
 def layer_norm(hf: Fields, *keys: str, bias: bool = True, **fields: Any) -> NormSpec:

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import torch
+
 from headrace.core.errors import LoadError
 from headrace.core.model_info import ModelInfo
 from headrace.layers.names import Layout, grouped_qkv, turned
@@ -9,6 +11,8 @@ from headrace.layers.norm import NormSpec
 from headrace.layers.rope_scaling import read_rope
 from headrace.models.decoder import Decoder
 from headrace.models.family import (
+    Fields,
+    alibi_slopes,
     attention_bias,
     decoder,
     layer_norm,
@@ -159,12 +163,15 @@ class OPTForCausalLM(Decoder):
 
 
 class FalconForCausalLM(Decoder):
-    """Falcon with rotary positions (arXiv 2311.16867), both generations of its decoder."""
+    """Falcon (arXiv 2311.16867), both generations of its decoder, with rotary positions or ALiBi.
+
+    Slopes are kept in bf16, and scores are scaled after they were added.
+    """
 
     @staticmethod
     def describe(info: ModelInfo) -> DecoderSpec:
         hf = info.text
-        _refuse(hf, "alibi")
+        sloped = bool(hf.get("alibi"))
         new = bool(hf.get("new_decoder_architecture"))
         grouped = new or not hf.get("multi_query", True)
         kv_heads = int(hf.get("num_kv_heads") or info.num_heads) if grouped else 1
@@ -174,7 +181,9 @@ class FalconForCausalLM(Decoder):
         return decoder(
             info,
             norm=layer_norm(hf),
-            attention={"kv_heads": kv_heads, "qkv_bias": bias, "out_bias": bias},
+            ropes=() if sloped else None,
+            attention={"kv_heads": kv_heads, "qkv_bias": bias, "out_bias": bias}
+            | (_falcon_slopes(info) if sloped else {}),
             mlp=_plain_mlp(info, "ffn_hidden_size", "activation", bias=bias),
             layer={"wiring": parallel if new or hf.get("parallel_attn", True) else "pre"},
             tied=bool(hf.get("tie_word_embeddings", True)),
@@ -323,6 +332,84 @@ class Cohere2ForCausalLM(Decoder):
             tied=bool(hf.get("tie_word_embeddings", True)),
         )
         return with_ropes(spec, [None if kind == "full_attention" else 0 for kind in types])
+
+
+class BloomForCausalLM(Decoder):
+    """BLOOM (arXiv 2211.05100): ALiBi, and a norm after the embedding."""
+
+    @staticmethod
+    def describe(info: ModelInfo) -> DecoderSpec:
+        hf = info.text
+        _refuse(hf, "apply_residual_connection_post_layernorm")
+        heads = info.num_heads
+        return decoder(
+            info,
+            norm=layer_norm(hf),
+            ropes=(),
+            attention={"qkv_bias": True, "out_bias": True, "rope": None}
+            | {"slopes": alibi_slopes(heads)},
+            mlp=_plain_mlp(info, "n_inner", bias=True) | {"activation": "gelu_new"},
+            embedding_norm=True,
+            tied=bool(hf.get("tie_word_embeddings", True)),
+            layout=Layout(
+                renames=(
+                    (r"^transformer\.", ""),
+                    (r"^word_embeddings\.", "model.embed_tokens."),
+                    (r"^word_embeddings_layernorm\.", "model.embed_norm."),
+                    (r"^ln_f\.", "model.norm."),
+                    (r"^h\.", "model.layers."),
+                    (r"\.self_attention\.", ".attention."),
+                    *_MEGATRON_NAMES,
+                ),
+                splits=(grouped_qkv("query_key_value", heads, heads, info.head_dim),),
+            ),
+        )
+
+
+class MptForCausalLM(Decoder):
+    """MPT (MosaicML, 2023): ALiBi, no biases."""
+
+    @staticmethod
+    def describe(info: ModelInfo) -> DecoderSpec:
+        hf = info.text
+        attention = hf.get("attn_config") or {}
+        _refuse(attention, "qk_ln", "prefix_lm")
+        if not attention.get("alibi", True):
+            raise LoadError("MPT needs ALiBi positions", field="attn_config.alibi")
+        most = float(attention.get("alibi_bias_max") or 8)
+        # For other numbers of heads than powers of 2 its order is its own.
+        size = 1 << (info.num_heads - 1).bit_length()
+        slopes = [2.0 ** (-most * (i + 1) / size) for i in range(size)]
+        if size != info.num_heads:
+            slopes = (slopes[1::2] + slopes[::2])[: info.num_heads]
+        return decoder(
+            info,
+            norm=layer_norm(hf, bias=False),
+            ropes=(),
+            attention={
+                "rope": None,
+                "slopes": tuple(slopes),
+                "scale": float(attention.get("softmax_scale") or 0.0),
+                "clip": float(attention.get("clip_qkv") or 0.0),
+            },
+            mlp=_plain_mlp(info, "", bias=False),
+            tied=bool(hf.get("tie_word_embeddings", True)),
+            layout=renamed(
+                (r"^transformer\.wte\.", "model.embed_tokens."),
+                (r"^transformer\.norm_f\.", "model.norm."),
+                (r"^transformer\.blocks\.", "model.layers."),
+                (r"\.norm_1\.", ".input_layernorm."),
+                (r"\.norm_2\.", ".post_attention_layernorm."),
+                (r"\.attn\.Wqkv\.", ".self_attn.qkv_proj."),
+                (r"\.attn\.out_proj\.", ".self_attn.o_proj."),
+                (r"\.ffn\.", ".mlp."),
+            ),
+        )
+
+
+def _falcon_slopes(info: ModelInfo) -> Fields:
+    slopes = torch.tensor(alibi_slopes(info.num_heads)).bfloat16().float() * info.head_dim**-0.5
+    return {"rope": None, "slopes": tuple(slopes.tolist())}
 
 
 _GPT_NAMES = (

@@ -1,18 +1,20 @@
 """Families close to Llama: RMS norm, rotary positions, a gated feed-forward, its tensor names."""
 
-from headrace.core.errors import LoadError
+import torch
+from torch import Tensor
+
 from headrace.core.model_info import ModelInfo
-from headrace.layers.names import Layout, grouped_qkv
+from headrace.layers.names import Layout, Split, grouped_qkv
 from headrace.layers.norm import NormSpec
 from headrace.layers.rope_scaling import read_rope
 from headrace.models.decoder import Decoder
 from headrace.models.family import (
+    alibi_slopes,
     attention_bias,
     decoder,
     every,
     layer_types,
     no_windows,
-    renamed,
     typed_ropes,
     typed_windows,
     with_ropes,
@@ -136,13 +138,19 @@ class InternLM3ForCausalLM(Decoder):
 
 
 class BaichuanForCausalLM(Decoder):
-    """Baichuan 1 and 2 7B (arXiv 2309.10305); the 13B models need ALiBi, which is not here."""
+    """Baichuan 1 and 2 (arXiv 2309.10305): 13B with ALiBi; the second has rows of length 1 in its
+    head."""
 
     @staticmethod
     def describe(info: ModelInfo) -> DecoderSpec:
-        if info.hidden_size != 4096 and info.num_layers == 40:
-            raise LoadError("Baichuan 13B has ALiBi positions, which are not supported")
-        return decoder(info, layout=renamed((r"\.W_pack\.", ".qkv_proj.")))
+        second = info.vocab_size == 125696
+        head = Split(r"(lm_head\.weight)", (r"\1",), lambda weight: [_normalized(weight)])
+        layout = Layout(renames=((r"\.W_pack\.", ".qkv_proj."),), splits=(head,) if second else ())
+        # Only models with rotary positions have this field.
+        if info.text.get("max_position_embeddings") is not None:
+            return decoder(info, layout=layout)
+        slopes = {"rope": None, "slopes": alibi_slopes(info.num_heads)}
+        return decoder(info, ropes=(), attention=slopes, layout=layout)
 
 
 class SmolLM3ForCausalLM(Decoder):
@@ -161,6 +169,20 @@ class SmolLM3ForCausalLM(Decoder):
         given = hf.get("no_rope_layers")
         turns = given or [(i + 1) % every_nth for i in range(info.num_layers)]
         return with_ropes(spec, [0 if turn else None for turn in turns])
+
+
+class Ernie4_5ForCausalLM(Decoder):
+    """ERNIE 4.5, the dense models: Llama whose rotary embedding turns neighbors."""
+
+    @staticmethod
+    def describe(info: ModelInfo) -> DecoderSpec:
+        bias = bool(info.text.get("use_bias", False))
+        return decoder(
+            info,
+            attention={"qkv_bias": bias, "out_bias": bias, "interleaved": True},
+            mlp={"bias": bias},
+            tied=bool(info.hf.get("tie_word_embeddings", True)),
+        )
 
 
 class GraniteForCausalLM(Decoder):
@@ -258,6 +280,10 @@ class Exaone4ForCausalLM(Decoder):
         return with_ropes(
             spec, [None if hybrid and kind == "full_attention" else 0 for kind in types]
         )
+
+
+def _normalized(weight: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(weight.float()).to(weight.dtype)
 
 
 def _qwen_windows(info: ModelInfo) -> tuple[int, ...]:

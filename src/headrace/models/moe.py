@@ -6,13 +6,18 @@ from typing import Any
 from torch import Tensor
 
 from headrace.core.model_info import ModelInfo
+from headrace.layers.attention import AttentionSpec
 from headrace.layers.moe import MoESpec
 from headrace.layers.names import Layout, Split
-from headrace.layers.rope_scaling import read_rope
+from headrace.layers.norm import NormSpec
+from headrace.layers.rope_scaling import read_rope, temperature
 from headrace.models.decoder import Decoder
 from headrace.models.family import (
+    Fields,
     attention_bias,
+    attention_of,
     decoder,
+    ignored_layers,
     layer_norm,
     no_windows,
     size,
@@ -29,8 +34,8 @@ class MixtralForCausalLM(Decoder):
     @staticmethod
     def describe(info: ModelInfo) -> DecoderSpec:
         window = int(info.text.get("sliding_window") or 0)
-        moe = _experts(info)
-        return _sparse(
+        moe = experts_of(info)
+        return sparse(
             decoder(info, windows=(window,) * info.num_layers, layout=_MIXTRAL_NAMES), moe
         )
 
@@ -47,7 +52,7 @@ class Qwen2MoeForCausalLM(Decoder):
             windows=typed_windows(info) if window else no_windows(info),
             attention={"qkv_bias": bool(hf.get("qkv_bias", True))},
         )
-        moe = _experts(
+        moe = experts_of(
             info,
             renormalize=bool(hf.get("norm_topk_prob", False)),
             shared=size(hf, "shared_expert_intermediate_size"),
@@ -68,7 +73,7 @@ class Qwen3MoeForCausalLM(Decoder):
             windows=(window,) * info.num_layers,
             attention=attention_bias(info) | {"qk_norm": "head"},
         )
-        moe = _experts(info, renormalize=bool(hf.get("norm_topk_prob", False)))
+        moe = experts_of(info, renormalize=bool(hf.get("norm_topk_prob", False)))
         return _qwen_sparse(info, spec, moe)
 
 
@@ -83,12 +88,12 @@ class OlmoeForCausalLM(Decoder):
             info,
             attention=attention_bias(info) | {"qk_norm": "all", "clip": clip},
         )
-        moe = _experts(
+        moe = experts_of(
             info,
             inner="intermediate_size",
             renormalize=bool(hf.get("norm_topk_prob", False)),
         )
-        return _sparse(spec, moe)
+        return sparse(spec, moe)
 
 
 class GraniteMoeForCausalLM(Decoder):
@@ -104,7 +109,7 @@ class GraniteMoeForCausalLM(Decoder):
             )
         )
         spec = replace(GraniteForCausalLM.describe(info), layout=layout)
-        return _sparse(spec, _experts(info, inner="intermediate_size"))
+        return sparse(spec, experts_of(info, inner="intermediate_size"))
 
 
 class Glm4MoeForCausalLM(Decoder):
@@ -121,7 +126,10 @@ class Glm4MoeForCausalLM(Decoder):
                 "qkv_bias": bias,
                 "qk_norm": "head" if hf.get("use_qk_norm") else "",
             },
-            layout=Layout(renames=((r"\.shared_experts\.", ".shared_expert."),)),
+            layout=Layout(
+                renames=((r"\.shared_experts\.", ".shared_expert."),),
+                ignored=ignored_layers(info),
+            ),
         )
         router = RouterSpec(
             top_k=size(hf, "num_experts_per_tok"),
@@ -134,14 +142,14 @@ class Glm4MoeForCausalLM(Decoder):
         )
         inner = size(hf, "moe_intermediate_size")
         moe = MoESpec(
-            experts=size(hf, *_COUNTS),
+            experts=size(hf, *COUNTS),
             inner_size=inner,
             activation=str(hf.get("hidden_act", "silu")),
             router=router,
             bias=True,
             shared=inner * int(hf.get("n_shared_experts") or 0),
         )
-        return _sparse(spec, moe, dense=int(hf.get("first_k_dense_replace") or 0))
+        return sparse(spec, moe, dense=int(hf.get("first_k_dense_replace") or 0))
 
 
 class Ernie4_5_MoeForCausalLM(Decoder):
@@ -167,11 +175,12 @@ class Ernie4_5_MoeForCausalLM(Decoder):
                         lambda tensor: [tensor.flatten()],
                     ),
                 ),
+                ignored=(r"\.mtp_",),
             ),
         )
         inner = size(hf, "moe_intermediate_size")
         moe = MoESpec(
-            experts=size(hf, *_COUNTS),
+            experts=size(hf, *COUNTS),
             inner_size=inner,
             activation=str(hf.get("hidden_act", "silu")),
             router=RouterSpec(size(hf, "moe_k", "num_experts_per_tok")),
@@ -208,13 +217,13 @@ class MiniMaxM2ForCausalLM(Decoder):
             ),
         )
         moe = MoESpec(
-            experts=size(hf, *_COUNTS),
+            experts=size(hf, *COUNTS),
             inner_size=size(hf, "intermediate_size"),
             activation=str(hf.get("hidden_act", "silu")),
             router=RouterSpec(size(hf, "num_experts_per_tok"), sigmoid=True),
             bias=True,
         )
-        return _sparse(spec, moe)
+        return sparse(spec, moe)
 
 
 class DbrxForCausalLM(Decoder):
@@ -268,21 +277,107 @@ class DbrxForCausalLM(Decoder):
         # A p-norm of 1, the only one published, makes the weights add up to 1.
         router = RouterSpec(top, bool(ffn.get("moe_normalize_expert_weights", 1)))
         moe = MoESpec(experts, inner, "silu", router)
-        return _sparse(spec, moe)
+        return sparse(spec, moe)
 
 
-_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+class PhimoeForCausalLM(Decoder):
+    """Phi-3.5-MoE (arXiv 2404.14219): layer norm, SparseMixer."""
+
+    @staticmethod
+    def describe(info: ModelInfo) -> DecoderSpec:
+        hf = info.text
+        spec = decoder(
+            info,
+            norm=layer_norm(hf, "rms_norm_eps"),
+            windows=(int(hf.get("sliding_window") or 0),) * info.num_layers,
+            attention=attention_bias(info),
+            head_bias=bool(hf.get("lm_head_bias", False)),
+            layout=replace(
+                _MIXTRAL_NAMES,
+                renames=((r"\.mlp\.router\.", ".mlp.gate."), *_MIXTRAL_NAMES.renames),
+            ),
+        )
+        router = RouterSpec(
+            size(hf, "num_experts_per_tok"), jitter=float(hf.get("router_jitter_noise", 0.01))
+        )
+        return sparse(spec, replace(experts_of(info), router=router))
+
+
+class Llama4ForCausalLM(Decoder):
+    """Llama 4, the text model: chunks of attention with rotary positions, and layers that see
+    everything without, where q grows with the position; experts weigh their input."""
+
+    @staticmethod
+    def describe(info: ModelInfo) -> DecoderSpec:
+        hf = info.text
+        every_nth = int(hf.get("no_rope_layer_interval") or 4)
+        turns = hf.get("no_rope_layers") or [(i + 1) % every_nth for i in range(info.num_layers)]
+        spec = decoder(
+            info,
+            ropes=(read_rope(hf, info.head_dim), temperature(hf, info.head_dim)),
+            attention=attention_bias(info) | {"interleaved": True},
+            mlp={"inner_size": size(hf, "intermediate_size_mlp")},
+            layout=_LLAMA4_NAMES,
+        )
+        layers = tuple(
+            replace(layer, attention=_llama4_attention(hf, attention_of(layer), bool(turn)))
+            for layer, turn in zip(spec.layers, turns, strict=True)
+        )
+        router = RouterSpec(size(hf, "num_experts_per_tok"), renormalize=False, sigmoid=True)
+        inner = size(hf, "intermediate_size")
+        moe = replace(
+            experts_of(info), router=router, inner_size=inner, shared=inner, on_input=True
+        )
+        step = int(hf.get("interleave_moe_layer_step") or 1)
+        chosen = hf.get("moe_layers")
+        if chosen is None:
+            chosen = range(step - 1, info.num_layers, step)
+        return _where(
+            replace(spec, layers=layers), moe, [i in chosen for i in range(info.num_layers)]
+        )
+
+
+def _llama4_attention(hf: Fields, attention: AttentionSpec, turns: bool) -> AttentionSpec:
+    chunk = int(hf.get("attention_chunk_size") or 0)
+    if not turns:
+        tuned = bool(hf.get("attn_temperature_tuning", True))
+        return replace(attention, rope=1 if tuned else None, rope_scales=tuned)
+    if hf.get("use_qk_norm", True):
+        # It follows the turn in the paper, which does not change lengths.
+        norm = NormSpec(attention.norm.eps, weight=False)
+        attention = replace(attention, qk_norm="head", norm=norm)
+    return replace(attention, window=chunk, in_chunks=chunk > 0)
+
+
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _MIXTRAL_NAMES = Layout(
     renames=(
         (r"\.block_sparse_moe\.", ".mlp."),
-        (r"\.w1\.weight", ".gate_proj.weight"),
-        (r"\.w3\.weight", ".up_proj.weight"),
-        (r"\.w2\.weight", ".down_proj.weight"),
+        (r"\.experts\.(\d+)\.w1\.", r".experts.\1.gate_proj."),
+        (r"\.experts\.(\d+)\.w3\.", r".experts.\1.up_proj."),
+        (r"\.experts\.(\d+)\.w2\.", r".experts.\1.down_proj."),
     )
 )
 
 
-def _experts(
+_LLAMA4_NAMES = Layout(
+    renames=(
+        (r"^language_model\.", ""),
+        (r"\.feed_forward\.router\.", ".mlp.gate."),
+        (r"\.feed_forward\.", ".mlp."),
+    ),
+    splits=(
+        Split(
+            r"(.*\.experts\.(?:gate_up|down)_proj)",
+            (r"\1",),
+            lambda tensor: [tensor.transpose(1, 2)],
+        ),
+    ),
+    ignored=(r"^vision_model\.", r"^multi_modal_projector\."),
+)
+
+
+def experts_of(
     info: ModelInfo,
     *,
     inner: str = "",
@@ -293,7 +388,7 @@ def _experts(
     own = "moe_intermediate_size" in hf
     width = inner or ("moe_intermediate_size" if own else "intermediate_size")
     return MoESpec(
-        experts=size(hf, *_COUNTS),
+        experts=size(hf, *COUNTS),
         inner_size=size(hf, width),
         activation=str(hf.get("hidden_act", "silu")),
         router=RouterSpec(size(hf, "num_experts_per_tok"), renormalize),
@@ -301,7 +396,7 @@ def _experts(
     )
 
 
-def _sparse(spec: DecoderSpec, moe: MoESpec, dense: int = 0) -> DecoderSpec:
+def sparse(spec: DecoderSpec, moe: MoESpec, dense: int = 0) -> DecoderSpec:
     """All layers but the first `dense` ones have experts."""
     return _where(spec, moe, [index >= dense for index in range(len(spec.layers))])
 

@@ -14,6 +14,7 @@ from headrace.core.plan import StateSpec
 from headrace.core.pooling import REWARD
 from headrace.layers.batch import ForwardBatch
 from headrace.layers.build import Build
+from headrace.layers.kv_scale import with_kv_scales
 from headrace.layers.weights import load_targets
 from headrace.models.decoder import Decoder
 from headrace.models.head import Head, HeadLayer, dense_layers
@@ -56,7 +57,7 @@ class PooledDecoder:
             (name if name.startswith(known) else _BASE + name, tensor)
             for name, tensor in self.decoder.spec.layout.canonical(weights)
         )
-        load_targets(targets, named, self._ignored)
+        load_targets(targets, with_kv_scales(named, targets), self._ignored)
 
     def checkpoint_shapes(self) -> dict[str, tuple[int, ...]]:
         own = {name: target.shape for name, target in self.head.targets().items()}

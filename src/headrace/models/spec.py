@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from headrace.layers.attention import AttentionSpec
+from headrace.layers.latent import LatentSpec
 from headrace.layers.mlp import MLPSpec
 from headrace.layers.moe import MoESpec
 from headrace.layers.names import Layout
@@ -25,7 +26,7 @@ class LayerSpec:
     "parallel-two": each a norm of its own. `branch_scale` multiplies what a block adds.
     """
 
-    attention: AttentionSpec
+    attention: AttentionSpec | LatentSpec
     mlp: MLPSpec | MoESpec
     wiring: Wiring = "pre"
     branch_scale: float = 1.0
@@ -47,6 +48,7 @@ class DecoderSpec:
     positions: int = 0
     first_position: int = 0
     embedding_scale: float = 1.0
+    embedding_norm: bool = False
     logit_scale: float = 1.0
     logit_cap: float = 0.0
     tied: bool = False

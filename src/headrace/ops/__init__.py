@@ -5,7 +5,7 @@ for each operator, the first implementation that has it. This package is the onl
 which device or instruction set there is. Tensors named `x` are [tokens, ...] in the model's dtype.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, Literal
 
@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from headrace.ops import cpu, ref
-from headrace.ops.experts import PackedExperts, RouterSpec
+from headrace.ops.experts import ClampedSwiglu, PackedExperts, RouterSpec
 from headrace.ops.meta import AttentionMeta, KvCache
-from headrace.ops.packed import PackedWeight
+from headrace.ops.packed import PackedHeads, PackedWeight
 from headrace.ops.sampling import LogProbs, Sampled, SampleTable
 
 Activation = Literal["silu", "gelu_tanh", "gelu_erf", "relu", "relu_squared"]
+Gating = Activation | ClampedSwiglu
 
 # Best first; `ref` has every operator.
 _IMPLEMENTATIONS: dict[str, ModuleType] = {"cpu": cpu, "ref": ref}
@@ -56,13 +57,18 @@ _embedding: Callable[..., Tensor] = _best("embedding")
 _position_embedding: Callable[..., Tensor] = _best("position_embedding")
 _combine: Callable[..., Tensor] = _best("combine")
 _gather: Callable[..., Tensor] = _best("gather")
+_columns: Callable[..., Tensor] = _best("columns")
 _rms_norm: Callable[..., tuple[Tensor, Tensor]] = _best("rms_norm")
 _layer_norm: Callable[..., Tensor] = _best("layer_norm")
 _rotary_table: Callable[..., Tensor] = _best("rotary_table")
+_turn: Callable[..., Tensor] = _best("turn")
 _rotary: Callable[..., tuple[Tensor, Tensor]] = _best("rotary")
 _write_kv: Callable[..., None] = _best("write_kv")
 _rotary_kv: Callable[..., Tensor] = _best("rotary_kv")
+_latent_kv: Callable[..., Tensor] = _best("latent_kv")
 _paged_attention: Callable[..., Tensor] = _best("paged_attention")
+_chunked_attention: Callable[..., Tensor] = _best("chunked_attention")
+_sloped_attention: Callable[..., Tensor] = _best("sloped_attention")
 _gated: Callable[..., Tensor] = _best("gated")
 _activate: Callable[..., Tensor] = _best("activate")
 _logits: Callable[..., Tensor] = _best("logits")
@@ -72,11 +78,14 @@ _log_probs: Callable[..., LogProbs] = _best("log_probs")
 _pack: Callable[..., PackedWeight] = _best("pack")
 _pack_quantized: Callable[..., PackedWeight] = _best("pack_quantized")
 _linear_packed: Callable[..., Tensor] = _best("linear_packed")
+_linear_parts: Callable[..., Tensor] = _best("linear_parts")
 _mask_logits: Callable[..., None] = _best("mask_logits")
 _logits_packed: Callable[..., Tensor] = _best("logits_packed")
 _embedding_packed: Callable[..., Tensor] = _best("embedding_packed")
 _gated_packed: Callable[..., Tensor] = _best("gated_packed")
 _router_topk: Callable[..., tuple[Tensor, Tensor]] = _best("router_topk")
+_pack_heads: Callable[..., PackedHeads] = _best("pack_heads")
+_heads_linear: Callable[..., Tensor] = _best("heads_linear")
 _pack_experts: Callable[..., PackedExperts] = _best("pack_experts")
 _moe_packed: Callable[..., Tensor] = _best("moe_packed")
 
@@ -134,11 +143,11 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     return _layer_norm(x, weight, bias, eps)
 
 
-def rotary_table(positions: Tensor, inv_freq: Tensor, scale: float = 1.0) -> Tensor:
+def rotary_table(positions: Tensor, inv_freq: Tensor, scale: float | Tensor = 1.0) -> Tensor:
     """Cosines, then sines, of position * frequency, times `scale`.
 
-    positions int64 [tokens], inv_freq fp32 [rotary_dim / 2] or [tokens, rotary_dim / 2]
-    -> fp32 [tokens, rotary_dim].
+    positions int64 [tokens], inv_freq fp32 [rotary_dim / 2] or [tokens, rotary_dim / 2], scale a
+    number or fp64 [tokens, 1] -> fp32 [tokens, rotary_dim].
     """
     return _rotary_table(positions, inv_freq, scale)
 
@@ -155,8 +164,13 @@ def rotary(
     return _rotary(q, k, cos_sin, interleaved)
 
 
-def write_kv(k: Tensor, v: Tensor, cache: KvCache, slots: Tensor) -> None:
-    """Put k, v [tokens, kv_heads, dim] into a cache, rounded to its dtype.
+def turn(x: Tensor, cos_sin: Tensor, interleaved: bool = False) -> Tensor:
+    """`rotary` of one x [tokens, heads, dim] alone."""
+    return _turn(x, cos_sin, interleaved)
+
+
+def write_kv(k: Tensor, v: Tensor | None, cache: KvCache, slots: Tensor) -> None:
+    """Put k, v [tokens, kv_heads, dim] into a cache, rounded to its dtype; k alone if it is latent.
 
     slots int64 [tokens] = page * page_size + offset, without duplicates. float8_e4m3fn takes at
     most 448 times its scale in size.
@@ -177,6 +191,26 @@ def rotary_kv(
     return _rotary_kv(q, k, v, cos_sin, cache, slots, interleaved)
 
 
+def latent_kv(
+    q: Tensor,
+    kv: Tensor,
+    weight: Tensor,
+    eps: float,
+    cos_sin: Tensor,
+    cache: KvCache,
+    slots: Tensor,
+    interleaved: bool = False,
+) -> Tensor:
+    """What multi-head latent attention (arXiv 2405.04434) keeps, into a latent cache: the turned q.
+
+    kv [tokens, rank + turned]: its first `rank` elements are normalized as by `rms_norm` with
+    weight [rank]; the others, and those past `rank` of each head of q [tokens, heads, rank +
+    turned], are turned by cos_sin fp32 [tokens, turned] as by `rotary`. Use the result only: an
+    implementation may overwrite q and kv.
+    """
+    return _latent_kv(q, kv, weight, eps, cos_sin, cache, slots, interleaved)
+
+
 def paged_attention(
     q: Tensor,
     cache: KvCache,
@@ -190,8 +224,8 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention of each token to its own sequence, for any mix of chunks.
 
-    q [tokens, heads, dim], heads a multiple of the cache's kv_heads -> [tokens, heads, dim]. The
-    keys of these tokens are already in the cache, and are read from there. A query at
+    q [tokens, heads, dim], heads a multiple of the cache's kv_heads -> [tokens, heads, a value's
+    dim]. The keys of these tokens are already in the cache, and are read from there. A query at
     position p sees positions <= p, and only those > p - window if window > 0. Scores become
     soft_cap * tanh(score / soft_cap) if soft_cap > 0. `sinks` [heads] are extra logits in the
     softmax that carry no value. Softmax in fp32. Without `causal` a query sees all `context` tokens
@@ -209,7 +243,29 @@ def paged_attention(
     )
 
 
-def gated(x: Tensor, activation: Activation) -> Tensor:
+def columns(x: Tensor, order: Tensor) -> Tensor:
+    """x [tokens, n], order int64 [m] of 0..n-1 -> column order[j] of x at j, [tokens, m]."""
+    return _columns(x, order)
+
+
+def chunked_attention(
+    q: Tensor, cache: KvCache, meta: AttentionMeta, *, scale: float, size: int
+) -> Tensor:
+    """`paged_attention` in which a query at p sees positions from p // size * size to p."""
+    return _chunked_attention(q, cache, meta, scale=scale, size=size)
+
+
+def sloped_attention(
+    q: Tensor, cache: KvCache, meta: AttentionMeta, *, scale: float, slopes: Tensor
+) -> Tensor:
+    """`paged_attention` in which a score gets slope * (position of the key - that of the query).
+
+    `slopes` fp32 [heads] (ALiBi, arXiv 2108.12409).
+    """
+    return _sloped_attention(q, cache, meta, scale=scale, slopes=slopes)
+
+
+def gated(x: Tensor, activation: Gating) -> Tensor:
     """x [tokens, 2 * n] = gate | up -> act(gate) * up, [tokens, n]."""
     return _gated(x, activation)
 
@@ -273,9 +329,9 @@ def pack(weight: Tensor, format: str = "", group: int = 0) -> PackedWeight:
     """weight [out, in] in the form that the `_packed` operators read.
 
     Without a format the values stay: the result may share memory with `weight`, and an
-    implementation may store it in a narrower type if no value changes. "int8", "int4" and "fp8"
-    quantize: int8 and fp8 with a scale per output, int4 with one per `group` inputs (16, 32, 64 or
-    128; 0 takes 64). `headrace.ops.ref_lowbit` defines the arithmetic.
+    implementation may store it in a narrower type if no value changes. "int8", "int4", "nf4" and
+    "fp8" quantize: int8 and fp8 with a scale per output, int4 and nf4 with one per `group` inputs
+    (16, 32, 64 or 128; 0 takes 64). `headrace.ops.ref_lowbit` defines the arithmetic.
     """
     return _pack(weight, format, group)
 
@@ -286,9 +342,11 @@ def pack_quantized(
     """A matrix that a checkpoint brings quantized, laid out for the `_packed` operators.
 
     Nothing is rounded: element [o, i] stays values * scale - offset in fp32.
-    int8: values int8 [out, in], scales [out] or one. fp8: values float8_e4m3fn, scales [out], one,
-    or [out / 128, in / 128] with group=128. int4: values uint8 0..15, scales [out, in / group] and
-    offsets of that shape, zero point * scale where there is a zero point; without offsets it is 8.
+    int8: values int8 [out, in], scales [out] or one; with a group as int4, without offsets 0. fp8:
+    values float8_e4m3fn, scales [out], one, or [out / 128, in / 128] with group=128. int4: values
+    uint8 0..15, scales [out, in / group] and offsets of that shape, zero point * scale where there
+    is a zero point; without offsets it is 8. mxfp4: codes of e2m1 as uint8, scales as int4, powers
+    of two. nf4, fp4, iq4_nl: places in their tables, scales as int4. Groups are 16, 32, 64 or 128.
     Raises ValueError for other shapes and values.
     """
     return _pack_quantized(values, scales, format, group, offsets)
@@ -299,13 +357,18 @@ def linear_packed(
 ) -> Tensor:
     """`linear` with a packed weight; with a `residual` [tokens, out], their sum, rounded once.
 
-    int8 and int4 weights also quantize x: to int8 with a scale per row, or per row and group.
+    int8, int4 and mxfp4 also quantize x: to int8 with a scale per row, or per row and group.
     """
     return _linear_packed(x, weight, bias, residual)
 
 
+def linear_parts(x: Tensor, weights: Sequence[PackedWeight], bias: Tensor | None = None) -> Tensor:
+    """`linear` with packed weights of any formats one below the other: their products in a row."""
+    return _linear_parts(x, weights, bias)
+
+
 def gated_packed(
-    x: Tensor, weight: PackedWeight, activation: Activation, bias: Tensor | None = None
+    x: Tensor, weight: PackedWeight, activation: Gating, bias: Tensor | None = None
 ) -> Tensor:
     """act(gate) * up of x [tokens, in] and a weight of gate rows, then as many up rows.
 
@@ -336,17 +399,36 @@ def router_topk(
     return _router_topk(logits, spec, bias)
 
 
+def pack_heads(weights: Tensor) -> PackedHeads:
+    """weights [heads, out, in]: a matrix for each head; see `pack`."""
+    return _pack_heads(weights)
+
+
+def heads_linear(x: Tensor, weights: PackedHeads) -> Tensor:
+    """`linear` of the first `in` elements of each head with the head's own matrix.
+
+    x [tokens, heads, in + rest] -> [tokens, heads, out + rest]; the rest follows as it is.
+    """
+    return _heads_linear(x, weights)
+
+
 def pack_experts(gate_up: Tensor, down: Tensor) -> PackedExperts:
     """gate_up [experts, gate rows | up rows, hidden], down [experts, hidden, inner]: see `pack`."""
     return _pack_experts(gate_up, down)
 
 
 def moe_packed(
-    x: Tensor, experts: PackedExperts, ids: Tensor, weights: Tensor, activation: Activation
+    x: Tensor,
+    experts: PackedExperts,
+    ids: Tensor,
+    weights: Tensor,
+    activation: Gating,
+    on_input: bool = False,
 ) -> Tensor:
     """Gated feed-forward blocks of the chosen experts, weighted and summed in the order of choice.
 
     x [tokens, hidden], ids and weights as from `router_topk` -> [tokens, hidden]. Each expert's
-    output is rounded to x's dtype; the sum is in fp32 and rounded once.
+    output is rounded to x's dtype; the sum is in fp32 and rounded once. With `on_input` x is
+    weighted, and rounded, instead of what comes out.
     """
-    return _moe_packed(x, experts, ids, weights, activation)
+    return _moe_packed(x, experts, ids, weights, activation, on_input)

@@ -28,10 +28,22 @@ class KvCache:
     key_scale: Tensor | float = 1.0
     value_scale: Tensor | float = 1.0
 
+    @property
+    def latent(self) -> bool:
+        """Whether a value is the beginning of its key, as in multi-head latent attention."""
+        return self.values.data_ptr() == self.keys.data_ptr()
+
     def tensors(self) -> list[Tensor]:
         """All that belongs to a page; the first dimension is pages."""
-        scales = (self.key_scale, self.value_scale)
-        return [self.keys, self.values, *(x for x in scales if isinstance(x, Tensor))]
+        stored = (self.keys, self.values, self.key_scale, self.value_scale)
+        own = stored[::2] if self.latent else stored
+        return [x for x in own if isinstance(x, Tensor)]
+
+
+def latent_cache(stored: Tensor, value_dim: int, scale: Tensor | float = 1.0) -> KvCache:
+    """A cache of vectors [pages, page_size, heads, dim] that are keys, and values as far as
+    `value_dim`."""
+    return KvCache(stored, stored[..., :value_dim], scale, scale)
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,30 +4,40 @@ Other implementations must agree with these functions. Contracts (shapes, dtypes
 `headrace.ops`. Reductions and transcendental functions run in fp32 and round once, at the end.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from headrace.ops import ref_lowbit
-from headrace.ops.experts import PackedExperts, RouterSpec
+from headrace.ops.experts import ClampedSwiglu, PackedExperts, RouterSpec
 from headrace.ops.meta import KvCache
-from headrace.ops.packed import FLOAT_FORMATS, PackedWeight, check_quantized, format_of
-from headrace.ops.ref_attention import paged_attention, write_kv
+from headrace.ops.packed import FLOAT_FORMATS, PackedHeads, PackedWeight, check_quantized, format_of
+from headrace.ops.ref_attention import (
+    chunked_attention,
+    paged_attention,
+    sloped_attention,
+    write_kv,
+)
 from headrace.ops.ref_sampling import log_probs, sample
 
 __all__ = [
     "activate",
+    "chunked_attention",
+    "columns",
     "combine",
     "embedding",
     "embedding_packed",
     "gated",
     "gated_packed",
     "gather",
+    "heads_linear",
+    "latent_kv",
     "layer_norm",
     "linear",
     "linear_packed",
+    "linear_parts",
     "log_probs",
     "logits",
     "logits_packed",
@@ -35,6 +45,7 @@ __all__ = [
     "moe_packed",
     "pack",
     "pack_experts",
+    "pack_heads",
     "pack_quantized",
     "paged_attention",
     "position_embedding",
@@ -44,7 +55,9 @@ __all__ = [
     "rotary_table",
     "router_topk",
     "sample",
+    "sloped_attention",
     "stored_dtype",
+    "turn",
     "write_kv",
 ]
 
@@ -100,11 +113,15 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-def rotary_table(positions: Tensor, inv_freq: Tensor, scale: float) -> Tensor:
+def rotary_table(positions: Tensor, inv_freq: Tensor, scale: float | Tensor) -> Tensor:
     # The angle is an fp32 product, as models were trained. Its sine and cosine are taken in fp64,
     # so that rounding to fp32 hides where in a vector register an element happened to sit.
     angle = (positions[:, None].float() * inv_freq).double()
     return (torch.cat((angle.cos(), angle.sin()), dim=-1) * scale).float()
+
+
+def turn(x: Tensor, cos_sin: Tensor, interleaved: bool) -> Tensor:
+    return rotary(x, x[:, :0], cos_sin, interleaved)[0]
 
 
 def rotary(q: Tensor, k: Tensor, cos_sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
@@ -135,8 +152,33 @@ def rotary_kv(
     return q
 
 
-def gated(x: Tensor, activation: str) -> Tensor:
+def latent_kv(
+    q: Tensor,
+    kv: Tensor,
+    weight: Tensor,
+    eps: float,
+    cos_sin: Tensor,
+    cache: KvCache,
+    slots: Tensor,
+    interleaved: bool,
+) -> Tensor:
+    rank = len(weight)
+    q_rest, k_rest = rotary(q[..., rank:], kv[:, None, rank:], cos_sin, interleaved)
+    latent, _ = rms_norm(kv[:, :rank], weight, eps, None)
+    write_kv(torch.cat((latent[:, None], k_rest), dim=-1), None, cache, slots)
+    return torch.cat((q[..., :rank], q_rest), dim=-1)
+
+
+def columns(x: Tensor, order: Tensor) -> Tensor:
+    return x[:, order]
+
+
+def gated(x: Tensor, activation: str | ClampedSwiglu) -> Tensor:
     gate, up = x.chunk(2, dim=-1)
+    if isinstance(activation, ClampedSwiglu):
+        g = gate.float().clamp(max=activation.limit)
+        u = up.float().clamp(-activation.limit, activation.limit)
+        return (g * torch.sigmoid(activation.alpha * g) * (u + 1)).to(x.dtype)
     return (_ACTIVATIONS[activation](gate.float()) * up).to(x.dtype)
 
 
@@ -192,7 +234,15 @@ def linear_packed(
     return (y + residual).to(x.dtype)
 
 
-def gated_packed(x: Tensor, weight: PackedWeight, activation: str, bias: Tensor | None) -> Tensor:
+def linear_parts(x: Tensor, weights: Sequence[PackedWeight], bias: Tensor | None) -> Tensor:
+    sizes = [weight.out_size for weight in weights]
+    biases = [None] * len(sizes) if bias is None else torch.split(bias, sizes)
+    return torch.cat([linear_packed(x, w, b) for w, b in zip(weights, biases, strict=True)], dim=1)
+
+
+def gated_packed(
+    x: Tensor, weight: PackedWeight, activation: str | ClampedSwiglu, bias: Tensor | None
+) -> Tensor:
     return gated(linear_packed(x, weight, bias), activation)
 
 
@@ -209,8 +259,22 @@ def embedding_packed(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> T
     return embedding(ids, weight.data).to(dtype)
 
 
+def pack_heads(weights: Tensor) -> PackedHeads:
+    return PackedHeads(tuple(map(pack, weights)))
+
+
+def heads_linear(x: Tensor, weights: PackedHeads) -> Tensor:
+    size = weights.heads[0].in_size
+    made = [
+        linear_packed(x[:, head, :size], weight, None) for head, weight in enumerate(weights.heads)
+    ]
+    return torch.cat((torch.stack(made, dim=1), x[..., size:]), dim=-1)
+
+
 def router_topk(logits: Tensor, spec: RouterSpec, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     logits = logits.float()
+    if spec.jitter > 0:
+        return _mixed_sparsely(logits, spec)
     scores = logits.sigmoid() if spec.sigmoid else logits.softmax(dim=-1)
     keys = logits if bias is None else scores + bias
     if spec.groups > 1:
@@ -225,6 +289,17 @@ def router_topk(logits: Tensor, spec: RouterSpec, bias: Tensor | None) -> tuple[
     return order.int(), weights * spec.scale
 
 
+def _mixed_sparsely(logits: Tensor, spec: RouterSpec) -> tuple[Tensor, Tensor]:
+    left, ids, weights = logits, [], []
+    for _ in range(spec.top_k):
+        best, chosen = left.max(dim=-1, keepdim=True)
+        far = (best - logits) / logits.abs().maximum(best) > 2 * spec.jitter
+        weights.append(left.masked_fill(far, float("-inf")).softmax(dim=-1).gather(1, chosen))
+        ids.append(chosen)
+        left = left.scatter(1, chosen, float("-inf"))
+    return torch.cat(ids, dim=1).int(), torch.cat(weights, dim=1) * spec.scale
+
+
 def _largest(keys: Tensor, count: int) -> Tensor:
     """Places of the largest keys; stable: of equal ones the lower comes first."""
     return torch.sort(keys, dim=-1, descending=True, stable=True).indices[:, :count]
@@ -237,16 +312,29 @@ def pack_experts(gate_up: Tensor, down: Tensor) -> PackedExperts:
 
 
 def moe_packed(
-    x: Tensor, experts: PackedExperts, ids: Tensor, weights: Tensor, activation: str
+    x: Tensor,
+    experts: PackedExperts,
+    ids: Tensor,
+    weights: Tensor,
+    activation: str | ClampedSwiglu,
+    on_input: bool = False,
 ) -> Tensor:
     chosen = x.new_zeros(*ids.shape, experts.downs[0].out_size)
     for index, (gate, up, down) in enumerate(
         zip(experts.gates, experts.ups, experts.downs, strict=True)
     ):
         tokens, place = (ids == index).nonzero(as_tuple=True)
-        gate_up = pack(torch.cat((gate.data, up.data)))
-        inner = gated_packed(x[tokens], gate_up, activation, None)
-        chosen[tokens, place] = linear_packed(inner, down, None)
+        if not len(tokens):
+            continue
+        given = x[tokens]
+        if on_input:
+            given = (weights[tokens, place, None] * given).to(x.dtype)
+        biases = experts.gate_up_bias, experts.down_bias
+        first, second = (None if bias is None else bias[index].to(x.dtype) for bias in biases)
+        inner = gated(linear_parts(given, (gate, up), first), activation)
+        chosen[tokens, place] = linear_packed(inner, down, second)
+    if on_input:
+        weights = torch.ones_like(weights)
     y = torch.zeros(chosen.shape[::2])
     for weight, output in zip(weights.unbind(1), chosen.unbind(1), strict=True):
         y += weight[:, None] * output

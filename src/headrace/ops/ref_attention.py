@@ -26,7 +26,8 @@ class _Block:
     """`sequences` sequences with `queries` queries each, attending to at most L keys.
 
     `tokens`: int64 [sequences * queries], rows of q. `slots`: int64 [sequences, L], rows of the
-    caches. `visible`: bool [sequences, queries, L].
+    caches. `visible`: bool [sequences, queries, L]. `distance`: int64 of that shape, from the query
+    to the key: not above 0 where it is visible.
     """
 
     sequences: int
@@ -34,11 +35,13 @@ class _Block:
     tokens: Tensor
     slots: Tensor
     visible: Tensor
+    distance: Tensor
 
 
-def write_kv(k: Tensor, v: Tensor, cache: KvCache, slots: Tensor) -> None:
+def write_kv(k: Tensor, v: Tensor | None, cache: KvCache, slots: Tensor) -> None:
     _write(k, cache.keys, cache.key_scale, slots)
-    _write(v, cache.values, cache.value_scale, slots)
+    if v is not None:
+        _write(v, cache.values, cache.value_scale, slots)
 
 
 def _write(x: Tensor, stored: Tensor, scale: Tensor | float, slots: Tensor) -> None:
@@ -54,6 +57,31 @@ def _write(x: Tensor, stored: Tensor, scale: Tensor | float, slots: Tensor) -> N
     stored.flatten(0, 1).index_copy_(0, slots, x.to(stored.dtype))
 
 
+@dataclass(frozen=True)
+class Sight:
+    """What a query sees: everything before it, a window, its chunk of that size, or all."""
+
+    window: int = 0
+    causal: bool = True
+    in_chunks: bool = False
+
+    def oldest(self, position: Tensor) -> Tensor:
+        if not self.window:
+            return torch.zeros_like(position)
+        if self.in_chunks:
+            return position // self.window * self.window
+        return (position - self.window + 1).clamp_min(0)
+
+
+@dataclass(frozen=True, eq=False)
+class _How:
+    scale: float
+    sight: Sight
+    soft_cap: float = 0.0
+    sinks: Tensor | None = None
+    slopes: Tensor | None = None
+
+
 def paged_attention(
     q: Tensor,
     cache: KvCache,
@@ -65,17 +93,35 @@ def paged_attention(
     sinks: Tensor | None,
     causal: bool = True,
 ) -> Tensor:
+    return _attend(q, cache, meta, _How(scale, Sight(window, causal), soft_cap, sinks))
+
+
+def chunked_attention(
+    q: Tensor, cache: KvCache, meta: AttentionMeta, *, scale: float, size: int
+) -> Tensor:
+    return _attend(q, cache, meta, _How(scale, Sight(size, in_chunks=True)))
+
+
+def sloped_attention(
+    q: Tensor, cache: KvCache, meta: AttentionMeta, *, scale: float, slopes: Tensor
+) -> Tensor:
+    return _attend(q, cache, meta, _How(scale, Sight(), slopes=slopes))
+
+
+def _attend(q: Tensor, cache: KvCache, meta: AttentionMeta, how: _How) -> Tensor:
     out = q.new_empty(*q.shape[:2], cache.values.shape[-1])
-    for block in _blocks(meta, window, causal):
+    for block in _blocks(meta, how.sight):
         scores = _scores(
             q.index_select(0, block.tokens),
             _rows(cache.keys, cache.key_scale, block.slots),
             block,
-            scale,
-            soft_cap,
+            how.scale,
+            how.soft_cap,
         )
+        if how.slopes is not None:
+            scores += _slanted(how.slopes, block, scores)
         scores.masked_fill_(~block.visible[:, None, None], float("-inf"))
-        weights = _softmax(scores, sinks)
+        weights = _softmax(scores, how.sinks)
         out[block.tokens] = _mix(
             weights, _rows(cache.values, cache.value_scale, block.slots), block
         ).to(out.dtype)
@@ -105,6 +151,12 @@ def _scores(q: Tensor, k: Tensor, block: _Block, scale: float, soft_cap: float) 
     return scores.view(s, kv_heads, group, n, -1)
 
 
+def _slanted(slopes: Tensor, block: _Block, scores: Tensor) -> Tensor:
+    """slopes [heads] -> slope * distance, [s, kv_heads, group, queries, L]."""
+    per_head = slopes.view(1, *scores.shape[1:3], 1, 1)
+    return per_head * block.distance[:, None, None].float()
+
+
 def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
     """Softmax over keys; a sink is one more logit per head, whose share is thrown away."""
     if sinks is None:
@@ -122,15 +174,15 @@ def _mix(weights: Tensor, v: Tensor, block: _Block) -> Tensor:
     return mixed.reshape(s * n, kv_heads * group, -1)
 
 
-def _blocks(meta: AttentionMeta, window: int, causal: bool) -> list[_Block]:
-    key = ("ref blocks", window, causal)
+def _blocks(meta: AttentionMeta, sight: Sight) -> list[_Block]:
+    key = ("ref blocks", sight)
     if key not in meta.derived:
-        meta.derived[key] = list(_plan(meta, window, causal))
+        meta.derived[key] = list(_plan(meta, sight))
     blocks: list[_Block] = meta.derived[key]
     return blocks
 
 
-def _plan(meta: AttentionMeta, window: int, causal: bool) -> Iterator[_Block]:
+def _plan(meta: AttentionMeta, sight: Sight) -> Iterator[_Block]:
     context = meta.context.tolist()
     short: dict[int, list[int]] = defaultdict(list)
     for chunk, count in enumerate(meta.query_start.diff().tolist()):
@@ -139,11 +191,11 @@ def _plan(meta: AttentionMeta, window: int, causal: bool) -> Iterator[_Block]:
             continue
         step = max(_SHORT, min(256, _BLOCK_SCORES // context[chunk]))
         for first in range(0, count, step):
-            yield _block(meta, [chunk], range(first, min(first + step, count)), window, causal)
+            yield _block(meta, [chunk], range(first, min(first + step, count)), sight)
     short.pop(0, None)
     for count, chunks in short.items():
         for batch in _batches(chunks, context):
-            yield _block(meta, batch, range(count), window, causal)
+            yield _block(meta, batch, range(count), sight)
 
 
 def _batches(chunks: list[int], context: list[int]) -> Iterator[list[int]]:
@@ -157,25 +209,20 @@ def _batches(chunks: list[int], context: list[int]) -> Iterator[list[int]]:
     yield batch
 
 
-def _block(
-    meta: AttentionMeta, chunks: list[int], queries: range, window: int, causal: bool
-) -> _Block:
+def _block(meta: AttentionMeta, chunks: list[int], queries: range, sight: Sight) -> _Block:
     """Some `queries` of each of `chunks`."""
     device = meta.rows.device
     chunk = torch.tensor(chunks, device=device)
     begin, end = meta.query_start[chunk].long(), meta.query_start[chunk + 1].long()
     steps = torch.arange(queries.start, queries.stop, device=device)
     position = (meta.context[chunk] - (end - begin))[:, None] + steps
-    low = (
-        (position[:, :1] - window + 1).clamp_min(0) if window else torch.zeros_like(position[:, :1])
-    )
-    if not causal:
+    low = sight.oldest(position[:, :1])
+    if not sight.causal:
         position = (meta.context[chunk].long() - 1)[:, None].expand_as(position)
     last = position[:, -1:]
     key = low + torch.arange(int((last - low).max()) + 1, device=device)
-    visible = key[:, None] <= position[:, :, None]
-    if window:
-        visible &= key[:, None] > position[:, :, None] - window
+    distance = key[:, None] - position[:, :, None]
+    visible = (distance <= 0) & (key[:, None] >= sight.oldest(position)[:, :, None])
     key = torch.minimum(key, last)
     page = meta.page_table[meta.rows[chunk].long()[:, None], key // meta.page_size].long()
     return _Block(
@@ -184,4 +231,5 @@ def _block(
         tokens=(begin[:, None] + steps).flatten(),
         slots=page * meta.page_size + key % meta.page_size,
         visible=visible,
+        distance=distance,
     )

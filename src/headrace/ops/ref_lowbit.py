@@ -4,14 +4,14 @@ Quantizing is defined bit by bit (fp32, one rounding per written operation, halv
 every implementation stores and multiplies the same integers. Products of integers are exact; what
 follows is fp32, where implementations may differ by rounding. Here `data` of a PackedWeight are the
 plain values [out, in], `scales` and `offsets` fp32 [out, groups]: an element is
-value * scale - offset.
+value * scale - offset. Values of mxfp4 are codes of e2m1 (OCP microscaling formats, 1.0).
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headrace.ops.packed import PackedWeight, Quantized, check_group
+from headrace.ops.packed import TABLES, PackedWeight, Quantized, check_group, numbers
 
 DEFAULT_GROUP = 64  # of int4
 _SMALLEST = 1e-30  # no number is divided by less
@@ -26,16 +26,20 @@ def quantize(weight: Tensor, format: str, group: int) -> Quantized:
     Raises:
         ValueError: no such format or group.
     """
-    if format == "int4":
+    if format in ("int4", "nf4"):
         group = group or DEFAULT_GROUP
     check_group(format, group, weight.shape[1])
-    if format == "int8":
+    if format == "int8" and not group:
         return Quantized(format, *quantize_int8(weight))
     if format == "int4":
         return Quantized(format, *quantize_int4(weight, group), group)
+    if format == "nf4":
+        return Quantized(format, *quantize_nf4(weight, group), group)
     if format == "fp8" and not group:
         return Quantized(format, *quantize_fp8(weight))
-    raise ValueError(f"floats can be packed as int8, int4 or fp8, not as {format!r} by {group}")
+    raise ValueError(
+        f"floats can be packed as int8, int4, nf4 or fp8, not as {format!r} by {group}"
+    )
 
 
 def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,6 +64,17 @@ def quantize_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return values.flatten(1)[:, : weight.shape[1]].contiguous(), scales[..., 0]
 
 
+def quantize_nf4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """weight [out, in] -> places in the table of nf4, and scales [out, groups]: the largest size of
+    a group. The nearest place is taken (arXiv 2305.14314)."""
+    x = _grouped(weight.float(), group)
+    scales = x.abs().amax(-1, keepdim=True)
+    table = TABLES["nf4"]
+    middles = (table[1:] + table[:-1]) / 2
+    places = torch.bucketize(x / scales.clamp_min(_SMALLEST), middles).to(torch.uint8)
+    return places.flatten(1)[:, : weight.shape[1]].contiguous(), scales[..., 0]
+
+
 def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight [out, in] -> e4m3 values, and scales [out, 1]: the largest of a row becomes 448."""
     x = weight.float()
@@ -81,7 +96,7 @@ def rows(weight: PackedWeight, ids: Tensor) -> Tensor:
     """Rows `ids` in fp32."""
     assert weight.scales is not None
     group = weight.group or weight.in_size
-    values = weight.data.view(torch.uint8)[ids].view(weight.data.dtype).float()
+    values = numbers(weight.format, weight.data.view(torch.uint8)[ids].view(weight.data.dtype))
     scales = weight.scales[ids].repeat_interleave(group, 1)[:, : weight.in_size]
     if weight.offsets is None:
         return values * scales
@@ -90,12 +105,12 @@ def rows(weight: PackedWeight, ids: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """fp32 [tokens, out]"""
-    if weight.format == "int8":
-        y = _linear_int8(x, weight)
-    elif weight.format == "int4":
-        y = _linear_int4(x, weight)
-    else:
+    if weight.format == "fp8" or weight.format in TABLES:
         y = F.linear(x.float(), rows(weight, torch.arange(weight.out_size)))
+    elif weight.group:
+        y = _linear_grouped(x, weight)
+    else:
+        y = _linear_int8(x, weight)
     return y if bias is None else y + bias.float()
 
 
@@ -109,21 +124,22 @@ def _linear_int8(x: Tensor, weight: PackedWeight) -> Tensor:
     return dots.float() * scales * weight.scales[:, 0]
 
 
-def _linear_int4(x: Tensor, weight: PackedWeight) -> Tensor:
+def _linear_grouped(x: Tensor, weight: PackedWeight) -> Tensor:
     """x in groups of its own, as the weight's, so that an outlier costs its group alone."""
     assert weight.scales is not None
-    assert weight.offsets is not None
     values, scales = quantize_int8(_grouped(x, weight.group))
-    inputs, total = _grouped(weight.data, weight.group), torch.zeros(len(x), weight.out_size)
+    inputs = _grouped(numbers(weight.format, weight.data), weight.group)
+    total = torch.zeros(len(x), weight.out_size)
     for g in range(weight.scales.shape[1]):
         part = values[:, g].float()
-        dots, scale = F.linear(part, inputs[:, g].float()), scales[:, g]
+        dots, scale = F.linear(part, inputs[:, g]), scales[:, g]
         total += dots * scale * weight.scales[:, g]
-        total -= scale * part.sum(-1, keepdim=True) * weight.offsets[:, g]
+        if weight.offsets is not None:
+            total -= scale * part.sum(-1, keepdim=True) * weight.offsets[:, g]
     return total
 
 
 def _grouped(x: Tensor, group: int) -> Tensor:
     """[n, in] -> [n, groups, group], padded with zeros."""
     missing = -x.shape[1] % group
-    return F.pad(x, (0, missing)).view(len(x), -1, group)
+    return F.pad(x, (0, missing)).view(len(x), (x.shape[1] + missing) // group, group)

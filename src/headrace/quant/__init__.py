@@ -1,28 +1,44 @@
 """How matrices are stored and multiplied: one method per format.
 
-`quant_method` chooses, by the checkpoint or by --quantization. Knows no layer.
+`quantization_of` chooses, by the checkpoint (`quant.checkpoint`) or by --quantization. Knows no
+layer.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterable
 
 from headrace.core.errors import LoadError
-from headrace.quant.base import QuantMethod
-from headrace.quant.dense import METHODS
+from headrace.core.model_info import ModelInfo
+from headrace.quant.base import Quantization
+from headrace.quant.checkpoint import from_checkpoint, method_names, stored_config
+from headrace.quant.dense import ON_LOAD
 
 
-def quant_method(hf: Mapping[str, Any], quantization: str = "none") -> QuantMethod:
-    """The method that a config.json or --quantization asks for.
+def quantization_of(
+    info: ModelInfo,
+    asked: str = "none",
+    stored: Callable[[ModelInfo], Iterable[str]] = lambda info: (),
+) -> Quantization:
+    """What a checkpoint says, or --quantization where it is not quantized.
+
+    `stored`: gives the names of its tensors, as far as they are known.
 
     Raises:
-        LoadError: the checkpoint is quantized in a way that is not supported.
+        LoadError: quantized in a way that is not supported, or otherwise than was asked for.
     """
-    config = hf.get("quantization_config")
-    if config:
-        name = config.get("quant_method") if isinstance(config, dict) else config
+    config = stored_config(info)
+    if config is None:
+        if asked not in ON_LOAD:
+            raise LoadError(
+                f"--quantization {asked} needs a checkpoint that is stored so; "
+                f"this one is not quantized, and can be to {', '.join(ON_LOAD)}",
+                field="quantization",
+            )
+        return ON_LOAD[asked]
+    method = str(config.get("quant_method", ""))
+    if asked != "none" and asked not in method_names(method):
         raise LoadError(
-            f"the checkpoint is quantized (quantization_config.quant_method={name!r}), "
-            "which is not supported; use the unquantized checkpoint",
-            field="quantization_config",
+            f"--quantization {asked} was asked for, but the checkpoint is quantized with {method}; "
+            "leave the option out",
+            field="quantization",
         )
-    return METHODS[quantization]
+    return from_checkpoint(config, info, stored(info))

@@ -1,12 +1,13 @@
 """The protocol of quantization methods, matrices while they are loaded, and weight targets.
 
 A linear layer describes its matrix and its cut (`LinearShape`); a method makes the local tensors,
-says which checkpoint tensors fill them (`WeightTarget`), and multiplies. Does not know layers.
+says which checkpoint tensors fill them (`WeightTarget`), and multiplies. A `Quantization` knows
+which method each module has. Does not know layers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -23,14 +24,18 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 class WeightTarget:
     """Where one checkpoint tensor goes.
 
-    `shape`: of the whole checkpoint tensor. `copy`: puts this rank's part of it in place.
-    `covers`: names it stands for, when it is several checkpoint tensors stacked into one.
+    `shape`: of the whole checkpoint tensor; `other_shapes` are as good. `copy`: puts this rank's
+    part of it in place. `covers`: names it stands for, when it is several checkpoint tensors
+    stacked into one. What is `optional` may be missing. `any_length`: a vector as long as it likes.
     """
 
     shape: tuple[int, ...]
     copy: Callable[[Tensor], None]
     covers: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = FLOATS
+    other_shapes: tuple[tuple[int, ...], ...] = ()
+    optional: bool = False
+    any_length: bool = False
 
 
 Targets = dict[str, WeightTarget]
@@ -64,14 +69,8 @@ class LinearShape:
 class QuantMethod(Protocol):
     """One way to store the matrix of a linear layer. Stateless: tensors live in the layer.
 
-    `name` tells methods apart; `head_format` is what the output head is packed to.
+    The packed matrix is `weights["packed"]`, for those who multiply without `apply`.
     """
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def head_format(self) -> str: ...
 
     def create_weights(self, shape: LinearShape, dtype: torch.dtype) -> Weights:
         """Uninitialized local tensors by name; methods may keep packed ones beside them."""
@@ -79,6 +78,10 @@ class QuantMethod(Protocol):
 
     def targets(self, shape: LinearShape, weights: Weights, prefix: str) -> Targets:
         """Checkpoint names that start with `prefix`, and how each fills `weights`."""
+        ...
+
+    def stacked(self, shape: LinearShape, single: Targets, prefix: str, name: str) -> Targets:
+        """The tensors of matrix `name`, all parts stacked; `single`: those of `targets`."""
         ...
 
     def process_after_loading(self, weights: Weights) -> None:
@@ -93,6 +96,27 @@ class QuantMethod(Protocol):
         self, weights: Weights, x: Tensor, bias: Tensor | None, activation: ops.Activation
     ) -> Tensor:
         """x [tokens, in] -> act(gate) * up [tokens, out / 2], where `apply` gives gate | up."""
+        ...
+
+
+Kind = Literal["linear", "expert", "router", "embedding", "head"]
+
+
+class Quantization(Protocol):
+    """Which method each module of a model has. `name` tells quantizations apart."""
+
+    @property
+    def name(self) -> str: ...
+
+    def method(self, modules: Sequence[str], kind: Kind, stacked: str = "") -> QuantMethod:
+        """For the parts of one linear layer, by the names that models give them.
+
+        `stacked`: what a checkpoint that stacked them calls the whole.
+        """
+        ...
+
+    def renamed(self, rename: Callable[[str], str]) -> "Quantization":
+        """The same for a model whose checkpoints have other names, which `rename` turns."""
         ...
 
 
@@ -160,13 +184,13 @@ def cut_target(place: Place, rows: Cut, columns: Cut | None = None) -> WeightTar
 
 def when_filled(targets: Targets, then: Callable[[], None]) -> Targets:
     """The same targets; `then` runs as soon as all of them are filled."""
-    left = set(targets)
+    left = {name for name, target in targets.items() if not target.optional}
 
     def counted(name: str, target: WeightTarget) -> WeightTarget:
         def copy(source: Tensor) -> None:
             target.copy(source)
             left.discard(name)
-            if not left:
+            if not left and not target.optional:
                 then()
 
         return replace(target, copy=copy)

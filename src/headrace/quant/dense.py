@@ -1,12 +1,22 @@
 """Matrices that a checkpoint has as floats: kept as they are, or quantized while loading."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from headrace import ops
-from headrace.quant.base import LinearShape, Matrix, Targets, Weights, part_targets
+from headrace.quant.base import (
+    Kind,
+    LinearShape,
+    Matrix,
+    QuantMethod,
+    Targets,
+    Weights,
+    part_targets,
+    stacked_target,
+)
 
 
 @dataclass(frozen=True)
@@ -16,16 +26,17 @@ class Dense:
     A matrix is quantized as soon as it is whole, so only one unquantized matrix is there at a time.
     """
 
-    name: str = "none"
     format: str = ""
     group: int = 0
-    head_format: str = ""
 
     def create_weights(self, shape: LinearShape, dtype: torch.dtype) -> Weights:
         return {"weight": Matrix(shape.local_rows, shape.columns.local, dtype)}
 
     def targets(self, shape: LinearShape, weights: Weights, prefix: str) -> Targets:
         return part_targets(weights["weight"].open, shape, prefix, "weight", shape.columns)
+
+    def stacked(self, shape: LinearShape, single: Targets, prefix: str, name: str) -> Targets:
+        return {f"{prefix}{name}.weight": stacked_target(single)}
 
     def process_after_loading(self, weights: Weights) -> None:
         weights["packed"] = weights["weight"].pack(self.format, self.group)
@@ -39,11 +50,35 @@ class Dense:
         return ops.gated_packed(x, weights["packed"], activation, bias)
 
 
-METHODS = {
-    "none": Dense(),
-    "int8": Dense("int8", "int8", 0, head_format="int8"),
+AS_IS = Dense()
+
+
+@dataclass(frozen=True)
+class OnLoad:
+    """Floats of a checkpoint, quantized while they are loaded: linear layers, and tables of tokens.
+
+    Routers stay: an error in them takes another expert. So do experts.
+    """
+
+    name: str
+    linear: Dense = AS_IS
+    table: Dense = AS_IS
+
+    def method(self, modules: Sequence[str], kind: Kind, stacked: str = "") -> QuantMethod:
+        if kind == "linear":
+            return self.linear
+        return self.table if kind in ("embedding", "head") else AS_IS
+
+    def renamed(self, rename: Callable[[str], str]) -> "OnLoad":
+        return self
+
+
+ON_LOAD = {
+    "none": OnLoad("none"),
+    "int8": OnLoad("int8", Dense("int8"), Dense("int8")),
     # The head decides which token comes next: four bits would cost more there than they save.
-    "int4": Dense("int4", "int4", 64, head_format="int8"),
-    "fp8": Dense("fp8", "fp8", 0, head_format="fp8"),
+    "int4": OnLoad("int4", Dense("int4", 64), Dense("int8")),
+    "fp8": OnLoad("fp8", Dense("fp8"), Dense("fp8")),
+    "bitsandbytes": OnLoad("bitsandbytes", Dense("nf4", 64)),
 }
 """By --quantization."""

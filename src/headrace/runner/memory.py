@@ -97,6 +97,8 @@ def step_cost(info: ModelInfo, config: Config, element_size: int) -> StepCost:
     hf = info.hf.get("text_config") or info.hf
     intermediate = int(hf.get("intermediate_size") or 4 * info.hidden_size)
     attention = (info.num_heads + 2 * info.num_kv_heads) * info.head_dim
+    if hf.get("kv_lora_rank"):  # queries and mixed values of all heads are in the latent space
+        attention = info.num_heads * (int(hf["kv_lora_rank"]) + int(hf["qk_rope_head_dim"]))
     values = 6 * info.hidden_size + 2 * attention + 3 * intermediate
     rows = config.schedule.max_running_requests or _DEFAULT_ROWS
     logits = min(LOGITS_BYTES, rows * info.vocab_size * 4 * LOGITS_COPIES)

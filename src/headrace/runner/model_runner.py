@@ -19,6 +19,7 @@ from headrace.core import faults
 from headrace.core.config import Limits
 from headrace.core.errors import Unsupported
 from headrace.core.plan import Chunk, ChunkResult, ScoredToken, StateSpec, StepPlan, StepResult
+from headrace.loader.kv_scales import HasKvScales
 from headrace.runner import graph
 from headrace.runner.batch import Layout, build_batch, lay_out, write_drafts
 from headrace.runner.logits import score_prompt, score_samples, slices
@@ -86,7 +87,8 @@ class ModelRunner:
             limits.max_running_requests, limits.context_length, limits.page_size, vocab_size
         )
         pages = limits.max_total_tokens // limits.page_size
-        self.pool = KvPool(model.state_specs(), pages, limits.page_size, kv_dtype or dtype)
+        scales = model.kv_scales() if isinstance(model, HasKvScales) else ()
+        self.pool = KvPool(model.state_specs(), pages, limits.page_size, kv_dtype or dtype, scales)
         self.sampler = Sampler(self.tables, eos_token_ids)
         self.graph: graph.Graph = graph.EagerGraph(model)
         self._pooler = pooler

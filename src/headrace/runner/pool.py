@@ -9,15 +9,19 @@ them. Knows nothing of who owns a page.
 
 import mmap
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
 
 import torch
 
 from headrace.core.errors import Unsupported
 from headrace.core.plan import StateSpec
-from headrace.ops.meta import KV_DTYPES, KvCache
+from headrace.ops.meta import KV_DTYPES, KvCache, latent_cache
 
 _ALIGNMENT = 4096
 _WORTH_HUGE_PAGES = 8 << 20  # bytes of a tensor; the first page used of each costs 2 MB
+_STORED = {"kv": 2, "latent": 1}  # tensors by kind of state
+_Wanted = tuple[tuple[int, ...], torch.dtype]
 
 
 def kv_dtype(name: str, model: torch.dtype) -> torch.dtype:
@@ -32,26 +36,31 @@ def bytes_per_token(specs: Sequence[StateSpec], dtype: torch.dtype) -> int:
 
 
 class KvPool:
-    """`caches`: one `KvCache` per layer.
+    """`caches`: one `KvCache` per layer; `scales`: of keys and values in each, for fp8 alone.
 
     Raises:
         Unsupported: the model keeps a kind of state that has no pool yet.
     """
 
     def __init__(
-        self, specs: Sequence[StateSpec], pages: int, page_size: int, dtype: torch.dtype
+        self,
+        specs: Sequence[StateSpec],
+        pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        scales: Sequence[tuple[float, float]] = (),
     ) -> None:
-        for spec in specs:
-            if spec.kind != "kv":
-                raise Unsupported(f"layers that keep {spec.kind!r} state are not supported yet")
-        wanted: list[tuple[tuple[int, ...], torch.dtype]] = []
-        for spec in specs:
-            heads = (pages, page_size, spec.kv_heads)
-            wanted += [((*heads, spec.head_dim), dtype)] * 2
-            wanted += [(heads, torch.float32)] * 2 * (dtype == torch.int8)
-        tensors = _untouched_zeros(wanted)
-        each = len(wanted) // max(1, len(specs))
-        self.caches = [KvCache(*tensors[at : at + each]) for at in range(0, len(tensors), each)]
+        wanted = [_wanted(spec, (pages, page_size, spec.kv_heads), dtype) for spec in specs]
+        tensors = iter(_untouched_zeros([tensor for layer in wanted for tensor in layer]))
+        self.caches = [
+            _cache(spec, list(islice(tensors, len(layer))))
+            for spec, layer in zip(specs, wanted, strict=True)
+        ]
+        if dtype == torch.float8_e4m3fn and scales:
+            self.caches = [
+                replace(cache, key_scale=keys, value_scale=values)
+                for cache, (keys, values) in zip(self.caches, scales, strict=True)
+            ]
 
     def copy(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy whole pages, (source, destination) in order, in all layers."""
@@ -70,9 +79,22 @@ class KvPool:
                 data[targets] = data[sources]
 
 
-def _untouched_zeros(
-    wanted: list[tuple[tuple[int, ...], torch.dtype]],
-) -> list[torch.Tensor]:
+def _wanted(spec: StateSpec, heads: tuple[int, ...], dtype: torch.dtype) -> list[_Wanted]:
+    """The tensors of a layer: what is stored, then scales."""
+    if spec.kind not in _STORED:
+        raise Unsupported(f"layers that keep {spec.kind!r} state are not supported yet")
+    copies = _STORED[spec.kind]
+    scales = copies * (dtype == torch.int8)
+    return [((*heads, spec.head_dim), dtype)] * copies + [(heads, torch.float32)] * scales
+
+
+def _cache(spec: StateSpec, tensors: list[torch.Tensor]) -> KvCache:
+    if spec.kind == "latent":
+        return latent_cache(tensors[0], spec.value_dim, *tensors[1:])
+    return KvCache(*tensors)
+
+
+def _untouched_zeros(wanted: list[_Wanted]) -> list[torch.Tensor]:
     """Zero tensors on one private mapping; the system adds memory page by page when written."""
     sizes = [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in wanted]
     steps = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]

@@ -17,8 +17,10 @@ from headrace.core.hardware import Hardware
 from headrace.core.model_info import ModelInfo
 from headrace.core.plan import StepPlan, StepResult
 from headrace.dist.comm import SoloGroup
+from headrace.dist.topology import Shard
 from headrace.layers.held import held_bytes
 from headrace.loader import load_model
+from headrace.loader.kv_scales import prepare_kv_scales
 from headrace.runner.memory import GIB, MemoryPlan, plan_memory, step_cost
 from headrace.runner.model_runner import DeviceHalf, ModelRunner
 from headrace.runner.pool import bytes_per_token, kv_dtype
@@ -96,6 +98,8 @@ def build_runner(
         model_impl=asked.model_impl,
     )
     stored = kv_dtype(config.cache.kv_cache_dtype, dtype)
+    if stored == torch.float8_e4m3fn:
+        prepare_kv_scales(model, info, config.cache.quantization_param_path, Shard())
     plan = plan_memory(
         hardware,
         held_bytes(model),

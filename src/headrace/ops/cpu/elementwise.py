@@ -6,9 +6,18 @@ from torch import Tensor
 
 from headrace.ops.cpu.library import DTYPES, Operator, Rows, Step, rows
 from headrace.ops.cpu.record import empty
+from headrace.ops.experts import ClampedSwiglu
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu_erf": 2, "relu": 3, "relu_squared": 4}
 """hr_activation of the names that `ops.gated_packed` takes."""
+_CLAMPED = 5
+
+
+def activation_args(activation: str | ClampedSwiglu) -> tuple[int, float, float]:
+    """`activation`, `alpha` and `limit` as structs have them, one after another."""
+    if isinstance(activation, ClampedSwiglu):
+        return _CLAMPED, activation.alpha, activation.limit
+    return ACTIVATIONS[activation], 0.0, 0.0
 
 
 class _EmbeddingArgs(Structure):
@@ -39,13 +48,24 @@ class _GatherArgs(Structure):
 
 
 class _GatedArgs(Structure):
-    _fields_ = (("x", Rows), ("y", Rows), ("activation", c_int32))
+    _fields_ = (
+        ("x", Rows),
+        ("y", Rows),
+        ("activation", c_int32),
+        ("alpha", c_float),
+        ("limit", c_float),
+    )
+
+
+class _ColumnsArgs(Structure):
+    _fields_ = (("x", Rows), ("y", Rows), ("order", c_void_p))
 
 
 _EMBEDDING = Operator("embedding", _EmbeddingArgs)
 _COMBINE = Operator("combine", _CombineArgs)
 _GATHER = Operator("gather", _GatherArgs)
 _GATED = Operator("gated", _GatedArgs)
+_COLUMNS = Operator("columns", _ColumnsArgs)
 
 
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:
@@ -87,9 +107,15 @@ def gather(x: Tensor, picks: Tensor) -> Tensor:
     return y
 
 
-def gated(x: Tensor, activation: str) -> Tensor:
+def columns(x: Tensor, order: Tensor) -> Tensor:
+    y = empty((len(x), len(order)), x.dtype)
+    _COLUMNS(_ColumnsArgs(rows(x), rows(y), order.data_ptr()), Step(tokens=len(x)))
+    return y
+
+
+def gated(x: Tensor, activation: str | ClampedSwiglu) -> Tensor:
     y = empty((len(x), x.shape[1] // 2), x.dtype)
-    _GATED(_GatedArgs(rows(x), rows(y), ACTIVATIONS[activation]), Step(tokens=len(x)))
+    _GATED(_GatedArgs(rows(x), rows(y), *activation_args(activation)), Step(tokens=len(x)))
     return y
 
 

@@ -1,14 +1,16 @@
 """linear_packed, gated_packed and logits_packed: bindings of csrc/kernels/linear*.cpp."""
 
-from ctypes import Structure, c_int32, c_void_p
+from collections.abc import Sequence
+from ctypes import Structure, c_float, c_int32, c_void_p
 
 import torch
 from torch import Tensor
 
-from headrace.ops.cpu.elementwise import ACTIVATIONS, gated
+from headrace.ops.cpu.elementwise import activation_args, gated
 from headrace.ops.cpu.library import DTYPES, Operator, Rows, Step, rows
-from headrace.ops.cpu.packing import Weight, mirror
+from headrace.ops.cpu.packing import Weight, kernel_of, mirror
 from headrace.ops.cpu.record import empty
+from headrace.ops.experts import ClampedSwiglu
 from headrace.ops.packed import FLOAT_FORMATS, PackedWeight
 
 _TOKENS, _PICKED = range(2)  # hr_over
@@ -36,6 +38,8 @@ class _GatedLinearArgs(Structure):
         ("bias", c_void_p),
         ("bias_dtype", c_int32),
         ("activation", c_int32),
+        ("alpha", c_float),
+        ("limit", c_float),
     )
 
 
@@ -51,12 +55,23 @@ def linear_packed(
     return _multiply(x, weight, bias, y, _TOKENS, residual)
 
 
+def linear_parts(x: Tensor, weights: Sequence[PackedWeight], bias: Tensor | None) -> Tensor:
+    sizes = [weight.out_size for weight in weights]
+    biases = [None] * len(sizes) if bias is None else torch.split(bias, sizes)
+    whole = empty((len(x), sum(sizes)), x.dtype)
+    for weight, b, y in zip(weights, biases, torch.split(whole, sizes, dim=1), strict=True):
+        _multiply(x, weight, b, y, _TOKENS)
+    return whole
+
+
 def logits_packed(hidden: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
     y = empty((len(hidden), weight.out_size), torch.float32)
     return _multiply(hidden, weight, bias, y, _PICKED)
 
 
-def gated_packed(x: Tensor, weight: PackedWeight, activation: str, bias: Tensor | None) -> Tensor:
+def gated_packed(
+    x: Tensor, weight: PackedWeight, activation: str | ClampedSwiglu, bias: Tensor | None
+) -> Tensor:
     """In one call where gate and up begin at a panel, else in two: the bits are the same."""
     inner = weight.out_size // 2
     if inner % PANEL or weight.format not in FLOAT_FORMATS:
@@ -66,7 +81,7 @@ def gated_packed(x: Tensor, weight: PackedWeight, activation: str, bias: Tensor 
     gate, up = mirror(weight), mirror(weight)
     gate.out_size = up.out_size = inner
     up.data += weight.data.nbytes // 2
-    args = _GatedLinearArgs(rows(x), rows(y), gate, up, *_bias(bias), ACTIVATIONS[activation])
+    args = _GatedLinearArgs(rows(x), rows(y), gate, up, *_bias(bias), *activation_args(activation))
     _GATED_LINEAR(args, Step(tokens=len(x)))
     return y
 
@@ -85,7 +100,8 @@ def _multiply(
         if residual.shape != y.shape or residual.dtype != y.dtype:
             raise ValueError(f"a residual must be {y.dtype} {tuple(y.shape)}, as the product")
         args.residual = rows(residual)
-    _LOWBIT.get(weight.format, _LINEAR)(args, Step(tokens=len(x), picked=len(x)))
+    operator = _LOWBIT.get(kernel_of(weight.format, weight.group), _LINEAR)
+    operator(args, Step(tokens=len(x), picked=len(x)))
     return y
 
 

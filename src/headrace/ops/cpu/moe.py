@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headrace.ops.cpu.elementwise import ACTIVATIONS
+from headrace.ops.cpu.elementwise import activation_args
 from headrace.ops.cpu.library import Operator, Rows, Step, rows
 from headrace.ops.cpu.matmul import PANEL
 from headrace.ops.cpu.packing import Weight, mirror, pack
 from headrace.ops.cpu.record import empty
-from headrace.ops.experts import PackedExperts, RouterSpec
+from headrace.ops.experts import ClampedSwiglu, PackedExperts, RouterSpec
 from headrace.ops.packed import PackedWeight
 
 
@@ -30,6 +30,7 @@ class _RouterArgs(Structure):
         ("renormalize", c_int32),
         ("sigmoid", c_int32),
         ("scale", c_float),
+        ("jitter", c_float),
     )
 
 
@@ -42,9 +43,15 @@ class _MoeArgs(Structure):
         ("gates", c_void_p),
         ("ups", c_void_p),
         ("downs", c_void_p),
+        ("gate_up_bias", c_void_p),
+        ("down_bias", c_void_p),
         ("experts", c_int64),
+        ("inner", c_int64),
         ("top_k", c_int64),
-        ("activation", c_int64),
+        ("activation", c_int32),
+        ("alpha", c_float),
+        ("limit", c_float),
+        ("on_input", c_int32),
     )
 
 
@@ -69,6 +76,7 @@ def router_topk(logits: Tensor, spec: RouterSpec, bias: Tensor | None) -> tuple[
         spec.renormalize,
         spec.sigmoid,
         spec.scale,
+        spec.jitter,
     )
     _ROUTER(args, Step(tokens=len(logits)))
     return ids, weights
@@ -108,7 +116,12 @@ def _pack_stack(weights: Tensor) -> tuple[PackedWeight, ...]:
 
 
 def moe_packed(
-    x: Tensor, experts: PackedExperts, ids: Tensor, weights: Tensor, activation: str
+    x: Tensor,
+    experts: PackedExperts,
+    ids: Tensor,
+    weights: Tensor,
+    activation: str | ClampedSwiglu,
+    on_input: bool = False,
 ) -> Tensor:
     if x.shape[1] != experts.gates[0].in_size:
         raise ValueError(f"x has {x.shape[1]} columns, experts {experts.gates[0].in_size} inputs")
@@ -121,9 +134,12 @@ def moe_packed(
         rows(weights),
         ids.data_ptr(),
         *map(ctypes.addressof, _mirrors(experts)),
+        *(None if b is None else b.data_ptr() for b in (experts.gate_up_bias, experts.down_bias)),
         len(experts.gates),
+        experts.downs[0].in_size,
         ids.shape[1],
-        ACTIVATIONS[activation],
+        *activation_args(activation),
+        on_input,
     )
     _MOE(args, Step(tokens=len(x)))
     return y

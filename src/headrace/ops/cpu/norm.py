@@ -58,6 +58,20 @@ def rms_norm(
     return y, total
 
 
+def rms_norm_into(x: Tensor, weight: Tensor, eps: float) -> None:
+    """x [tokens, dim], which may be part of wider rows, normalized in place."""
+    view = _flat(x)
+    args = _RmsNormArgs(
+        x=view,
+        y=view,
+        weight=weight.data_ptr(),
+        weight_dtype=DTYPES[weight.dtype],
+        eps=eps,
+        parts=1,
+    )
+    _RMS_NORM(args, Step(tokens=len(x)))
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     y = empty(tuple(x.shape), x.dtype)
     args = _LayerNormArgs(

@@ -18,6 +18,7 @@ from headrace.ops.cpu.library import DTYPES, Operator, Rows, Step, native, rows
 from headrace.ops.cpu.record import empty
 from headrace.ops.packed import (
     FLOAT_FORMATS,
+    TABLES,
     PackedWeight,
     Quantized,
     check_group,
@@ -33,8 +34,11 @@ _DTYPES = {name: DTYPES[dtype] for name, dtype in FLOAT_FORMATS.items()} | {
     "int8": 3,
     "fp8": 4,
     "int4": 5,
+    "mxfp4": 7,
+    **dict.fromkeys(TABLES, 8),
 }
-_SYMMETRIC, _ZEROS, _OFFSETS = range(3)  # hr_scaling
+_GROUPED_INT8 = 6
+_SYMMETRIC, _ZEROS, _OFFSETS, _WIDE = range(4)  # hr_scaling
 
 
 class Weight(Structure):
@@ -69,6 +73,17 @@ _PACK_LOWBIT = {name: Operator(f"pack_{name}", _PackLowbitArgs) for name in ("in
 _UNPACK_LOWBIT = {name: Operator(f"unpack_{name}", _UnpackArgs) for name in ("int8", "int4", "fp8")}
 
 
+def kernel_of(format: str, group: int) -> str:
+    """Whose operators take a low-bit format."""
+    if format in TABLES:
+        return "fp8"
+    return "int4" if format == "mxfp4" or (format == "int8" and group) else format
+
+
+def _dtype(format: str, group: int) -> int:
+    return _GROUPED_INT8 if format == "int8" and group else _DTYPES[format]
+
+
 def mirror(weight: PackedWeight) -> Weight:
     """The struct that kernels take; `weight` must outlive its use."""
     scales = None if weight.scales is None else weight.scales.data_ptr()
@@ -77,7 +92,7 @@ def mirror(weight: PackedWeight) -> Weight:
         scales,
         weight.out_size,
         weight.in_size,
-        _DTYPES[weight.format],
+        _dtype(weight.format, weight.group),
         weight.group,
         weight.variant,
     )
@@ -94,8 +109,8 @@ def pack(weight: Tensor, format: str = "", group: int = 0) -> PackedWeight:
         return _quantize(weight, format, group)
     if weight.dtype == torch.float32 and _was_bf16(weight):
         weight = weight.bfloat16()
-    packed = _new(tuple(weight.shape), format_of(weight))
-    _PACK(_PackArgs(rows(weight.contiguous()), mirror(packed)), Step())
+    packed, weight = _new(tuple(weight.shape), format_of(weight)), weight.contiguous()
+    _PACK(_PackArgs(rows(weight), mirror(packed)), Step())
     return packed
 
 
@@ -108,7 +123,7 @@ def pack_quantized(
 def embedding_packed(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     y = empty((len(ids), weight.in_size), dtype)
     args = _UnpackArgs(mirror(weight), rows(y))
-    unpack = _UNPACK_LOWBIT.get(weight.format, _UNPACK)
+    unpack = _UNPACK_LOWBIT.get(kernel_of(weight.format, weight.group), _UNPACK)
     unpack(args, Step(tokens=len(ids), ids=ids.data_ptr()))
     return y
 
@@ -116,54 +131,54 @@ def embedding_packed(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> T
 def _new(shape: tuple[int, ...], format: str, group: int = 0, variant: int = 0) -> PackedWeight:
     """Memory for a weight [out, in] and, where kernels want them apart, for its scales."""
     out_size, in_size = shape
-    asked = Weight(None, None, out_size, in_size, _DTYPES[format], group, variant)
+    asked = Weight(None, None, out_size, in_size, _dtype(format, group), group, variant)
     data = reserve(native().hr_weight_bytes(ctypes.byref(asked)))
     scales = None
-    if format in ("int8", "fp8"):
+    if kernel_of(format, group) in ("int8", "fp8"):
         groups = -(-in_size // group) if group else 1
         scales = torch.zeros(groups, -(-out_size // _PANEL) * _PANEL)
     return PackedWeight(data, out_size, in_size, format, scales, group, None, variant)
 
 
 def _quantize(weight: Tensor, format: str, group: int) -> PackedWeight:
-    if format not in ("int8", "int4"):
+    if format not in ("int8", "int4") or (format == "int8" and group):
         return _lay_out(ref_lowbit.quantize(weight, format, group))
     if format == "int4":
         group = group or ref_lowbit.DEFAULT_GROUP
     check_group(format, group, weight.shape[1])
     packed = _new(tuple(weight.shape), format, group, _SYMMETRIC)
-    shape = mirror(packed)
-    source = rows(weight.contiguous())
-    _PACK_LOWBIT[format](_PackLowbitArgs(source, shape, shape.scales, None), Step())
+    shape, weight = mirror(packed), weight.contiguous()
+    _PACK_LOWBIT[format](_PackLowbitArgs(rows(weight), shape, shape.scales, None), Step())
     return packed
 
 
 def _lay_out(weight: Quantized) -> PackedWeight:
-    variant = _scaling(weight) if weight.format == "int4" else 0
+    kernel = kernel_of(weight.format, weight.group)
+    variant = _scaling(weight) if kernel == "int4" and weight.format != "mxfp4" else _SYMMETRIC
     packed = _new(tuple(weight.values.shape), weight.format, weight.group, variant)
     if packed.scales is not None:
         missing = packed.scales.shape[1] - packed.out_size
         packed.scales.copy_(F.pad(weight.scales.T, (0, missing)))
-    scales, offsets = weight.scales.contiguous(), weight.offsets
-    if variant and offsets is None:
+    scales, offsets = weight.scales.contiguous(), TABLES.get(weight.format, weight.offsets)
+    if variant in (_ZEROS, _OFFSETS) and offsets is None:
         offsets = 8 * scales
     address = None if offsets is None else offsets.data_ptr()
     source = rows(weight.values.view(torch.int8))
     args = _PackLowbitArgs(source, mirror(packed), scales.data_ptr(), address)
-    _PACK_LOWBIT[weight.format](args, Step())
+    _PACK_LOWBIT[kernel](args, Step())
     return packed
 
 
 def _scaling(weight: Quantized) -> int:
-    """The smallest form that holds the scales and offsets of an int4 weight exactly."""
+    """The smallest form that holds the scales and offsets of integers in groups exactly."""
     scales, offsets = weight.scales, weight.offsets
+    middle = 8 if weight.format == "int4" else 0
+    symmetric = offsets is None or torch.equal(middle * scales, offsets)
     if not torch.equal(scales.half().float(), scales):
-        return _OFFSETS
-    if offsets is None:
+        return _WIDE if symmetric and not middle else _OFFSETS
+    if offsets is None or symmetric:
         return _SYMMETRIC
     zeros = torch.where(scales == 0, 0.0, offsets / scales)
-    if torch.equal(8 * scales, offsets):
-        return _SYMMETRIC
     exact = torch.equal(zeros.half().float(), zeros) and torch.equal(zeros * scales, offsets)
     return _ZEROS if exact else _OFFSETS
 
