@@ -74,7 +74,8 @@ def test_values_are_those_of_gguf(kind: str) -> None:
     assert packed.nbytes * 8 / (64 * 512) == pytest.approx(BITS[kind], abs=0.02)  # 40 of 64 used
 
 
-EXPERTS = {"moe_intermediate_size": 32, "decoder_sparse_step": 1}
+# Each token takes all experts: rounding of x then changes shares, and never the choice.
+EXPERTS = {"moe_intermediate_size": 32, "decoder_sparse_step": 1, "num_experts_per_tok": 6}
 
 
 def write(path: Path, kinds: tuple[str, ...], case: str = "llama") -> None:

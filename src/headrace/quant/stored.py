@@ -273,7 +273,7 @@ class Renamed:
         own = self.storage.tensors(rows, columns)
         return {names.get(suffix, suffix): stored for suffix, stored in own.items()}
 
-    def read(self, tensors: Mapping[str, Tensor], window: Window) -> Quantized | Tensor:
+    def read(self, tensors: Mapping[str, Tensor], window: Window) -> Local:
         names = {theirs: own for own, theirs in self.suffixes}
         own = {names.get(suffix, suffix): tensor for suffix, tensor in tensors.items()}
         return self.storage.read(own, window)
