@@ -466,7 +466,7 @@ def test_load_formats() -> None:
     assert type(get_model_loader("auto")) is type(get_model_loader("safetensors"))
     assert type(get_model_loader("dummy")).__name__ == "DummyModelLoader"
     with pytest.raises(
-        BadRequest, match="--load-format must be one of auto, safetensors, gguf, dummy"
+        BadRequest, match="--load-format must be one of auto, safetensors, bitsandbytes, gguf, dummy"
     ):
         get_model_loader("pickle")
 
