@@ -11,7 +11,7 @@ from torch.distributed import HashStore
 
 from headrace.core.model_info import read_model_info
 from headrace.dist.comm import GlooGroup, Group, SoloGroup
-from headrace.dist.topology import Shard
+from headrace.dist.topology import Shard, even
 from headrace.loader import load_model
 from tests.support.checkpoints import make_case
 from tests.support.paged import PagedRun
@@ -96,7 +96,7 @@ def test_gloo_collectives(dtype: torch.dtype) -> None:
     def one(rank: int) -> None:
         group = GlooGroup(Shard(rank, 3), store, "g", timeout=timedelta(seconds=30))
         part = torch.full((2, 2), float(rank + 1), dtype=dtype)
-        gathered = group.all_gather(part.T)
+        gathered = group.all_gather(part.T, even(6, Shard(rank, 3)))
         results[rank] = (group.all_reduce(part.clone()), gathered)
 
     threads = [threading.Thread(target=one, args=(rank,)) for rank in range(3)]

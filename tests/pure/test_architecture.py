@@ -20,7 +20,7 @@ LAYERS: dict[str, set[str]] = {
     "text": {"core"},
     "assets": set(),
     "ops": {"core"},
-    "dist": {"core"},
+    "dist": {"core", "ops"},
     "quant": {"core", "ops", "dist"},
     "layers": {"core", "ops", "dist", "quant"},
     "models": {"core", "ops", "dist", "quant", "layers"},
