@@ -26,7 +26,7 @@ LAYERS: dict[str, set[str]] = {
     "models": {"core", "ops", "dist", "quant", "layers"},
     "loader": {"core", "ops", "dist", "quant", "layers", "models"},
     "scheduler": {"core", "cache", "metrics"},
-    "runner": {"core", "ops", "dist", "layers", "loader"},
+    "runner": {"core", "ipc", "ops", "dist", "layers", "loader"},
     "grammar": {"core", "text", "metrics", "scheduler", "ops"},
     "frontend": {"core", "ipc", "text", "metrics"},
     "server": {"core", "frontend", "text", "metrics"},

@@ -184,6 +184,41 @@ class RunOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class ParallelOptions:
+    """How the model is split over ranks; see docs/parallel.md."""
+
+    tp_size: int = option(
+        1, "Ranks that each hold a part of every layer.", aliases=("--tp",), minimum=1, maximum=64
+    )
+    pp_size: int = option(
+        1, "Stages that each hold some of the layers.", aliases=("--pp",), minimum=1, maximum=64
+    )
+    ep_size: int = option(
+        1,
+        "Groups of ranks that experts are dealt to; divides tp-size.",
+        aliases=("--ep",),
+        minimum=1,
+    )
+    deterministic_tp: int = option(
+        0,
+        "Cut sums into this many parts, a power of two: every tp-size that divides it gives the "
+        "same bits. 0: off.",
+        minimum=0,
+        maximum=64,
+    )
+    dist_timeout: int = option(
+        600, "Seconds that ranks wait for each other while the model is loaded.", minimum=1
+    )
+    cpu_offload_gb: float = option(
+        0.0, "GiB of weights kept in host memory; on the CPU device all of them are.", minimum=0.0
+    )
+
+    @property
+    def ranks(self) -> int:
+        return self.tp_size * self.pp_size
+
+
+@dataclasses.dataclass(frozen=True)
 class ServeOptions:
     """The HTTP side."""
 
@@ -276,6 +311,7 @@ class Config:
     cache: CacheOptions = CacheOptions()
     schedule: ScheduleOptions = ScheduleOptions()
     run: RunOptions = RunOptions()
+    parallel: ParallelOptions = ParallelOptions()
     serve: ServeOptions = ServeOptions()
     observe: ObserveOptions = ObserveOptions()
 
@@ -354,12 +390,16 @@ def value_type(field: "dataclasses.Field[Any]") -> type:
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """Sizes that a running scheduler obeys; known once weights and memory are."""
+    """Sizes that a running scheduler obeys; known once weights and memory are.
+
+    `stages`: how many plans the runner works on at once; each then has other requests.
+    """
 
     max_total_tokens: int
     max_running_requests: int
     context_length: int
     page_size: int
+    stages: int = 1
 
     @property
     def max_request_tokens(self) -> int:

@@ -23,12 +23,13 @@ PIPE_BYTES = 2 * LINE + PIPE_BLOCKS * BLOCK
 
 
 class SharedGroup:
-    """The ranks of one stage; `board` is where the board is in this process."""
+    """The ranks of one stage; `board` is where the board is, in memory that is kept mapped."""
 
     recordable = True
 
-    def __init__(self, rank: int, size: int, board: int) -> None:
+    def __init__(self, rank: int, size: int, board: int, memory: mmap.mmap) -> None:
         self.rank, self.size = rank, size
+        self._memory = memory
         self._team = Team(board, SLOT, rank, size)
 
     def all_reduce(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -42,8 +43,8 @@ class SharedGroup:
 class SharedLink:
     """One pipe, used from one end."""
 
-    def __init__(self, pipe: int) -> None:
-        self._pipe = pipe
+    def __init__(self, pipe: int, memory: mmap.mmap) -> None:
+        self._pipe, self._memory = pipe, memory
 
     def send(self, tensor: Tensor) -> None:
         collective.send(tensor, self._pipe, BLOCK)
@@ -62,12 +63,12 @@ class SharedMemory:
 
     def group(self, place: Place) -> SharedGroup:
         board = self._address + place.pp_rank * board_bytes(self._grid)
-        return SharedGroup(place.tp_rank, self._grid.tp, board)
+        return SharedGroup(place.tp_rank, self._grid.tp, board, self._memory)
 
     def link(self, place: Place) -> SharedLink:
         """From this place to its successor."""
         boards = self._grid.pp * board_bytes(self._grid)
-        return SharedLink(self._address + boards + place.rank * PIPE_BYTES)
+        return SharedLink(self._address + boards + place.rank * PIPE_BYTES, self._memory)
 
 
 def make_memory(grid: Grid) -> int:

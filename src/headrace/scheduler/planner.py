@@ -105,6 +105,9 @@ class Planner:
         """Add the next chunk of a running request, if it may and can run."""
         if request.row < 0 or not self._may_run(request):
             return
+        # Stages work on different requests, so each plan takes its share of them.
+        if len(draft.requests) * self.limits.stages >= len(self.running):
+            return
         count = request.total - request.computed
         if count > 1:
             if count > draft.budget and not request.pieces:
@@ -119,6 +122,8 @@ class Planner:
             self.retract(request)
             return False
         if request.held or request.finish is not None or not request.wants_work:
+            return False
+        if request.pending and self.limits.stages > 1:
             return False
         if not self.features:
             return request.inflight < self.depth
