@@ -1,4 +1,4 @@
-"""A model cut over 2, 3 or 5 ranks computes what one rank computes."""
+"""A model cut over ranks that divide nothing computes what one rank computes; the loader's part."""
 
 import threading
 from datetime import timedelta
@@ -32,23 +32,13 @@ def assert_close(one: Tensor, other: Tensor) -> None:
     torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.parametrize("size", [3, 5])
 @pytest.mark.parametrize("case", ["llama-bias", "llama-tied", "llama-mqa", "qwen3", "llama-mha"])
 def test_ranks_agree_with_one(tmp_path: Path, case: str, size: int) -> None:
     """Sizes that divide nothing: 4 heads, 2 KV heads, 44 inner columns, 101 tokens."""
     make_case(tmp_path, case)
     alone = logits(tmp_path, SoloGroup())
     for result in run_ranks(size, lambda group: logits(tmp_path, group)):
-        assert_close(alone, result)
-
-
-@pytest.mark.parametrize(
-    "case", ["gpt2", "gptj", "neox", "falcon-40b", "opt", "cohere", "stablelm-parallel", "gemma3"]
-)
-def test_other_families_on_two_ranks(tmp_path: Path, case: str) -> None:
-    make_case(tmp_path, case)
-    alone = logits(tmp_path, SoloGroup())
-    for result in run_ranks(2, lambda group: logits(tmp_path, group)):
         assert_close(alone, result)
 
 

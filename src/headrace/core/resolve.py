@@ -34,7 +34,7 @@ def resolve(config: Config, info: ModelInfo, hardware: Hardware) -> tuple[Config
             field="context_length",
         )
     check_workers(config.serve)
-    check_ranks(config.parallel)
+    check_ranks(config.parallel, info.num_layers)
     if not config.model.served_model_name:
         choose("model", "served_model_name", config.model.model_path, "no other name was given")
     if config.run.device == "auto":
@@ -62,8 +62,13 @@ def resolve(config: Config, info: ModelInfo, hardware: Hardware) -> tuple[Config
     return config, notes
 
 
-def check_ranks(parallel: ParallelOptions) -> None:
+def check_ranks(parallel: ParallelOptions, layers: int) -> None:
     """Raise BadRequest for ranks that cannot be."""
+    if parallel.pp_size > layers:
+        raise BadRequest(
+            f"--pp-size {parallel.pp_size} is more than the model's {layers} layers",
+            field="pp_size",
+        )
     tp, ep, units = parallel.tp_size, parallel.ep_size, parallel.deterministic_tp
     if tp % ep:
         raise BadRequest(f"--ep-size {ep} does not divide --tp-size {tp}", field="ep_size")

@@ -103,10 +103,7 @@ class Planner:
 
     def _grow(self, request: Request, draft: Draft) -> None:
         """Add the next chunk of a running request, if it may and can run."""
-        if request.row < 0 or not self._may_run(request):
-            return
-        # Stages work on different requests, so each plan takes its share of them.
-        if len(draft.requests) * self.limits.stages >= len(self.running):
+        if request.row < 0 or not self._may_run(request) or _for_later(request, draft, self):
             return
         count = request.total - request.computed
         if count > 1:
@@ -122,8 +119,6 @@ class Planner:
             self.retract(request)
             return False
         if request.held or request.finish is not None or not request.wants_work:
-            return False
-        if request.pending and self.limits.stages > 1:
             return False
         if not self.features:
             return request.inflight < self.depth
@@ -338,3 +333,14 @@ class Planner:
         self._freed_rows = []
         self._rewritten = []
         return plan
+
+
+def _for_later(request: Request, draft: Draft, planner: Planner) -> bool:
+    """Whether a request is left to a later plan, so that all stages of a pipeline have work.
+
+    A plan takes its share of the running requests, and none that waits for a sampled token: the
+    first stage does not know it before the scheduler does.
+    """
+    stages = planner.limits.stages
+    full = len(draft.requests) * stages >= len(planner.running)
+    return stages > 1 and (request.pending > 0 or full)
