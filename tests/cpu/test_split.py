@@ -15,7 +15,7 @@ from headrace.layers.build import WHOLE, Split
 from headrace.loader import load_model
 from tests.support.checkpoints import CASES, make_case
 from tests.support.paged import PagedRun
-from tests.support.threads import run_grid
+from tests.support.threads import Part, run_grid
 
 IDS = torch.randint(3, 101, (2, 18), generator=torch.Generator().manual_seed(5)).tolist()
 # One case of each architecture.
@@ -23,24 +23,12 @@ FAMILIES = list({architecture: case for case, (architecture, _) in CASES.items()
 SPARSE = ["mixtral", "qwen2-moe", "glm4-moe", "dbrx"]
 
 
-class Part:
-    """A model, or a stage of one, whose logits are then nothing."""
-
-    def __init__(self, model: Any) -> None:
-        self.forward, self.state_specs = model.forward, model.state_specs
-        self.last = model.stage.last
-        self._logits = model.logits
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        return self._logits(hidden) if self.last else hidden[:, :0]
-
-
 def logits(
     folder: Path, group: Group, split: Split = WHOLE, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Prefill of one sequence beside a chunk of another, then decode; [tokens, vocab or 0]."""
     model = load_model(read_model_info(folder), dtype, group, split=split)
-    run = PagedRun(Part(model), IDS, dtype=dtype)  # type: ignore[arg-type]
+    run = PagedRun(Part(model), IDS, dtype=dtype)
     steps = [run.step(chunks) for chunks in ([(0, 17), (1, 9)], [(1, 8), (0, 1)], [(1, 1)])]
     return torch.cat([part for step in steps for part in step])
 

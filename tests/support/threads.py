@@ -4,17 +4,33 @@ import os
 import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
+from headrace.core.config import Config
 from headrace.dist import shared
 from headrace.dist.shared import SharedGroup, SharedMemory, make_memory
-from headrace.dist.topology import Grid, Shard
-from headrace.layers.build import Split, Stage
+from headrace.dist.topology import Grid
+from headrace.layers.build import Split
 from headrace.ops.cpu.collective import LINE
+from headrace.runner.seat import seat_in
 
 T = TypeVar("T")
+
+
+class Part:
+    """A model, or a stage of one, whose logits are then nothing."""
+
+    def __init__(self, model: Any) -> None:
+        self.forward, self.state_specs = model.forward, model.state_specs
+        self.last = model.stage.last
+        self._logits = model.logits
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self._logits(hidden) if self.last else hidden[:, :0]
+
 
 # Added to the counters of a rank that failed, so that nobody waits for it.
 _BEYOND = 1 << 30
@@ -27,24 +43,24 @@ def run_ranks(size: int, work: Callable[[SharedGroup], T]) -> list[T]:
 
 def run_grid(grid: Grid, work: Callable[[SharedGroup, Split], T], *, units: int = 0) -> list[T]:
     """`work(group, split)` on each rank of all stages at once; the results in rank order."""
+    sizes = {"tp_size": grid.tp, "pp_size": grid.pp, "ep_size": grid.ep}
+    config = Config.from_flat({**sizes, "deterministic_tp": units})
     fd = make_memory(grid)
+    memory = SharedMemory(fd, grid)
+
+    def one(rank: int) -> T:
+        torch.set_num_threads(1)
+        seat = seat_in(memory, grid.place(rank), config)
+        assert isinstance(seat.group, SharedGroup)
+        try:
+            return work(seat.group, seat.split)
+        except BaseException:
+            _release(fd, grid)
+            raise
+
     try:
-        memory = SharedMemory(fd, grid)
-
-        def one(rank: int) -> T:
-            torch.set_num_threads(1)
-            place = grid.place(rank)
-            before = memory.link(grid.place(rank - grid.tp)) if place.pp_rank else None
-            after = memory.link(place) if place.pp_rank < grid.pp - 1 else None
-            stage = Stage(Shard(place.pp_rank, grid.pp), before, after)
-            try:
-                return work(memory.group(place), Split(stage, grid.ep, units))
-            except BaseException:
-                _release(fd, grid)
-                raise
-
         with ThreadPoolExecutor(grid.size) as pool:
-            return [future.result() for future in [pool.submit(one, r) for r in range(grid.size)]]
+            return list(pool.map(one, range(grid.size)))
     finally:
         os.close(fd)
 

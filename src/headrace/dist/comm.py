@@ -9,11 +9,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore, Store
+from torch._C._distributed_c10d import FileStore, PrefixStore, Store
 from torch.distributed import ProcessGroupGloo
 
 from headrace import ops
-from headrace.dist.topology import Cut, Shard
+from headrace.dist.topology import Cut, Grid, Place, Shard
 
 
 class Group(Protocol):
@@ -47,6 +47,18 @@ class Link(Protocol):
 
     def receive(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """What the other end sent next, which must have this shape and dtype; waits for it."""
+        ...
+
+
+class Ways(Protocol):
+    """How the ranks of a team reach each other."""
+
+    def group(self, place: Place) -> Group:
+        """The ranks of the stage of this rank, which is at `place`."""
+        ...
+
+    def link(self, place: Place) -> Link:
+        """From the rank at `place` to its successor in the next stage; this rank is one of both."""
         ...
 
 
@@ -119,3 +131,27 @@ class GlooLink:
         tensor = torch.empty(shape, dtype=dtype)
         self._gloo.recv([tensor], self._peer, 0).wait()
         return tensor
+
+
+class GlooWays:
+    """The `Ways` of the rank at `own` of a grid, through a store that all ranks have.
+
+    Each call waits for the other ranks that it concerns.
+    """
+
+    def __init__(self, store: Store, grid: Grid, own: Place, host: str = "127.0.0.1") -> None:
+        self._store, self._grid, self._own, self._host = store, grid, own, host
+
+    def group(self, place: Place) -> GlooGroup:
+        shard = Shard(place.tp_rank, self._grid.tp)
+        return GlooGroup(shard, self._store, f"stage {place.pp_rank}", self._host)
+
+    def link(self, place: Place) -> GlooLink:
+        end = 0 if place == self._own else 1
+        pair = GlooGroup(Shard(end, 2), self._store, f"from {place.rank}", self._host)
+        return GlooLink(pair, 1 - end)
+
+
+def file_store(path: str, ranks: int) -> Store:
+    """Where ranks of one machine find each other."""
+    return FileStore(path, ranks)

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 from headrace.core.config import Config, Limits, ParallelOptions
 from headrace.core.team import Loaded
-from headrace.dist.comm import Group, SoloGroup
-from headrace.dist.shared import SharedMemory
+from headrace.dist.comm import Group, SoloGroup, Ways
 from headrace.dist.topology import Grid, Place, Shard, share_of_cores
 from headrace.layers.build import Split, Stage
 
@@ -58,14 +57,13 @@ def seat_alone(config: Config) -> Seat:
 ALONE = Seat(Grid().place(0), Grid(), SoloGroup(), Split())
 
 
-def seat_in(memory: SharedMemory, rank: int, config: Config) -> Seat:
-    """The seat of a rank whose team shares this memory."""
+def seat_in(ways: Ways, place: Place, config: Config) -> Seat:
+    """The seat of a rank of a team."""
     grid = grid_of(config.parallel)
-    place = grid.place(rank)
     stage = Stage(
         Shard(place.pp_rank, grid.pp),
-        before=memory.link(grid.place(rank - grid.tp)) if place.pp_rank > 0 else None,
-        after=memory.link(place) if place.pp_rank < grid.pp - 1 else None,
+        before=ways.link(grid.place(place.rank - grid.tp)) if place.pp_rank > 0 else None,
+        after=ways.link(place) if place.pp_rank < grid.pp - 1 else None,
     )
     split = Split(stage, grid.ep, config.parallel.deterministic_tp)
-    return Seat(place, grid, memory.group(place), split)
+    return Seat(place, grid, ways.group(place), split)

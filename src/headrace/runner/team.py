@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from pathlib import Path
 from typing import NoReturn
 
 import msgspec
@@ -26,8 +27,10 @@ from headrace.core.hardware import Hardware
 from headrace.core.model_info import ModelInfo
 from headrace.core.plan import StepPlan, StepResult
 from headrace.core.team import Begin, Done, FromFollower, Join, Loaded, Run, ToFollower
-from headrace.dist.shared import SharedMemory, make_memory
+from headrace.dist.comm import GlooWays, Ways, file_store
+from headrace.dist.topology import Grid, Place
 from headrace.ipc.channels import Receiver, Sender
+from headrace.ops.cpu import LIBRARY
 from headrace.runner.model_runner import DeviceHalf
 from headrace.runner.seat import grid_of, seat_in
 from headrace.runner.worker import TpModelWorker, load_part, make_runner
@@ -39,6 +42,33 @@ def follower_address(folder: str, rank: int) -> str:
 
 def team_address(folder: str) -> str:
     return f"ipc://{folder}/team"
+
+
+def _store(folder: str) -> str:
+    return f"{folder}/store"
+
+
+def _make_memory(grid: Grid, folder: str) -> str:
+    """What `Join` says. It belongs to this process, which keeps it open."""
+    if LIBRARY is None:
+        Path(_store(folder)).unlink(missing_ok=True)  # of a team before this one
+        return ""
+    from headrace.dist.shared import make_memory
+
+    return f"/proc/{os.getpid()}/fd/{make_memory(grid)}"
+
+
+def ways_of(memory: str, folder: str, grid: Grid, place: Place) -> Ways:
+    """How the rank at `place` reaches the others: through memory, or sockets if there is none."""
+    if not memory:
+        return GlooWays(file_store(_store(folder), grid.size), grid, place)
+    from headrace.dist.shared import SharedMemory
+
+    fd = os.open(memory, os.O_RDWR)
+    try:
+        return SharedMemory(fd, grid)
+    finally:
+        os.close(fd)
 
 
 class Team:
@@ -63,9 +93,10 @@ class Team:
         self._inbox = Receiver[FromFollower](team_address(folder), FromFollower)
         others = range(1, grid.size)
         self._followers = [Sender(follower_address(folder, rank)) for rank in others]
-        fd = make_memory(grid)
-        self._tell(Join(f"/proc/{os.getpid()}/fd/{fd}"))
-        seat = seat_in(SharedMemory(fd, grid), 0, config)
+        memory = _make_memory(grid, folder)
+        self._tell(Join(memory))
+        place = grid.place(0)
+        seat = seat_in(ways_of(memory, folder, grid, place), place, config)
         seat = replace(seat, meet=self._meet, begin=lambda limits: self._tell(Begin(limits)))
         self._worker = TpModelWorker(config, info, hardware, halves, seat)
         self.limits = self._worker.limits
@@ -165,9 +196,8 @@ class Follower:
         joined = self._next()
         assert isinstance(joined, Join)
         grid = grid_of(config.parallel)
-        fd = os.open(joined.memory, os.O_RDWR)
-        seat = seat_in(SharedMemory(fd, grid), rank, config)
-        os.close(fd)
+        place = grid.place(rank)
+        seat = seat_in(ways_of(joined.memory, folder, grid, place), place, config)
         # All ranks of the last stage have the same results; the first one tells them.
         self._tells = seat.place.pp_rank == grid.pp - 1 > 0 and seat.place.tp_rank == 0
         part = load_part(config, info, hardware, seat)
