@@ -11,6 +11,7 @@ from headrace.dist import shared
 from headrace.dist.shared import SharedGroup, SharedMemory, make_memory
 from headrace.dist.topology import Grid, Shard, even, split_heads
 from headrace.layers.build import Split
+from tests.support.native import operators
 from tests.support.threads import run_grid, run_ranks
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -103,3 +104,34 @@ def test_cast_rounds_once(dtype: torch.dtype) -> None:
     x = part_of(0, torch.float32)
     assert torch.equal(ops.cast(x, dtype), x.to(dtype))
     assert torch.equal(ops.cast(x.to(dtype), torch.float32), x.to(dtype).float())
+
+
+@pytest.mark.parametrize("implementation", ["ref", "cpu"])
+@pytest.mark.parametrize("format", ["", "int8", "int4", "fp8"])
+def test_rows_of_a_part_of_the_vocabulary(implementation: str, format: str) -> None:
+    """Rows that other ranks have are zero, so that the sum over ranks is the whole."""
+    impl = operators(implementation)
+    weight, ids = torch.randn(70, 64), torch.tensor([0, 69, 34, 35, 36, 2])
+    parts = [impl.pack(part.contiguous(), format) for part in weight.split(35)]
+    found = [impl.embedding_packed(ids, p, torch.float32, 35 * i) for i, p in enumerate(parts)]
+    whole = torch.cat([impl.embedding_packed(torch.arange(35), p, torch.float32) for p in parts])
+    assert torch.equal(found[0] + found[1], whole[ids])
+    assert not found[0][1].any() and not found[1][0].any()
+
+
+@pytest.mark.parametrize("implementation", ["ref", "cpu"])
+def test_experts_of_other_ranks_add_nothing(implementation: str) -> None:
+    impl = operators(implementation)
+    gate_up, down = torch.randn(6, 16, 12) / 3, torch.randn(6, 12, 8) / 3
+    x, ids = torch.randn(9, 12), torch.stack([torch.randperm(6)[:3] for _ in range(9)]).int()
+    weights = torch.rand(9, 3)
+    whole = impl.moe_packed(x, impl.pack_experts(gate_up, down), ids, weights, "silu")
+    parts = [
+        impl.moe_packed(
+            x, impl.pack_experts(gate_up[i : i + 2], down[i : i + 2]), ids, weights, "silu", i
+        )
+        for i in (0, 2, 4)
+    ]
+    torch.testing.assert_close(parts[0] + parts[1] + parts[2], whole)
+    rest = impl.moe_packed(x, impl.pack_experts(gate_up, down), ids, weights, "silu", 6)
+    assert not rest.any()

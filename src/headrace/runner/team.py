@@ -32,7 +32,7 @@ from headrace.dist.topology import Grid, Place
 from headrace.ipc.channels import Receiver, Sender
 from headrace.ops.cpu import LIBRARY
 from headrace.runner.model_runner import DeviceHalf
-from headrace.runner.seat import grid_of, seat_in
+from headrace.runner.seat import Seat, grid_of, seat_in
 from headrace.runner.worker import TpModelWorker, load_part, make_runner
 
 
@@ -93,12 +93,12 @@ class Team:
         self._inbox = Receiver[FromFollower](team_address(folder), FromFollower)
         others = range(1, grid.size)
         self._followers = [Sender(follower_address(folder, rank)) for rank in others]
-        memory = _make_memory(grid, folder)
-        self._tell(Join(memory))
-        place = grid.place(0)
-        seat = seat_in(ways_of(memory, folder, grid, place), place, config)
-        seat = replace(seat, meet=self._meet, begin=lambda limits: self._tell(Begin(limits)))
-        self._worker = TpModelWorker(config, info, hardware, halves, seat)
+        try:
+            seat = self._sit(config, grid, folder)
+            self._worker = TpModelWorker(config, info, hardware, halves, seat)
+        except BaseException:
+            self._hang_up()
+            raise
         self.limits = self._worker.limits
         self.memory = self._worker.memory
         self.prefix_scope = self._worker.prefix_scope
@@ -125,6 +125,19 @@ class Team:
     def close(self) -> None:
         """End this rank's thread; the followers are processes that others end."""
         self._worker.close()
+        if not self._staged:  # else a thread waits for results for ever
+            self._hang_up()
+
+    def _sit(self, config: Config, grid: Grid, folder: str) -> Seat:
+        memory, place = _make_memory(grid, folder), grid.place(0)
+        self._tell(Join(memory))
+        seat = seat_in(ways_of(memory, folder, grid, place), place, config)
+        return replace(seat, meet=self._meet, begin=lambda limits: self._tell(Begin(limits)))
+
+    def _hang_up(self) -> None:
+        self._inbox.close()
+        for follower in self._followers:
+            follower.close()
 
     def _tell(self, message: ToFollower) -> None:
         for follower in self._followers:
