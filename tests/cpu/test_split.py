@@ -20,6 +20,7 @@ from tests.support.threads import Part, run_grid
 IDS = torch.randint(3, 101, (2, 18), generator=torch.Generator().manual_seed(5)).tolist()
 # One case of each architecture.
 FAMILIES = list({architecture: case for case, (architecture, _) in CASES.items()}.values())
+QUICK = ("gemma3", "gpt2", "olmoe", "stablelm-parallel", "glm4-moe", "falcon-serial")
 SPARSE = ["mixtral", "qwen2-moe", "glm4-moe", "dbrx"]
 
 
@@ -45,7 +46,10 @@ def assert_close(one: Tensor, other: Tensor) -> None:
     torch.testing.assert_close(one.log_softmax(-1), other.log_softmax(-1), atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("case", FAMILIES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=() if case in QUICK else pytest.mark.slow) for case in FAMILIES],
+)
 def test_every_family_on_two_ranks_and_in_two_stages(tmp_path: Path, case: str) -> None:
     make_case(tmp_path, case)
     alone = logits(tmp_path, SoloGroup())
