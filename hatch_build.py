@@ -39,7 +39,9 @@ FLAGS = [
 # Kernels that name all their vectors gain nothing from -O3, which doubles their compile time; loops
 # over a tile must be unrolled whole all the same, which -fpeel-loops allows.
 _PLAIN = ["-O2", "-fpeel-loops"]
-_PLAIN_KERNELS = {"copy", "elementwise", "linear", "linear_pack", "moe", "norm", "rope"}
+_PLAIN_KERNELS = {
+    *("collective", "copy", "elementwise", "linear", "linear_pack", "moe", "norm", "rope"),
+}
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 _AVX512_BF16 = [*_AVX512, "-mavx512bf16", "-mavx512vnni"]
@@ -55,7 +57,7 @@ LEVELS = {
 # An operator that a level lacks is that of the level below (csrc/api.cpp): these files name nothing
 # that avx512_bf16 adds, and all that amx adds is in csrc/kernels/amx and reached from these.
 _SAME_AS_AVX512 = {
-    *("attention", "copy", "elementwise", "linear_fp8", "linear_pack"),
+    *("attention", "collective", "copy", "elementwise", "linear_fp8", "linear_pack"),
     *("log_probs", "mask", "norm", "rope", "sample"),
 }
 _REACH_AMX = {"linear", "linear_block", "linear_tile", "moe"}

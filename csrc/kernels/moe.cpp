@@ -99,7 +99,7 @@ struct Expert {
 };
 
 // Memory of one part of the tokens. `order` [rows]: token of each sorted row; `place` [tokens,
-// top_k]: the sorted row of each choice.
+// top_k]: the sorted row of each choice, -1 of one that is not here.
 struct Sorted {
   Expert* experts;
   int32_t *order, *place;
@@ -124,13 +124,22 @@ static void sort(const hr_moe_args& args, int64_t token, int64_t tokens, const S
   const int64_t rows = tokens * args.top_k;
   Expert* experts = sorted.experts;
   for (int64_t e = 0; e <= args.experts; ++e) experts[e] = {0, 0, 0, 0};
-  for (int64_t i = 0; i < rows; ++i) ++experts[ids[i]].rows;
+  const auto here = [&](int64_t i) {
+    return ids[i] >= args.first && ids[i] < args.first + args.experts;
+  };
+  for (int64_t i = 0; i < rows; ++i) {
+    if (here(i)) ++experts[ids[i] - args.first].rows;
+  }
   for (int64_t e = 0; e < args.experts; ++e) {
     experts[e + 1].begin = experts[e].begin + experts[e].rows;
     experts[e].rows = 0;
   }
   for (int64_t i = 0; i < rows; ++i) {
-    Expert& expert = experts[ids[i]];
+    if (!here(i)) {
+      sorted.place[i] = -1;
+      continue;
+    }
+    Expert& expert = experts[ids[i] - args.first];
     const int64_t at = expert.begin + expert.rows++;
     sorted.order[at] = static_cast<int32_t>(token + i / args.top_k);
     sorted.place[i] = static_cast<int32_t>(at);
@@ -185,6 +194,7 @@ static void combine(const hr_moe_args& args, int64_t token, int64_t tokens, cons
         const int64_t n = columns - c < kLanes ? columns - c : kLanes;
         vf sum = zero();
         for (int64_t r = 0; r < top_k; ++r) {
+          if (place[r] < 0) continue;
           sum = fma(set(weights[r]), take(outer + place[r] * columns + c, n), sum);
         }
         put(row_of<T>(args.y, token + i) + c, sum, n);

@@ -20,14 +20,14 @@ LAYERS: dict[str, set[str]] = {
     "text": {"core"},
     "assets": set(),
     "ops": {"core"},
-    "dist": {"core"},
+    "dist": {"core", "ops"},
     "quant": {"core", "ops", "dist"},
     "layers": {"core", "ops", "dist", "quant"},
     "models": {"core", "ops", "dist", "quant", "layers"},
     "loader": {"core", "ops", "dist", "quant", "layers", "models"},
     "scheduler": {"core", "cache", "metrics"},
     "sim": {"core", "cache", "scheduler"},
-    "runner": {"core", "ops", "dist", "layers", "loader"},
+    "runner": {"core", "ipc", "ops", "dist", "layers", "loader"},
     "grammar": {"core", "text", "metrics", "scheduler", "ops"},
     "frontend": {"core", "ipc", "text", "metrics"},
     "server": {"core", "frontend", "text", "metrics"},
@@ -143,8 +143,9 @@ def test_every_option_is_read():
     """An option that nothing reads is a promise that nobody keeps."""
     from headrace.core.config import Config
 
+    declaring = ("config.py", "weight_options.py")
     everything = "".join(
-        path.read_text(encoding="utf-8") for path in FILES if path.name != "config.py"
+        path.read_text(encoding="utf-8") for path in FILES if path.name not in declaring
     )
     unread = [
         field.name

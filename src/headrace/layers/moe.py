@@ -1,7 +1,9 @@
 """Mixtures of experts: a router, gated experts of which each token takes a few, and shared ones.
 
-Experts are cut over tensor-parallel ranks along their inner size, as every feed-forward is. Does
-not know how checkpoints stack them beyond the two usual ways.
+Experts are cut over tensor-parallel ranks along their inner size, as every feed-forward is, or
+dealt to groups of ranks (expert parallelism): every rank routes all tokens, computes what its
+experts add, and the sum over ranks is the whole. Does not know how checkpoints stack experts beyond
+the two usual ways.
 """
 
 from dataclasses import dataclass, replace
@@ -11,13 +13,21 @@ from torch import Tensor
 
 from headrace import ops
 from headrace.core.errors import LoadError
-from headrace.dist.topology import Cut, even, whole
+from headrace.dist.topology import Cut, Shard, even, whole
 from headrace.layers.build import Build
-from headrace.layers.linear import ColumnLinear
+from headrace.layers.linear import ColumnLinear, tree_sum
 from headrace.layers.mlp import ACTIVATIONS, MLP, MLPSpec
 from headrace.ops.experts import PackedExperts, RouterSpec
 from headrace.ops.packed import PackedWeight
-from headrace.quant.base import Part, Targets, WeightTarget, cut_target, plain, when_filled
+from headrace.quant.base import (
+    Part,
+    Targets,
+    WeightTarget,
+    cut_target,
+    merged,
+    plain,
+    when_filled,
+)
 from headrace.quant.dense import METHODS
 
 
@@ -49,12 +59,19 @@ _KINDS = ("gates", "ups", "downs")
 
 
 class Experts:
-    """The weights of all experts: unpacked while they are loaded, packed when all are there."""
+    """Some of the experts: unpacked while they are loaded, packed when all are there.
 
-    def __init__(self, hidden_size: int, spec: MoESpec, build: Build) -> None:
+    `shard` of the experts, and `part` of each. Numbers are those of the checkpoint.
+    """
+
+    def __init__(
+        self, hidden_size: int, spec: MoESpec, dtype: torch.dtype, shard: Shard, part: Shard
+    ) -> None:
         self.count, self.hidden = spec.experts, hidden_size
-        self.inner = even(spec.inner_size, build.shard)
-        self.dtype = build.dtype
+        mine = even(spec.experts, shard)
+        self.first, self.here = shard.rank * mine.local, mine.local
+        self.inner = even(spec.inner_size, part)
+        self.dtype = dtype
         # Kind and number of an expert -> its matrix; whoever saves and restores weights walks it.
         self.weights: dict[str, PackedWeight] = {}
         self._packed: PackedExperts | None = None
@@ -73,15 +90,18 @@ class Experts:
         return found | self._stacks(prefix, found)
 
     def _target(self, index: int, which: int) -> WeightTarget:
+        place = index - self.first
         if which == 2:
-            return cut_target(
-                lambda source: self._open(source)[1][index], whole(self.hidden), self.inner
+            target = cut_target(
+                lambda source: self._open(source)[1][place], whole(self.hidden), self.inner
             )
-        return cut_target(
-            lambda source: self._open(source)[0][index].chunk(2)[which],
-            self.inner,
-            whole(self.hidden),
-        )
+        else:
+            target = cut_target(
+                lambda source: self._open(source)[0][place].chunk(2)[which],
+                self.inner,
+                whole(self.hidden),
+            )
+        return target if 0 <= place < self.here else replace(target, copy=lambda source: None)
 
     def _stacks(self, prefix: str, single: Targets) -> Targets:
         """One tensor of all experts' gates and ups, one of their downs."""
@@ -111,13 +131,12 @@ class Experts:
     def _open(self, source: torch.dtype) -> tuple[Tensor, Tensor]:
         if self._gate_up is None or self._down is None:
             dtype, inner = ops.stored_dtype(source, self.dtype), self.inner.local
-            self._gate_up = torch.zeros(self.count, 2 * inner, self.hidden, dtype=dtype)
-            self._down = torch.zeros(self.count, self.hidden, inner, dtype=dtype)
+            self._gate_up = torch.zeros(self.here, 2 * inner, self.hidden, dtype=dtype)
+            self._down = torch.zeros(self.here, self.hidden, inner, dtype=dtype)
         return self._gate_up, self._down
 
     def _pack(self) -> None:
-        assert self._gate_up is not None and self._down is not None
-        packed = ops.pack_experts(self._gate_up, self._down)
+        packed = ops.pack_experts(*self._open(self.dtype))  # all may be padding
         for kind in _KINDS:
             matrices = enumerate(getattr(packed, kind))
             self.weights |= {f"{kind}.{index}": weight for index, weight in matrices}
@@ -125,10 +144,10 @@ class Experts:
 
     @property
     def packed(self) -> PackedExperts:
-        """All experts as `ops.moe_packed` takes them."""
+        """The experts that are here, as `ops.moe_packed` takes them."""
         if self._packed is None:
             gates, ups, downs = (
-                tuple(self.weights[f"{kind}.{index}"] for index in range(self.count))
+                tuple(self.weights[f"{kind}.{index}"] for index in range(self.here))
                 for kind in _KINDS
             )
             self._packed = PackedExperts(gates, ups, downs)
@@ -145,7 +164,14 @@ class MoE:
         exact = replace(build, quant=METHODS["none"])
         self.router = _small(hidden_size, "gate", spec.experts, exact)
         self.bias = torch.zeros(spec.experts) if spec.bias else None
-        self.experts = Experts(hidden_size, spec, build)
+        shard, part = build.expert_shards
+        first, units = shard.rank * shard.pieces, shard.size * shard.pieces
+        self.experts = [
+            Experts(hidden_size, spec, build.dtype, Shard(first + i, units), part)
+            for i in range(shard.pieces)
+        ]
+        # Sums over units of experts are fp32, as those of `TreeLinear`.
+        self.wide = build.split.units > 0 and build.dtype != torch.float32
         shared = MLPSpec(spec.shared, spec.activation) if spec.shared else None
         self.shared = MLP(hidden_size, shared, build) if shared else None
         gate = _small(hidden_size, "shared_expert_gate", 1, exact) if spec.shared_gate else None
@@ -153,15 +179,20 @@ class MoE:
 
     def __call__(self, x: Tensor) -> Tensor:
         ids, weights = ops.router_topk(self.router(x), self.spec.router, self.bias)
-        y = ops.moe_packed(x, self.experts.packed, ids, weights, self.activation)
-        y = self.group.all_reduce(y)
+        taken = ops.cast(x, torch.float32) if self.wide else x
+        parts = [
+            ops.moe_packed(taken, some.packed, ids, weights, self.activation, some.first)
+            for some in self.experts
+        ]
+        y = self.group.all_reduce(tree_sum(parts), x.dtype)
         if self.shared is None:
             return y
         gate = self.shared_gate(x) if self.shared_gate else None
         return ops.combine(y, self.shared(x), gate=gate)
 
     def targets(self, prefix: str) -> Targets:
-        found = self.router.targets(prefix) | self.experts.targets(f"{prefix}experts.")
+        experts = merged([some.targets(f"{prefix}experts.") for some in self.experts])
+        found = self.router.targets(prefix) | experts
         if self.bias is not None:
             bias = cut_target(plain(self.bias), whole(len(self.bias)))
             found[f"{prefix}gate.e_score_correction_bias"] = bias

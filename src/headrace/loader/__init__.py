@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from headrace.dist.comm import Group
+    from headrace.layers.build import Split
     from headrace.loader.base import BaseModelLoader
     from headrace.models import Model
 
@@ -28,22 +29,23 @@ def load_model(
     quantization: str = "none",
     weight_cache: str = "",
     model_impl: str = "auto",
+    split: "Split | None" = None,
 ) -> "Model":
     """Build the model of `info` for this rank and fill its weights.
 
     `quantization`: a format to quantize to while loading. `weight_cache`: a folder of packed
     weights, used and filled; empty for none. `model_impl`: whose implementation runs; "auto"
-    takes transformers' where there is none of ours.
+    takes transformers' where there is none of ours. `split`: how the model is cut beyond `group`.
 
     Raises:
         LoadError: unknown architecture, or the checkpoint does not fit it.
     """
-    from headrace.layers.build import Build
+    from headrace.layers.build import WHOLE, Build
     from headrace.loader.gguf_folder import GGUF_KEY
     from headrace.models import borrowed
     from headrace.quant import quant_method
 
-    build = Build(dtype, group, quant_method(info.hf, quantization))
+    build = Build(dtype, group, quant_method(info.hf, quantization), split or WHOLE)
     if model_impl == "transformers" or (model_impl == "auto" and borrowed(info.architecture)):
         from headrace.loader.fallback import TransformersModelLoader
 

@@ -85,6 +85,7 @@ def snapshot_path(folder: Path, info: ModelInfo, build: Build, load_format: str)
         "quantization": build.quant.name,
         "format": load_format,
         "rank": [build.group.rank, build.group.size],
+        "split": [str(build.split.stage.shard), build.split.experts, build.split.units],
     }
     digest = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
     return folder / f"{checkpoint.name}-{digest[:24]}.safetensors"

@@ -79,6 +79,8 @@ _gated_packed: Callable[..., Tensor] = _best("gated_packed")
 _router_topk: Callable[..., tuple[Tensor, Tensor]] = _best("router_topk")
 _pack_experts: Callable[..., PackedExperts] = _best("pack_experts")
 _moe_packed: Callable[..., Tensor] = _best("moe_packed")
+_cast: Callable[..., Tensor] = _best("cast")
+_take_part: Callable[..., Tensor] = _best("take_part")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -320,9 +322,11 @@ def logits_packed(hidden: Tensor, weight: PackedWeight, bias: Tensor | None = No
     return _logits_packed(hidden, weight, bias)
 
 
-def embedding_packed(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """`embedding` with a packed weight, as `dtype`."""
-    return _embedding_packed(ids, weight, dtype)
+def embedding_packed(
+    ids: Tensor, weight: PackedWeight, dtype: torch.dtype, first: int = 0
+) -> Tensor:
+    """`embedding` of ids - first with a packed weight, as `dtype`; zeros for rows it lacks."""
+    return _embedding_packed(ids, weight, dtype, first)
 
 
 def router_topk(
@@ -342,11 +346,31 @@ def pack_experts(gate_up: Tensor, down: Tensor) -> PackedExperts:
 
 
 def moe_packed(
-    x: Tensor, experts: PackedExperts, ids: Tensor, weights: Tensor, activation: Activation
+    x: Tensor,
+    experts: PackedExperts,
+    ids: Tensor,
+    weights: Tensor,
+    activation: Activation,
+    first: int = 0,
 ) -> Tensor:
     """Gated feed-forward blocks of the chosen experts, weighted and summed in the order of choice.
 
     x [tokens, hidden], ids and weights as from `router_topk` -> [tokens, hidden]. Each expert's
-    output is rounded to x's dtype; the sum is in fp32 and rounded once.
+    output is rounded to x's dtype; the sum is in fp32 and rounded once. `experts` have the numbers
+    from `first` on; others add nothing.
     """
-    return _moe_packed(x, experts, ids, weights, activation)
+    return _moe_packed(x, experts, ids, weights, activation, first)
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [tokens, n] as another float dtype."""
+    return _cast(x, dtype)
+
+
+def take_part(x: Tensor, spans: tuple[tuple[int, int, int], ...], width: int) -> Tensor:
+    """x [tokens, n] -> y [tokens, width].
+
+    For each span (whole, part, count) y[:, part : part + count] = x[:, whole : whole + count]; the
+    rest of y is zero. Values are moved, not computed.
+    """
+    return _take_part(x, spans, width)

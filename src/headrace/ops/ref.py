@@ -19,6 +19,7 @@ from headrace.ops.ref_sampling import log_probs, sample
 
 __all__ = [
     "activate",
+    "cast",
     "combine",
     "embedding",
     "embedding_packed",
@@ -45,6 +46,7 @@ __all__ = [
     "router_topk",
     "sample",
     "stored_dtype",
+    "take_part",
     "write_kv",
 ]
 
@@ -203,7 +205,16 @@ def logits_packed(hidden: Tensor, weight: PackedWeight, bias: Tensor | None = No
     return found if bias is None else found + bias.float()
 
 
-def embedding_packed(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+def embedding_packed(
+    ids: Tensor, weight: PackedWeight, dtype: torch.dtype, first: int = 0
+) -> Tensor:
+    local = ids - first
+    elsewhere = (local < 0) | (local >= weight.out_size)
+    rows = _rows(local.masked_fill(elsewhere, 0), weight, dtype)
+    return rows.masked_fill(elsewhere[:, None], 0)
+
+
+def _rows(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     if weight.format not in FLOAT_FORMATS:
         return ref_lowbit.rows(weight, ids).to(dtype)
     return embedding(ids, weight.data).to(dtype)
@@ -237,13 +248,18 @@ def pack_experts(gate_up: Tensor, down: Tensor) -> PackedExperts:
 
 
 def moe_packed(
-    x: Tensor, experts: PackedExperts, ids: Tensor, weights: Tensor, activation: str
+    x: Tensor,
+    experts: PackedExperts,
+    ids: Tensor,
+    weights: Tensor,
+    activation: str,
+    first: int = 0,
 ) -> Tensor:
     chosen = x.new_zeros(*ids.shape, experts.downs[0].out_size)
     for index, (gate, up, down) in enumerate(
         zip(experts.gates, experts.ups, experts.downs, strict=True)
     ):
-        tokens, place = (ids == index).nonzero(as_tuple=True)
+        tokens, place = (ids == first + index).nonzero(as_tuple=True)
         gate_up = pack(torch.cat((gate.data, up.data)))
         inner = gated_packed(x[tokens], gate_up, activation, None)
         chosen[tokens, place] = linear_packed(inner, down, None)
@@ -251,3 +267,14 @@ def moe_packed(
     for weight, output in zip(weights.unbind(1), chosen.unbind(1), strict=True):
         y += weight[:, None] * output
     return y.to(x.dtype)
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype)
+
+
+def take_part(x: Tensor, spans: tuple[tuple[int, int, int], ...], width: int) -> Tensor:
+    y = x.new_zeros(len(x), width)
+    for whole, part, count in spans:
+        y[:, part : part + count] = x[:, whole : whole + count]
+    return y

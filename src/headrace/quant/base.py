@@ -4,7 +4,7 @@ A linear layer describes its matrix and its cut (`LinearShape`); a method makes 
 says which checkpoint tensors fill them (`WeightTarget`), and multiplies. Does not know layers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -172,6 +172,21 @@ def when_filled(targets: Targets, then: Callable[[], None]) -> Targets:
         return replace(target, copy=copy)
 
     return {name: counted(name, target) for name, target in targets.items()}
+
+
+def merged(parts: Sequence[Targets]) -> Targets:
+    """Targets of the same names that each checkpoint tensor fills all at once."""
+
+    def one(name: str) -> WeightTarget:
+        members = [targets[name] for targets in parts]
+
+        def copy(source: Tensor) -> None:
+            for member in members:
+                member.copy(source)
+
+        return replace(members[0], copy=copy)
+
+    return {name: one(name) for name in parts[0]} if len(parts) > 1 else parts[0]
 
 
 def stacked_target(targets: Targets) -> WeightTarget:

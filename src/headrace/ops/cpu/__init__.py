@@ -9,6 +9,7 @@ __all__: list[str] = ["LIBRARY"]
 
 if LIBRARY is not None:
     from headrace.ops.cpu.attention import paged_attention
+    from headrace.ops.cpu.collective import cast, take_part
     from headrace.ops.cpu.elementwise import (
         activate,
         combine,
@@ -27,6 +28,7 @@ if LIBRARY is not None:
 
     __all__ += [
         "activate",
+        "cast",
         "combine",
         "embedding",
         "embedding_packed",
@@ -50,5 +52,6 @@ if LIBRARY is not None:
         "router_topk",
         "sample",
         "stored_dtype",
+        "take_part",
         "write_kv",
     ]

@@ -45,6 +45,7 @@ class _MoeArgs(Structure):
         ("experts", c_int64),
         ("top_k", c_int64),
         ("activation", c_int64),
+        ("first", c_int64),
     )
 
 
@@ -108,7 +109,12 @@ def _pack_stack(weights: Tensor) -> tuple[PackedWeight, ...]:
 
 
 def moe_packed(
-    x: Tensor, experts: PackedExperts, ids: Tensor, weights: Tensor, activation: str
+    x: Tensor,
+    experts: PackedExperts,
+    ids: Tensor,
+    weights: Tensor,
+    activation: str,
+    first: int = 0,
 ) -> Tensor:
     if x.shape[1] != experts.gates[0].in_size:
         raise ValueError(f"x has {x.shape[1]} columns, experts {experts.gates[0].in_size} inputs")
@@ -124,6 +130,7 @@ def moe_packed(
         len(experts.gates),
         ids.shape[1],
         ACTIVATIONS[activation],
+        first,
     )
     _MOE(args, Step(tokens=len(x)))
     return y

@@ -58,7 +58,7 @@ class _PackLowbitArgs(Structure):
 
 
 class _UnpackArgs(Structure):
-    _fields_ = (("weight", Weight), ("y", Rows))
+    _fields_ = (("weight", Weight), ("y", Rows), ("first", c_int64))
 
 
 _PACK = Operator("pack", _PackArgs)
@@ -103,9 +103,11 @@ def pack_quantized(
     return _lay_out(check_quantized(values, scales, format, group, offsets))
 
 
-def embedding_packed(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+def embedding_packed(
+    ids: Tensor, weight: PackedWeight, dtype: torch.dtype, first: int = 0
+) -> Tensor:
     y = empty((len(ids), weight.in_size), dtype)
-    args = _UnpackArgs(mirror(weight), rows(y))
+    args = _UnpackArgs(mirror(weight), rows(y), first)
     unpack = _UNPACK_LOWBIT.get(weight.format, _UNPACK)
     unpack(args, Step(tokens=len(ids), ids=ids.data_ptr()))
     return y
