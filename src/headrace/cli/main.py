@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "chat": ("headrace.cli.chat", "talk to a model in the terminal"),
     "demo": ("headrace.cli.demo", "start the demo model, ask it something, show the speed"),
     "bench": ("headrace.cli.bench", "measure a server, the engine, the start or the control plane"),
+    "convert-weights": ("headrace.cli.convert_weights", "turn .bin weights into safetensors"),
     "check-env": ("headrace.cli.check_env", "show what this machine offers and what is missing"),
     "doctor": ("headrace.cli.check_env", "the same as check-env"),
 }

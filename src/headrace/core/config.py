@@ -16,6 +16,22 @@ from headrace.core.parser_names import REASONING_PARSERS, TOOL_CALL_PARSERS
 
 T = TypeVar("T")
 
+LOAD_FORMATS = (
+    "auto",
+    "safetensors",
+    "pt",
+    "npcache",
+    "mistral",
+    "gguf",
+    "layered",
+    "sharded_state",
+    "remote",
+    "remote_instance",
+    "runai_streamer",
+    "fastsafetensors",
+    "dummy",
+)
+
 
 class Option(msgspec.Struct, frozen=True, kw_only=True):
     """How an option appears on the command line and which values it takes."""
@@ -43,7 +59,7 @@ class ModelOptions:
     tokenizer_path: str = option("", "Tokenizer folder or hub id; empty takes the model's.")
     served_model_name: str = option("", "Name shown to clients; empty takes the model path.")
     load_format: str = option(
-        "auto", "How weights are read.", choices=("auto", "safetensors", "gguf", "dummy")
+        "auto", "How weights are read; see docs/loading.md.", choices=LOAD_FORMATS
     )
     quantization: str = option(
         "none",
@@ -76,6 +92,39 @@ class ModelOptions:
     chat_template: str = option("", "A .jinja file or a built-in template name.")
     random_seed: int | None = option(
         None, "Seed for requests that bring none; empty draws one per request."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadOptions:
+    """How weights come from where they are; see docs/loading.md."""
+
+    model_loader_extra_config: str = option(
+        "{}", "JSON object of settings that only one load format has."
+    )
+    model_checksum: str = option(
+        "", "File of SHA-256 sums (of sha256sum, or JSON) that every file must have."
+    )
+    weight_loader_disable_mmap: bool = option(
+        False, "Read files instead of mapping them: better on network file systems."
+    )
+    weight_loader_prefetch_checkpoints: bool = option(
+        False, "Read files into the page cache ahead of the loader."
+    )
+    weight_loader_prefetch_num_threads: int = option(
+        4, "Threads that prefetch.", minimum=1, maximum=64
+    )
+    weight_loader_drop_cache_after_load: bool = option(
+        False, "Give the page cache of the files back when they are loaded."
+    )
+    remote_instance_weight_loader_seed_instance_ip: str = option(
+        "", "Address of the server that format remote_instance takes its weights from."
+    )
+    remote_instance_weight_loader_seed_instance_service_port: int = option(
+        30000, "HTTP port of that server.", minimum=1, maximum=65535
+    )
+    remote_instance_weight_loader_send_weights_group_ports: str = option(
+        "", "Ports to receive on, one for each rank, with commas between; empty takes free ones."
     )
 
 
@@ -273,6 +322,7 @@ class Config:
     """All options; frozen after `resolve`."""
 
     model: ModelOptions = ModelOptions()
+    load: LoadOptions = LoadOptions()
     cache: CacheOptions = CacheOptions()
     schedule: ScheduleOptions = ScheduleOptions()
     run: RunOptions = RunOptions()

@@ -94,6 +94,7 @@ def build_runner(
         quantization=asked.quantization,
         weight_cache=asked.weight_cache,
         model_impl=asked.model_impl,
+        options=config.load,
     )
     stored = kv_dtype(config.cache.kv_cache_dtype, dtype)
     plan = plan_memory(

@@ -111,15 +111,35 @@ def embedding_packed(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> T
     return y
 
 
+def check_packed(weight: PackedWeight) -> None:
+    """Raises ValueError where a kernel would read past the end of what `weight` has."""
+    check_group(weight.format, weight.group, weight.in_size)
+    if weight.variant not in (_SYMMETRIC, _ZEROS, _OFFSETS):
+        raise ValueError(f"variant {weight.variant}")
+    sizes = weight.out_size, weight.in_size
+    asked = Weight(None, None, *sizes, _DTYPES[weight.format], weight.group, weight.variant)
+    needed = native().hr_weight_bytes(ctypes.byref(asked))
+    if weight.data.nbytes < needed or not weight.data.is_contiguous():
+        raise ValueError(f"it has {weight.data.nbytes} bytes, not {needed}")
+    shape = _scales_shape(*sizes, weight.format, weight.group)
+    if (None if weight.scales is None else tuple(weight.scales.shape)) != shape:
+        raise ValueError(f"its scales are not of shape {shape}")
+
+
+def _scales_shape(out_size: int, in_size: int, format: str, group: int) -> tuple[int, int] | None:
+    """Of the scales that kernels want apart from the values."""
+    if format not in ("int8", "fp8"):
+        return None
+    return -(-in_size // group) if group else 1, -(-out_size // _PANEL) * _PANEL
+
+
 def _new(shape: tuple[int, ...], format: str, group: int = 0, variant: int = 0) -> PackedWeight:
     """Memory for a weight [out, in] and, where kernels want them apart, for its scales."""
     out_size, in_size = shape
     asked = Weight(None, None, out_size, in_size, _DTYPES[format], group, variant)
     data = _memory(native().hr_weight_bytes(ctypes.byref(asked)))
-    scales = None
-    if format in ("int8", "fp8"):
-        groups = -(-in_size // group) if group else 1
-        scales = torch.zeros(groups, -(-out_size // _PANEL) * _PANEL)
+    apart = _scales_shape(out_size, in_size, format, group)
+    scales = torch.zeros(apart) if apart else None
     return PackedWeight(data, out_size, in_size, format, scales, group, None, variant)
 
 
