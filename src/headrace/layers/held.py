@@ -1,7 +1,8 @@
 """What a model holds: every tensor and packed weight in it, with the way to it.
 
 A way is the attributes, keys and indices that lead from the model to the value, so it names the
-same place in another model built from the same configuration. Knows no layer by name.
+same place in another model built from the same configuration. Attributes that a class names as
+`computed` are no weights. Knows no layer by name.
 """
 
 from collections.abc import Iterator
@@ -68,9 +69,10 @@ def _walk(way: Way, value: Any, seen: set[int]) -> Iterator[tuple[Way, Any]]:
     yield way, value
     if isinstance(value, Tensor) or _packed(value):
         return
-    inside = _inside(value)
+    inside, computed = _inside(value), getattr(type(value), "computed", ())
     for step, item in inside.items() if isinstance(inside, dict) else enumerate(inside):
-        yield from _walk((*way, step), item, seen)
+        if step not in computed:
+            yield from _walk((*way, step), item, seen)
 
 
 def _packed(value: Any) -> bool:
