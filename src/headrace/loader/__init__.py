@@ -102,9 +102,12 @@ def _settled(
     """What auto means for a model whose config.json headrace wrote from something else."""
     from headrace.loader.gguf_folder import GGUF_KEY
     from headrace.loader.mistral_folder import MISTRAL_KEY
+    from headrace.loader.remote_folder import REMOTE_KEY
 
     if load_format == "auto" and GGUF_KEY in info.hf:
         return "gguf"
     if load_format == "auto" and MISTRAL_KEY in info.hf:
         return "mistral"
+    if load_format == "auto" and REMOTE_KEY in info.hf:
+        return "remote"
     return load_format

@@ -109,7 +109,7 @@ def weight_files(folder: Path, kind: Kind = SAFETENSORS) -> WeightFiles:
     if (folder / kind.index).is_file():
         return _indexed(folder, kind)
     for pattern in kind.patterns:
-        paths = sorted(path for path in folder.glob(pattern) if _is_weights(path.name, kind))
+        paths = sorted(path for path in folder.glob(pattern) if is_weights(path.name, kind))
         if paths:
             return WeightFiles(tuple(paths))
     other = [
@@ -122,26 +122,37 @@ def weight_files(folder: Path, kind: Kind = SAFETENSORS) -> WeightFiles:
     raise LoadError(f"{folder} has no {' or '.join(kind.patterns)} files{found}")
 
 
-def _is_weights(name: str, kind: Kind) -> bool:
+def is_weights(name: str, kind: Kind) -> bool:
+    """Whether a file that fits a pattern of `kind` is part of the model itself."""
     if name.startswith(_NEEDLESS):
         return False
     return kind is MISTRAL or not name.startswith(_CONSOLIDATED)
 
 
-def _indexed(folder: Path, kind: Kind) -> WeightFiles:
-    path = folder / kind.index
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> plain file name.
+
+    Raises:
+        LoadError: it is none.
+    """
     try:
         index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise LoadError(f"{path} is no weight index: {error!r}") from error
     if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
         raise LoadError(f"{path}: weight_map must map tensor names to file names")
-    names = sorted(set(index.values()))
-    for name in names:
+    for name in sorted(set(index.values())):
         if Path(name).name != name:
             raise LoadError(f"{path} names {name!r}, which is not a plain file name")
-        if not (folder / name).is_file():
-            raise LoadError(f"{path} names {name}, which does not exist")
-    if not names:
+    if not index:
         raise LoadError(f"{path} names no files")
+    return index
+
+
+def _indexed(folder: Path, kind: Kind) -> WeightFiles:
+    index = read_index(folder / kind.index)
+    names = sorted(set(index.values()))
+    for name in names:
+        if not (folder / name).is_file():
+            raise LoadError(f"{folder / kind.index} names {name}, which does not exist")
     return WeightFiles(tuple(folder / name for name in names), index)

@@ -5,8 +5,8 @@ the same architecture, dtype, quantization and number of ranks, which the first 
 says. Written by `save_sharded`; `headrace save-sharded` and `Engine.save_sharded_model` call it.
 """
 
+import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,15 +82,18 @@ def save_sharded(
 def save_beside(info: ModelInfo, folder: Path) -> None:
     """Copy what a model folder has beside the weights: config, tokenizer, template."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path in files_beside(Path(info.path)):
-        if not (folder / path.name).exists():
-            shutil.copyfile(path, folder / path.name)
+    for name, content in files_beside(info).items():
+        if not (folder / name).exists():
+            (folder / name).write_bytes(content)
 
 
-def files_beside(folder: Path) -> list[Path]:
-    """The small files of a model folder."""
-    found = [path for pattern in BESIDE for path in sorted(folder.glob(pattern))]
-    return [path for path in found if not path.name.endswith(".index.json")]
+def files_beside(info: ModelInfo) -> dict[str, bytes]:
+    """The small files of a model folder by name; config.json without what headrace wrote there."""
+    folder = Path(info.path)
+    paths = [path for pattern in BESIDE for path in sorted(folder.glob(pattern))]
+    found = {p.name: p.read_bytes() for p in paths if not p.name.endswith(".index.json")}
+    config = {key: value for key, value in info.hf.items() if not key.startswith("headrace_")}
+    return found | {"config.json": json.dumps(config, indent=2).encode()}
 
 
 def state_parts(

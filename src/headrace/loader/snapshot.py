@@ -23,7 +23,7 @@ from headrace.core.model_info import ModelInfo
 from headrace.layers.build import Build
 from headrace.loader.base import BaseModelLoader, logged_load
 from headrace.loader.safetensors import Entry, read_header, read_metadata
-from headrace.loader.state import Blobs, describe, fill, layout, write_blobs
+from headrace.loader.state import Blobs, describe, fill, layout, state_from, write_blobs
 from headrace.models import Model, make_model
 
 logger = logging.getLogger(__name__)
@@ -102,13 +102,7 @@ def restore(model: object, path: Path) -> None:
 
 def state_of(path: Path) -> dict[str, Any]:
     """The metadata of a file that `write_blobs` wrote; raises LoadError for another file."""
-    try:
-        found = json.loads(read_metadata(path)["headrace"])
-    except (LookupError, TypeError, ValueError, RecursionError) as error:
-        raise LoadError(f"{path} holds no state of a model: {error!r}") from error
-    if not isinstance(found, dict):
-        raise LoadError(f"{path} holds no state of a model")
-    return found
+    return state_from(read_metadata(path), path)
 
 
 def mapped(path: Path) -> Blobs:

@@ -180,6 +180,17 @@ def write_blobs(path: Path, blobs: Blobs, metadata: Mapping[str, Any]) -> None:
         fresh.unlink(missing_ok=True)
 
 
+def state_from(metadata: dict[str, str], name: object) -> dict[str, Any]:
+    """What `write_blobs` noted in a file's metadata; raises LoadError for another file."""
+    try:
+        found = json.loads(metadata["headrace"])
+    except (LookupError, TypeError, ValueError, RecursionError) as error:
+        raise LoadError(f"{name} holds no state of a model: {error!r}") from error
+    if not isinstance(found, dict):
+        raise LoadError(f"{name} holds no state of a model")
+    return found
+
+
 def padded(size: int) -> int:
     """`size` up to the next cache line."""
     return -(-size // _ALIGNMENT) * _ALIGNMENT
