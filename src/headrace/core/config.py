@@ -117,6 +117,9 @@ class LoadOptions:
     weight_loader_drop_cache_after_load: bool = option(
         False, "Give the page cache of the files back when they are loaded."
     )
+    remote_instance_weight_loader_start_seed: bool = option(
+        False, "Let other servers take this server's weights (format remote_instance)."
+    )
     remote_instance_weight_loader_seed_instance_ip: str = option(
         "", "Address of the server that format remote_instance takes its weights from."
     )

@@ -178,6 +178,7 @@ Verb = Literal[
     "slow_down",
     "log_level",
     "freeze_gc",
+    "weights",
 ]
 
 

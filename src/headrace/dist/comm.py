@@ -42,6 +42,19 @@ class SoloGroup:
         return tensor
 
 
+class LoneRank:
+    """One rank of several whose others are elsewhere: it may load its part, not compute."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        raise RuntimeError("the other ranks are not there")
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        raise RuntimeError("the other ranks are not there")
+
+
 class GlooGroup:
     """Ranks in processes (or threads) on CPUs, over gloo.
 
@@ -75,3 +88,11 @@ class GlooGroup:
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
         self._gloo.allgather([parts], [tensor]).wait()
         return torch.cat(parts, dim=-1)
+
+    def send(self, tensor: Tensor, to: int) -> None:
+        """Give a contiguous tensor to another rank; returns when it is on its way."""
+        self._gloo.send([tensor], to, 0).wait()
+
+    def receive(self, tensor: Tensor, source: int) -> None:
+        """Fill a contiguous tensor with what `source` sends."""
+        self._gloo.recv([tensor], source, 0).wait()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from headrace.dist.comm import Group
+    from headrace.layers.build import Build
     from headrace.loader.base import BaseModelLoader
     from headrace.models import Model
 
@@ -59,11 +60,9 @@ def load_model(
     Raises:
         LoadError: unknown architecture, or the checkpoint does not fit it.
     """
-    from headrace.layers.build import Build
     from headrace.models import borrowed
-    from headrace.quant import quant_method
 
-    build = Build(dtype, group, quant_method(info.hf, quantization))
+    build = build_of(info, dtype, group, quantization)
     if model_impl == "transformers" or (model_impl == "auto" and borrowed(info.architecture)):
         from headrace.loader.fallback import TransformersModelLoader
 
@@ -74,6 +73,16 @@ def load_model(
     from headrace.loader.snapshot import load_through
 
     return load_through(weight_cache, loader, info, build)
+
+
+def build_of(
+    info: ModelInfo, dtype: "torch.dtype", group: "Group", quantization: str = "none"
+) -> "Build":
+    """What the layers of `info` are built with; raises LoadError for an unknown quantization."""
+    from headrace.layers.build import Build
+    from headrace.quant import quant_method
+
+    return Build(dtype, group, quant_method(info.hf, quantization))
 
 
 def get_model_loader(

@@ -123,7 +123,7 @@ def _reading(path: Path, entry: Entry) -> Callable[[], Tensor]:
 
 def _read_entry(path: Path, entry: Entry) -> Tensor:
     raw = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
-    room, done = memoryview(raw.numpy()), 0
+    room, done = raw.numpy().data, 0
     try:
         with path.open("rb", buffering=0) as file:
             while done < len(room):

@@ -35,7 +35,7 @@ def _halves(which: str, heads: int) -> Split:
     """Rows of each head: first those of even index, then the others."""
 
     def cut(tensor: Tensor) -> list[Tensor]:
-        pairs = tensor.unflatten(0, (heads, -1, 2))
+        pairs = tensor.reshape(heads, -1, 2, *tensor.shape[1:])
         return [pairs.transpose(1, 2).flatten(0, 2)]
 
     return Split(rf"(.*\.{which}_proj\.weight)", (r"\1",), cut)

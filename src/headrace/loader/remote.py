@@ -5,7 +5,7 @@ put there. Several ranges are read at a time, as one connection is rarely as fas
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +23,7 @@ from headrace.loader.iterators import Read, Weights, as_tensor, streamed
 from headrace.loader.remote_folder import REMOTE_KEY
 from headrace.loader.safetensors import Entry, parse_header
 from headrace.loader.sharded import DEFAULT_PATTERN, check_layout, files_beside, state_parts
-from headrace.loader.state import fill, layout, state_from, write_blobs
+from headrace.loader.state import by_name, fill, layout, state_from, write_blobs
 from headrace.loader.stores import Store, open_store, redacted
 from headrace.models import Model, make_model
 
@@ -71,7 +71,8 @@ class RemoteModelLoader(BaseModelLoader):
         rank = wanted["rank"]
         if DEFAULT_PATTERN.format(rank=rank, part=0) not in names:
             raise LoadError(f"rank {rank} is not there: the model was saved for fewer ranks")
-        part, reads, first = 0, [], {}
+        part, reads = 0, list[Read]()
+        first: dict[str, Any] = {}
         while (name := DEFAULT_PATTERN.format(rank=rank, part=part)) in names:
             entries, metadata = _header(store, name, names[name])
             first = first or state_from(metadata, name)
@@ -104,22 +105,6 @@ def save_remote(model: object, info: ModelInfo, build: Build, url: str) -> list[
                 path.write_bytes(content)
                 put(name)
     return names
-
-
-def by_name(weights: Weights) -> Callable[[str], Tensor]:
-    """Gives each tensor of a stream once; cheapest when asked in the order of the stream."""
-    passed: dict[str, Tensor] = {}
-
-    def get(wanted: str) -> Tensor:
-        if wanted in passed:
-            return passed.pop(wanted)
-        for name, tensor in weights:
-            if name == wanted:
-                return tensor
-            passed[name] = tensor
-        raise LookupError(f"there is no blob {wanted}")
-
-    return get
 
 
 def _weight_files(

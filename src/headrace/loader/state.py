@@ -10,7 +10,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +109,11 @@ def _value(place: Mapping[str, Any], bytes_of: Callable[[str], Tensor]) -> Tenso
 
     if "packed" not in place:
         return tensor(place["tensor"])
-    fields = place["packed"].items()
-    weight = PackedWeight(**{n: tensor(v) if isinstance(v, Mapping) else v for n, v in fields})
+    fields: dict[str, Any] = {
+        name: tensor(item) if isinstance(item, Mapping) else item
+        for name, item in place["packed"].items()
+    }
+    weight = PackedWeight(**fields)
     ops.check_packed(weight)
     return weight
 
@@ -189,6 +192,22 @@ def state_from(metadata: dict[str, str], name: object) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise LoadError(f"{name} holds no state of a model")
     return found
+
+
+def by_name(blobs: Iterator[tuple[str, Tensor]]) -> Callable[[str], Tensor]:
+    """Gives each blob of a stream once; cheapest when asked in the order of the stream."""
+    passed: dict[str, Tensor] = {}
+
+    def get(wanted: str) -> Tensor:
+        if wanted in passed:
+            return passed.pop(wanted)
+        for name, tensor in blobs:
+            if name == wanted:
+                return tensor
+            passed[name] = tensor
+        raise LookupError(f"there is no blob {wanted}")
+
+    return get
 
 
 def padded(size: int) -> int:

@@ -6,7 +6,7 @@ S3 takes its endpoint and its keys from the usual AWS_ variables. Redis keeps a 
 its values are bounded, and the file's size last. Everything that goes wrong is a LoadError.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,7 +56,7 @@ def redacted(url: str) -> str:
 
 
 @contextmanager
-def _told(what: str, *kinds: type[Exception]) -> Iterator[None]:
+def _told(what: str, *kinds: Any) -> Iterator[None]:
     try:
         yield
     except (OSError, *kinds) as error:
@@ -156,7 +156,7 @@ class RedisStore:
                 key = self._key(name, number)
                 pieces.append(self._client.getrange(key, first, first + count - 1))
                 begin += count
-        return b"".join(pieces)  # type: ignore[arg-type]
+        return b"".join(pieces)
 
     def put(self, name: str, path: Path) -> None:
         with _told(f"{self._url}/{name} cannot be written", *self._errors), path.open("rb") as file:
@@ -181,4 +181,4 @@ def _package(name: str, extra: str) -> Any:
         ) from error
 
 
-_STORES: dict[str, type[Store]] = {"file": FileStore, "s3": S3Store, "redis": RedisStore}
+_STORES: dict[str, Callable[[str], Store]] = {"file": FileStore, "s3": S3Store, "redis": RedisStore}

@@ -18,11 +18,12 @@ from headrace.core.model_info import ModelInfo
 from headrace.core.plan import StepPlan, StepResult
 from headrace.dist.comm import SoloGroup
 from headrace.layers.held import held_bytes
-from headrace.loader import load_model
+from headrace.loader import build_of, load_model
 from headrace.runner.memory import GIB, MemoryPlan, plan_memory, step_cost
 from headrace.runner.model_runner import DeviceHalf, ModelRunner
 from headrace.runner.pool import bytes_per_token, kv_dtype
 from headrace.runner.pooler import PooledModel, Pooler
+from headrace.runner.weights import WeightService
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,10 @@ class TpModelWorker:
             raise
         self.limits = plan.limits
         self.prefix_scope = self.runner.model.prefix_scope
+        built = build_of(
+            info, getattr(torch, config.model.dtype), SoloGroup(), config.model.quantization
+        )
+        self.weights = WeightService(self.runner.model, info, built, config.load).do
         self.memory = {
             "weight": round(plan.weights / GIB, 3),
             "kvcache": round(plan.cache / GIB, 3),

@@ -25,6 +25,7 @@ from headrace.server import (
     embeddings,
     errors,
     generation,
+    instances,
     ollama,
     openai_responses,
     parsing,
@@ -55,6 +56,7 @@ PARTS = (
     parsing,
     admin,
     control,
+    instances,
     ui,
 )
 
@@ -68,6 +70,7 @@ BODIES = (
     BatchRequest,
     *control.BODIES,
     *embeddings.BODIES,
+    *instances.BODIES,
     *ranking.BODIES,
 )
 
