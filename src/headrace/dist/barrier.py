@@ -48,8 +48,8 @@ def wait_for_ranks(
         sleep(_LOOK_SECONDS)
     if rank == 0:
         late = [] if there else [r for r in range(size) if not keys.check([f"{name}/{r}"])]
-        keys.set(f"{name}/verdict", ",".join(map(str, late)).encode())
         missing = ", ".join(map(str, late))
+        keys.set(f"{name}/verdict", missing.encode())
     else:
         missing = keys.get(f"{name}/verdict").decode() if there else "0"
     if missing:

@@ -121,9 +121,11 @@ def _value(place: Mapping[str, Any], bytes_of: Callable[[str], Tensor]) -> Tenso
 def _check(model: object, way: Way, value: Tensor | PackedWeight) -> None:
     """The value must be what the layer at this way was built for."""
     if isinstance(value, PackedWeight):
-        shape = _packed_shapes(at(model, way[:-1])).get(way[-1])
-        if shape is None and len(way) > 1:
-            shape = _packed_shapes(at(model, way[:-2])).get(way[-1])
+        owner = at(model, way[:-1])
+        known = _packed_shapes(owner) or (_packed_shapes(at(model, way[:-2])) if way[1:] else {})
+        shape = known.get(way[-1])
+        if shape is None and not isinstance(owner, dict):
+            raise ValueError("no packed weight belongs there")
         if shape not in (None, (value.out_size, value.in_size)):
             raise ValueError(f"its shape is {(value.out_size, value.in_size)}, not {shape}")
         return

@@ -130,6 +130,9 @@ class RedisStore:
 
     def __init__(self, url: str) -> None:
         redis = _package("redis", "redis")
+        from redis.backoff import ConstantBackoff
+        from redis.retry import Retry
+
         parts = urlsplit(url)
         self._model = unquote(parts.path.strip("/"))
         self._url, self._errors = redacted(url), (redis.RedisError,)
@@ -140,6 +143,7 @@ class RedisStore:
             port=parts.port or 6379,
             username=unquote(parts.username) if parts.username else None,
             password=unquote(parts.password) if parts.password else None,
+            retry=Retry(ConstantBackoff(0.2), 2),
         )
 
     def names(self) -> dict[str, int]:
