@@ -169,6 +169,7 @@ Verb = Literal[
     "loads",
     "state",
     "watch",
+    "weights",
     "pause",
     "continue",
     "open_session",
@@ -178,7 +179,6 @@ Verb = Literal[
     "slow_down",
     "log_level",
     "freeze_gc",
-    "weights",
 ]
 
 

@@ -21,6 +21,7 @@ from headrace.frontend import control
 from headrace.frontend.native import GenerateCall, NativeResult, parse_generate
 from headrace.frontend.sampling import native_defaults
 from headrace.frontend.validate import error_of
+from headrace.frontend.weights import saved
 
 Result = dict[str, Any]
 
@@ -253,11 +254,11 @@ class Engine:
         `max_size`: bytes of a file. Returns the names of the files.
         """
         details = {"path": os.path.abspath(path), "pattern": pattern, "max_size": max_size}
-        return self._thread.run(control.saved(self._manager, "save_sharded", details))
+        return self._thread.run(saved(self._manager, "save_sharded", details))
 
     def save_remote_model(self, url: str) -> list[str]:
         """Save what each rank holds to a store (redis://, s3://, file://), for format "remote"."""
-        return self._thread.run(control.saved(self._manager, "save_remote", {"url": url}))
+        return self._thread.run(saved(self._manager, "save_remote", {"url": url}))
 
     def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""

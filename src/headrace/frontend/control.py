@@ -4,15 +4,12 @@ Asks the scheduler through the manager and turns a reply that is not ok into an 
 protocol.
 """
 
-from typing import Any
-
 from headrace.core.errors import BadRequest, HeadraceError, Overloaded
 from headrace.core.messages import ControlReply
 from headrace.frontend.tokenizer_manager import TokenizerManager
 
 # A pause waits for the steps in flight; a trace is written before it is told of.
 _PATIENCE = 120.0
-_SAVING = 3600.0
 _ERRORS: dict[int, type[HeadraceError]] = {500: HeadraceError, 503: Overloaded}
 
 
@@ -32,17 +29,6 @@ async def pause(manager: TokenizerManager, mode: str = "abort") -> ControlReply:
 async def go_on(manager: TokenizerManager) -> ControlReply:
     """The end of a pause."""
     return expect(await manager.control("continue"))
-
-
-async def weights(manager: TokenizerManager, action: str, details: dict[str, Any]) -> ControlReply:
-    """Save or send the weights that the ranks hold, see `runner.weights`."""
-    return expect(await manager.control("weights", _SAVING, action=action, details=details))
-
-
-async def saved(manager: TokenizerManager, action: str, details: dict[str, Any]) -> list[str]:
-    """The names of the files that an action wrote."""
-    reply = await weights(manager, action, details)
-    return list(reply.data["files"])
 
 
 async def open_session(

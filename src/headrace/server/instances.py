@@ -1,6 +1,6 @@
 """Routes by which another server takes this one's weights (--load-format remote_instance).
 
-Everything is asked of the scheduler's ranks through `headrace.frontend.control`.
+Everything is asked of the scheduler's ranks through `headrace.frontend.weights`.
 """
 
 from typing import Annotated, Any
@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from headrace.core.errors import BadRequest
-from headrace.frontend import control
+from headrace.frontend.weights import weights
 from headrace.server.admin import json_response
 from headrace.server.context import Context
 from headrace.server.generation import read_body
@@ -68,14 +68,14 @@ def routes(context: Context) -> APIRouter:
             "ports": body.ports,
             "group_name": body.group_name,
         }
-        reply = await control.weights(context.manager, "open_group", details)
+        reply = await weights(context.manager, "open_group", details)
         return json_response({"success": True, "message": reply.message, **reply.data})
 
     @router.post(send, openapi_extra=body_of(SendWeightsBody))
     async def send_weights(http: Request) -> Response:
         """Send the weights to who joins the group; answers at once."""
         body = read(SendWeightsBody, await _raw(http, context))
-        reply = await control.weights(context.manager, "send", {"group_name": body.group_name})
+        reply = await weights(context.manager, "send", {"group_name": body.group_name})
         return json_response({"success": True, "message": reply.message})
 
     return router
