@@ -170,7 +170,7 @@ def first_packed(places: list[dict[str, Any]]) -> dict[str, Any]:
     [
         (lambda places: places.clear(), "it has no"),
         (lambda places: places.pop(), "it has no"),
-        (lambda places: first_packed(places).update(in_size=1 << 40), "at most|bytes, not"),
+        (lambda places: first_packed(places).update(in_size=1 << 40), "a matrix"),
         (lambda places: first_packed(places).update(in_size=-1), "format 'int8'"),
         (lambda places: first_packed(places).update(out_size=7), "its"),
         (lambda places: first_packed(places).update(format="float32"), "bytes, not"),

@@ -29,6 +29,16 @@ Blobs = dict[str, Tensor]
 Places = list[dict[str, Any]]
 
 _ALIGNMENT = 64
+# What a wrong place may raise on the way into the model.
+_DAMAGED = (
+    AttributeError,
+    LookupError,
+    OSError,
+    OverflowError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 _FORMAT = 2
 
 
@@ -85,7 +95,7 @@ def fill(model: object, places: Any, bytes_of: Callable[[str], Tensor], what: ob
             value = _value(place, bytes_of)
             _check(model, way, value)
             put(model, way, value)
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        except _DAMAGED as error:
             raise LoadError(f"{what} is no state of this model: at {name}: {error}") from error
         missing.discard(way)
     missing |= _unpacked(model)
@@ -120,8 +130,8 @@ def _value(place: Mapping[str, Any], bytes_of: Callable[[str], Tensor]) -> Tenso
 
 def _check(model: object, way: Way, value: Tensor | PackedWeight) -> None:
     """The value must be what the layer at this way was built for."""
+    owner = at(model, way[:-1])
     if isinstance(value, PackedWeight):
-        owner = at(model, way[:-1])
         known = _packed_shapes(owner) or (_packed_shapes(at(model, way[:-2])) if way[1:] else {})
         shape = known.get(way[-1])
         if shape is None and not isinstance(owner, dict):
@@ -129,6 +139,8 @@ def _check(model: object, way: Way, value: Tensor | PackedWeight) -> None:
         if shape not in (None, (value.out_size, value.in_size)):
             raise ValueError(f"its shape is {(value.out_size, value.in_size)}, not {shape}")
         return
+    if isinstance(owner, dict) and way[-1] not in owner:
+        return  # made while loading
     there = at(model, way)
     if not isinstance(there, Tensor):
         raise ValueError("no tensor belongs there")

@@ -5,6 +5,7 @@ every byte of every weight once.
 """
 
 import ctypes
+import math
 import mmap
 from ctypes import Structure, c_int32, c_int64, c_void_p
 
@@ -32,6 +33,8 @@ _DTYPES = {name: DTYPES[dtype] for name, dtype in FLOAT_FORMATS.items()} | {
     "fp8": 4,
     "int4": 5,
 }
+_MOST_VALUES = 1 << 40  # a matrix of a terabyte has lied
+_MOST_SCALINGS = 3
 _SYMMETRIC, _ZEROS, _OFFSETS = range(3)  # hr_scaling
 
 
@@ -113,24 +116,18 @@ def embedding_packed(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> T
 
 def check_packed(weight: PackedWeight) -> None:
     """Raises ValueError where a kernel would read past the end of what `weight` has."""
-    check_group(weight.format, weight.group, weight.in_size)
-    if weight.variant not in (_SYMMETRIC, _ZEROS, _OFFSETS):
-        raise ValueError(f"variant {weight.variant}")
     sizes = weight.out_size, weight.in_size
-    asked = Weight(None, None, *sizes, _DTYPES[weight.format], weight.group, weight.variant)
-    needed = native().hr_weight_bytes(ctypes.byref(asked))
-    if weight.data.nbytes < needed or not weight.data.is_contiguous():
-        raise ValueError(f"it has {weight.data.nbytes} bytes, not {needed}")
-    shape = _scales_shape(*sizes, weight.format, weight.group)
-    if (None if weight.scales is None else tuple(weight.scales.shape)) != shape:
-        raise ValueError(f"its scales are not of shape {shape}")
-
-
-def _scales_shape(out_size: int, in_size: int, format: str, group: int) -> tuple[int, int] | None:
-    """Of the scales that kernels want apart from the values."""
-    if format not in ("int8", "fp8"):
-        return None
-    return -(-in_size // group) if group else 1, -(-out_size // _PANEL) * _PANEL
+    if math.prod(sizes) > _MOST_VALUES or not 0 <= weight.variant <= _MOST_SCALINGS:
+        raise ValueError(f"a matrix {list(sizes)} of variant {weight.variant}")
+    check_group(weight.format, weight.group, weight.in_size)
+    # Memory that nobody touches costs nothing.
+    right = _new(sizes, weight.format, weight.group, weight.variant)
+    if weight.data.nbytes < right.data.nbytes or not weight.data.is_contiguous():
+        raise ValueError(f"it has {weight.data.nbytes} bytes, not {right.data.nbytes}")
+    for found, wanted in ((weight.scales, right.scales), (weight.offsets, right.offsets)):
+        shapes = [None if t is None else (tuple(t.shape), t.dtype) for t in (found, wanted)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"its scales are {shapes[0]}, not {shapes[1]}")
 
 
 def _new(shape: tuple[int, ...], format: str, group: int = 0, variant: int = 0) -> PackedWeight:
@@ -138,8 +135,10 @@ def _new(shape: tuple[int, ...], format: str, group: int = 0, variant: int = 0) 
     out_size, in_size = shape
     asked = Weight(None, None, out_size, in_size, _DTYPES[format], group, variant)
     data = _memory(native().hr_weight_bytes(ctypes.byref(asked)))
-    apart = _scales_shape(out_size, in_size, format, group)
-    scales = torch.zeros(apart) if apart else None
+    scales = None
+    if format in ("int8", "fp8"):
+        groups = -(-in_size // group) if group else 1
+        scales = torch.zeros(groups, -(-out_size // _PANEL) * _PANEL)
     return PackedWeight(data, out_size, in_size, format, scales, group, None, variant)
 
 
