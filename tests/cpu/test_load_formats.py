@@ -172,7 +172,7 @@ def watch_matrices(patch: pytest.MonkeyPatch) -> list[int]:
         return values
 
     def packing(self: Matrix, *args: Any) -> Any:
-        live.pop(id(self))
+        live.pop(id(self), None)
         return packed(self, *args)
 
     patch.setattr(Matrix, "open", opening)
