@@ -12,7 +12,7 @@ from headrace.core.model_info import read_model_info
 from headrace.dist.comm import Group, SoloGroup
 from headrace.dist.topology import Grid
 from headrace.layers.build import WHOLE, Split
-from headrace.loader import load_model
+from headrace.loader import build_of, load_built
 from tests.support.checkpoints import CASES, make_case
 from tests.support.paged import PagedRun
 from tests.support.threads import Part, run_grid
@@ -43,7 +43,8 @@ def logits(
     folder: Path, group: Group, split: Split = WHOLE, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Prefill of one sequence beside a chunk of another, then decode; [tokens, vocab or 0]."""
-    model = load_model(read_model_info(folder), dtype, group, split=split)
+    info = read_model_info(folder)
+    model = load_built(info, build_of(info, dtype, group, split=split))
     run = PagedRun(Part(model), IDS, dtype=dtype)
     steps = [run.step(chunks) for chunks in ([(0, 17), (1, 9)], [(1, 8), (0, 1)], [(1, 1)])]
     return torch.cat([part for step in steps for part in step])
@@ -124,7 +125,7 @@ def test_a_stage_reads_its_own_layers_alone(tmp_path: Path) -> None:
     info = read_model_info(tmp_path)
 
     def held(group: Group, split: Split) -> set[str]:
-        model: Any = load_model(info, torch.float32, group, split=split)
+        model: Any = load_built(info, build_of(info, torch.float32, group, split=split))
         return {name.split(".")[2] for name in model.checkpoint_shapes() if ".layers." in name}
 
     assert run_grid(Grid(pp=2), held) == [{"0", "1"}, {"2"}]

@@ -15,7 +15,7 @@ from headrace.core.model_info import read_model_info
 from headrace.dist.comm import GlooGroup, GlooWays, Group, SoloGroup
 from headrace.dist.topology import Grid, Shard, even
 from headrace.layers.build import WHOLE, Split
-from headrace.loader import load_model
+from headrace.loader import build_of, load_built, load_model
 from headrace.runner.seat import seat_in
 from tests.support.checkpoints import make_case
 from tests.support.paged import PagedRun
@@ -27,7 +27,7 @@ IDS = torch.randint(3, 101, (2, 24), generator=torch.Generator().manual_seed(5))
 def logits(folder: Path, group: Group, load_format: str = "auto", split: Split = WHOLE) -> Tensor:
     """Prefill of one sequence beside a chunk of another, then decode of both."""
     info = read_model_info(folder)
-    model = load_model(info, torch.float32, group, load_format, split=split)
+    model = load_built(info, build_of(info, torch.float32, group, split=split), load_format)
     run = PagedRun(Part(model), IDS)
     steps = [run.step(chunks) for chunks in ([(0, 23), (1, 10)], [(1, 13), (0, 1)], [(1, 1)])]
     return torch.cat([part for step in steps for part in step]).log_softmax(-1)

@@ -15,7 +15,7 @@ from headrace.core.errors import BadRequest
 from headrace.core.option import check_value, kept, option
 from headrace.core.parser_names import REASONING_PARSERS, TOOL_CALL_PARSERS
 from headrace.core.secret import Secret
-from headrace.core.weight_options import ParallelOptions
+from headrace.core.weight_options import LOAD_FORMATS, LoadOptions, ParallelOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ModelOptions:
     tokenizer_path: str = option("", "Tokenizer folder or hub id; empty takes the model's.")
     served_model_name: str = option("", "Name shown to clients; empty takes the model path.")
     load_format: str = option(
-        "auto", "How weights are read.", choices=("auto", "safetensors", "gguf", "dummy")
+        "auto", "How weights are read; see docs/loading.md.", choices=LOAD_FORMATS
     )
     quantization: str = option(
         "none",
@@ -308,6 +308,7 @@ class Config:
     """All options; frozen after `resolve`."""
 
     model: ModelOptions = ModelOptions()
+    load: LoadOptions = LoadOptions()
     cache: CacheOptions = CacheOptions()
     schedule: ScheduleOptions = ScheduleOptions()
     run: RunOptions = RunOptions()

@@ -5,9 +5,13 @@
     rank 0   --Begin---> follower    the limits that all have in common
     rank 0   --Run-----> follower    one step
     follower --Done----> rank 0      only from the last stage of a pipeline, in order
+    rank 0   --Weights-> follower    save or send its weights
+    follower --Weighed-> rank 0      what came of it
 
 Plain data. Knows no sockets.
 """
+
+from typing import Any
 
 import msgspec
 
@@ -53,5 +57,20 @@ class Done(msgspec.Struct, frozen=True, array_like=True, tag=True):
     result: StepResult
 
 
-ToFollower = Join | Begin | Run
-FromFollower = Loaded | Done
+class Weights(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """An action on weights, see `runner.weights`."""
+
+    action: str
+    details: dict[str, Any]
+
+
+class Weighed(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """What an action gave, or the error that it ended with."""
+
+    rank: int
+    data: dict[str, Any] = {}
+    error: str = ""
+
+
+ToFollower = Join | Begin | Run | Weights
+FromFollower = Loaded | Done | Weighed

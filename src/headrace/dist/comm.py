@@ -79,6 +79,21 @@ class SoloGroup:
         return ops.take_part(tensor, spans, cut.full)
 
 
+class LoneRank:
+    """One rank of several whose others are elsewhere: it may load its part, not compute."""
+
+    recordable = False
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+    def all_reduce(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        raise RuntimeError("the other ranks are not there")
+
+    def all_gather(self, tensor: Tensor, cut: Cut) -> Tensor:
+        raise RuntimeError("the other ranks are not there")
+
+
 class GlooGroup:
     """Ranks in processes (or threads) on CPUs, over gloo.
 
@@ -119,7 +134,7 @@ class GlooGroup:
 
 
 class GlooLink:
-    """To or from one other rank of a gloo group of its own."""
+    """To or from one other rank of a gloo group of its own; tensors of any shape."""
 
     def __init__(self, group: GlooGroup, peer: int) -> None:
         self._gloo, self._peer = group._gloo, peer
@@ -127,7 +142,7 @@ class GlooLink:
     def send(self, tensor: Tensor) -> None:
         self._gloo.send([tensor.contiguous()], self._peer, 0).wait()
 
-    def receive(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def receive(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         tensor = torch.empty(shape, dtype=dtype)
         self._gloo.recv([tensor], self._peer, 0).wait()
         return tensor

@@ -57,6 +57,11 @@ class Build:
     split: Split = WHOLE
 
     @property
+    def rank(self) -> int:
+        """The number of this rank among those of all stages."""
+        return self.split.stage.shard.rank * self.group.size + self.group.rank
+
+    @property
     def shard(self) -> Shard:
         return Shard(self.group.rank, self.group.size, self.split.units)
 

@@ -10,7 +10,7 @@ from headrace import ops
 from headrace.dist.topology import even, whole
 from headrace.layers.build import Build
 from headrace.ops.packed import PackedWeight
-from headrace.quant.base import Matrix, Targets, cut_target, plain, when_filled
+from headrace.quant.base import Matrix, Targets, cut_target, plain, uncopied, when_filled
 
 
 class VocabEmbedding:
@@ -36,7 +36,7 @@ class VocabEmbedding:
 
     def targets(self, prefix: str) -> Targets:
         target = cut_target(self.weight.open, self.rows, self.columns)
-        return when_filled({f"{prefix}.weight": target}, self._pack)
+        return when_filled(uncopied({f"{prefix}.weight": target}, self.weight), self._pack)
 
     def _pack(self) -> None:
         self.packed = self.weight.pack(self.format)

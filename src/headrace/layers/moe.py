@@ -142,6 +142,12 @@ class Experts:
             self.weights |= {f"{kind}.{index}": weight for index, weight in matrices}
         self._gate_up = self._down = None
 
+    def packed_shapes(self) -> dict[str, tuple[int, int]]:
+        """What `weights` has once all are packed, each [out, in]."""
+        inner, hidden = self.inner.local, self.hidden
+        shapes = {"gates": (inner, hidden), "ups": (inner, hidden), "downs": (hidden, inner)}
+        return {f"{kind}.{i}": shapes[kind] for kind in _KINDS for i in range(self.count)}
+
     @property
     def packed(self) -> PackedExperts:
         """The experts that are here, as `ops.moe_packed` takes them."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from headrace.ops import cpu, ref
 from headrace.ops.experts import PackedExperts, RouterSpec
 from headrace.ops.meta import AttentionMeta, KvCache
-from headrace.ops.packed import PackedWeight
+from headrace.ops.packed import FORMATS, PackedWeight
 from headrace.ops.sampling import LogProbs, Sampled, SampleTable
 
 Activation = Literal["silu", "gelu_tanh", "gelu_erf", "relu", "relu_squared"]
@@ -34,6 +34,21 @@ def implementations() -> dict[str, str]:
 def packing() -> str:
     """Names the layout that `pack` makes; weights packed under one name fit no other."""
     return f"{_serving['pack']}-{cpu.library.ABI if _serving['pack'] == 'cpu' else 0}"
+
+
+def check_packed(weight: PackedWeight) -> None:
+    """Whether memory that `pack` did not make can be used as a packed weight.
+
+    Raises:
+        ValueError: unknown format, sizes that do not fit, or scales that are no numbers.
+    """
+    if weight.format not in FORMATS or min(weight.out_size, weight.in_size) < 1:
+        raise ValueError(f"format {weight.format!r} [{weight.out_size}, {weight.in_size}]")
+    for scales in (weight.scales, weight.offsets):
+        if scales is not None and not bool(scales.isfinite().all()):
+            raise ValueError("its scales are not all finite")
+    if _serving["pack"] == "cpu":
+        cpu.packing.check_packed(weight)
 
 
 def set_threads(count: int) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from headrace import ops
-from headrace.quant.base import LinearShape, Matrix, Targets, Weights, part_targets
+from headrace.quant.base import LinearShape, Matrix, Targets, Weights, part_targets, uncopied
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,9 @@ class Dense:
         return {"weight": Matrix(shape.local_rows, shape.columns.local, dtype)}
 
     def targets(self, shape: LinearShape, weights: Weights, prefix: str) -> Targets:
-        return part_targets(weights["weight"].open, shape, prefix, "weight", shape.columns)
+        matrix = weights["weight"]
+        targets = part_targets(matrix.open, shape, prefix, "weight", shape.columns)
+        return uncopied(targets, matrix)
 
     def process_after_loading(self, weights: Weights) -> None:
         weights["packed"] = weights["weight"].pack(self.format, self.group)

@@ -13,26 +13,38 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from queue import Empty, SimpleQueue
+from typing import Any, NoReturn
 
 import msgspec
 
 from headrace.core.config import Config
-from headrace.core.errors import LoadError
+from headrace.core.errors import HeadraceError, LoadError
 from headrace.core.hardware import Hardware
 from headrace.core.model_info import ModelInfo
 from headrace.core.plan import StepPlan, StepResult
-from headrace.core.team import Begin, Done, FromFollower, Join, Loaded, Run, ToFollower
+from headrace.core.team import (
+    Begin,
+    Done,
+    FromFollower,
+    Join,
+    Loaded,
+    Run,
+    ToFollower,
+    Weighed,
+    Weights,
+)
 from headrace.dist.comm import GlooWays, Ways, file_store
 from headrace.dist.topology import Grid, Place
 from headrace.ipc.channels import Receiver, Sender
 from headrace.ops.cpu import LIBRARY
 from headrace.runner.model_runner import DeviceHalf
 from headrace.runner.seat import Seat, grid_of, seat_in
+from headrace.runner.weights import Answer
 from headrace.runner.worker import TpModelWorker, load_part, make_runner
 
 
@@ -106,6 +118,7 @@ class Team:
         # Plans that are in the pipeline, and tokens that ranks before the last stage do not know.
         self._under_way: deque[tuple[StepPlan, Future[StepResult]]] = deque()
         self._learned: deque[tuple[int, int, int]] = deque()
+        self._weighed: SimpleQueue[Weighed] = SimpleQueue()
         if self._staged:
             threading.Thread(target=self._hear, name="results", daemon=True).start()
 
@@ -121,6 +134,35 @@ class Team:
         self._under_way.append((plan, result))
         own.add_done_callback(lambda future: _pass_on_failure(future, result))
         return result
+
+    def weights(self, action: str, details: dict[str, Any]) -> Answer:
+        """An action on the weights of every rank: here first, then on the others at once.
+
+        Raises:
+            HeadraceError: it was refused, or failed on some rank.
+        """
+        text, data = self._worker.weights(action, details)
+        self._tell(Weights(action, details))
+        answers = {answer.rank: answer for answer in self._weighings()}
+        for rank in sorted(answers):
+            if answers[rank].error:
+                raise LoadError(f"rank {rank}: {answers[rank].error}")
+            data = {key: value + answers[rank].data[key] for key, value in data.items()}
+        return text, data
+
+    def _weighings(self) -> Iterator[Weighed]:
+        deadline = time.monotonic() + self._timeout
+        for _ in self._followers:
+            left = max(0.0, deadline - time.monotonic())
+            while not self._staged and self._weighed.empty():
+                news = self._inbox.take(int(left * 1000))
+                if not news:
+                    break
+                self._take(news)
+            try:
+                yield self._weighed.get(timeout=left)
+            except Empty:
+                raise LoadError(f"some rank did not answer within {self._timeout} s") from None
 
     def close(self) -> None:
         """End this rank's thread; the followers are processes that others end."""
@@ -164,12 +206,18 @@ class Team:
     def _hear(self) -> None:
         """Results of the last stage, in order; on a thread of its own."""
         while True:
-            for news in self._inbox.take(None):
-                assert isinstance(news, Done)
-                plan, future = self._under_way.popleft()
-                self._learned.extend(sampled(plan, news.result))
-                if not future.done():
-                    future.set_result(news.result)
+            self._take(self._inbox.take(None))
+
+    def _take(self, messages: Sequence[FromFollower]) -> None:
+        for news in messages:
+            if isinstance(news, Weighed):
+                self._weighed.put(news)
+                continue
+            assert isinstance(news, Done)
+            plan, future = self._under_way.popleft()
+            self._learned.extend(sampled(plan, news.result))
+            if not future.done():
+                future.set_result(news.result)
 
 
 def sampled(plan: StepPlan, result: StepResult) -> list[tuple[int, int, int]]:
@@ -217,12 +265,16 @@ class Follower:
         self._outbox.send(part.needs)
         begin = self._next()
         assert isinstance(begin, Begin)
+        self._part = part
         self._runner = make_runner(config, info, part, begin.limits, halves)
 
     def run(self) -> NoReturn:
         """Execute plans for ever."""
         while True:
             work = self._next()
+            if isinstance(work, Weights):
+                self._outbox.send(self._weigh(work))
+                continue
             assert isinstance(work, Run)
             plan = work.plan
             if work.extras:
@@ -231,6 +283,14 @@ class Follower:
             result = self._runner.execute(plan)
             if self._tells:
                 self._outbox.send(Done(result))
+
+    def _weigh(self, work: Weights) -> Weighed:
+        rank = self._part.seat.place.rank
+        try:
+            _, data = self._part.weights.do(work.action, work.details)
+        except HeadraceError as error:
+            return Weighed(rank, error=error.message)
+        return Weighed(rank, data)
 
     def _next(self) -> ToFollower:
         while not self._news:

@@ -21,12 +21,13 @@ from headrace.core.model_info import ModelInfo
 from headrace.core.plan import StepPlan, StepResult
 from headrace.core.team import Loaded
 from headrace.layers.held import held_bytes
-from headrace.loader import load_model
+from headrace.loader import build_of, load_built
 from headrace.runner.memory import GIB, MemoryPlan, StepCost, plan_memory, step_cost
 from headrace.runner.model_runner import DeviceHalf, ModelRunner
 from headrace.runner.pool import bytes_per_token, kv_dtype
 from headrace.runner.pooler import PooledModel, Pooler
 from headrace.runner.seat import ALONE, Seat
+from headrace.runner.weights import WeightService
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +56,14 @@ class TpModelWorker:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         self._alone = seat.grid.size == 1
         try:
-            build = self._thread.submit(build_runner, config, info, hardware, halves, seat)
-            self.runner, plan = build.result()
+            build = self._thread.submit(_start, config, info, hardware, halves, seat)
+            self.runner, plan, part = build.result()
         except BaseException:
             self.close()
             raise
         self.limits = plan.limits
         self.prefix_scope = self.runner.model.prefix_scope
+        self.weights = part.weights.do
         self.memory = {
             "weight": round(plan.weights / GIB, 3),
             "kvcache": round(plan.cache / GIB, 3),
@@ -99,21 +101,29 @@ def build_runner(
 
     Runs on the thread that will run the model.
     """
-    part = load_part(config, info, hardware, seat)
-    plan = memory_plan(config, info, hardware, seat.meet(part.needs))
-    for line in plan.lines():
-        logger.info(line)
-    seat.begin(plan.limits)
-    return make_runner(config, info, part, plan.limits, halves), plan
+    runner, plan, _ = _start(config, info, hardware, halves, seat)
+    return runner, plan
 
 
 class Part(NamedTuple):
-    """A rank's loaded model, the dtype of its cache, and what it needs."""
+    """A rank's loaded model, the dtype of its cache, what it needs, what its weights can do."""
 
     model: Any
     kv_dtype: torch.dtype
     needs: Loaded
     seat: Seat
+    weights: WeightService
+
+
+def _start(
+    config: Config, info: ModelInfo, hardware: Hardware, halves: Sequence[DeviceHalf], seat: Seat
+) -> tuple[ModelRunner, MemoryPlan, Part]:
+    part = load_part(config, info, hardware, seat)
+    plan = memory_plan(config, info, hardware, seat.meet(part.needs))
+    for line in plan.lines():
+        logger.info(line)
+    seat.begin(plan.limits)
+    return make_runner(config, info, part, plan.limits, halves), plan, part
 
 
 def load_part(config: Config, info: ModelInfo, hardware: Hardware, seat: Seat) -> Part:
@@ -122,20 +132,19 @@ def load_part(config: Config, info: ModelInfo, hardware: Hardware, seat: Seat) -
     ops.set_threads(config.run.threads or hardware.cores)
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     asked = config.model
-    model = load_model(
+    build = build_of(info, dtype, seat.group, asked.quantization, seat.split)
+    model = load_built(
         info,
-        dtype,
-        seat.group,
+        build,
         asked.load_format,
-        quantization=asked.quantization,
         weight_cache=asked.weight_cache,
         model_impl=asked.model_impl,
-        split=seat.split,
+        options=config.load,
     )
     stored = kv_dtype(config.cache.kv_cache_dtype, dtype)
     per_token = bytes_per_token(model.state_specs(), stored)
     needs = Loaded(seat.place.rank, held_bytes(model), per_token, hardware.memory_available)
-    return Part(model, stored, needs, seat)
+    return Part(model, stored, needs, seat, WeightService(model, info, build, config.load))
 
 
 def memory_plan(

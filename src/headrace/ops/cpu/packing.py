@@ -5,6 +5,7 @@ every byte of every weight once.
 """
 
 import ctypes
+import math
 import mmap
 from ctypes import Structure, c_int32, c_int64, c_void_p
 
@@ -32,6 +33,8 @@ _DTYPES = {name: DTYPES[dtype] for name, dtype in FLOAT_FORMATS.items()} | {
     "fp8": 4,
     "int4": 5,
 }
+_MOST_VALUES = 1 << 40  # a matrix of a terabyte has lied
+_MOST_SCALINGS = 3
 _SYMMETRIC, _ZEROS, _OFFSETS = range(3)  # hr_scaling
 
 
@@ -111,6 +114,22 @@ def embedding_packed(
     unpack = _UNPACK_LOWBIT.get(weight.format, _UNPACK)
     unpack(args, Step(tokens=len(ids), ids=ids.data_ptr()))
     return y
+
+
+def check_packed(weight: PackedWeight) -> None:
+    """Raises ValueError where a kernel would read past the end of what `weight` has."""
+    sizes = weight.out_size, weight.in_size
+    if math.prod(sizes) > _MOST_VALUES or not 0 <= weight.variant <= _MOST_SCALINGS:
+        raise ValueError(f"a matrix {list(sizes)} of variant {weight.variant}")
+    check_group(weight.format, weight.group, weight.in_size)
+    # Memory that nobody touches costs nothing.
+    right = _new(sizes, weight.format, weight.group, weight.variant)
+    if weight.data.nbytes < right.data.nbytes or not weight.data.is_contiguous():
+        raise ValueError(f"it has {weight.data.nbytes} bytes, not {right.data.nbytes}")
+    for found, wanted in ((weight.scales, right.scales), (weight.offsets, right.offsets)):
+        shapes = [None if t is None else (tuple(t.shape), t.dtype) for t in (found, wanted)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"its scales are {shapes[0]}, not {shapes[1]}")
 
 
 def _new(shape: tuple[int, ...], format: str, group: int = 0, variant: int = 0) -> PackedWeight:
