@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from headrace.core.config import Config, Option, value_type
+from headrace.core.config import Config
+from headrace.core.option import Option, value_type
 from headrace.core.secret import Secret
 from headrace.metrics.catalog import CATALOG
 

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from headrace.core.config import Config, Option, value_type
+from headrace.core.config import Config
 from headrace.core.errors import BadRequest
+from headrace.core.option import Option, value_type
 from headrace.core.secret import Secret
 
 

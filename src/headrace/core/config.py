@@ -7,31 +7,15 @@ kebab-case, with SGLang's spelling. Knows nothing of torch, models or machines.
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
 from headrace.core.errors import BadRequest
+from headrace.core.option import check_value, kept, option
 from headrace.core.parser_names import REASONING_PARSERS, TOOL_CALL_PARSERS
 from headrace.core.secret import Secret
-
-T = TypeVar("T")
-
-
-class Option(msgspec.Struct, frozen=True, kw_only=True):
-    """How an option appears on the command line and which values it takes."""
-
-    help: str
-    choices: tuple[str, ...] = ()
-    aliases: tuple[str, ...] = ()
-    minimum: float | None = None
-    maximum: float | None = None
-
-
-def option(default: T, help: str, **details: Any) -> T:
-    """A dataclass field with an `Option` in its metadata."""
-    return dataclasses.field(default=default, metadata={"option": Option(help=help, **details)})
-
+from headrace.core.weight_options import LOAD_FORMATS, LoadOptions, ParallelOptions
 
 STORED_QUANTIZATIONS = (
     *("fbgemm_fp8", "compressed-tensors", "w8a8_int8", "w8a8_fp8", "modelopt", "modelopt_fp8"),
@@ -50,9 +34,7 @@ class ModelOptions:
     tokenizer_path: str = option("", "Tokenizer folder or hub id; empty takes the model's.")
     served_model_name: str = option("", "Name shown to clients; empty takes the model path.")
     load_format: str = option(
-        "auto",
-        "How weights are read; bitsandbytes also quantizes floats, to NF4.",
-        choices=("auto", "safetensors", "bitsandbytes", "gguf", "dummy"),
+        "auto", "How weights are read; see docs/loading.md.", choices=LOAD_FORMATS
     )
     quantization: str = option(
         "none",
@@ -335,9 +317,11 @@ class Config:
     """All options; frozen after `resolve`."""
 
     model: ModelOptions = ModelOptions()
+    load: LoadOptions = LoadOptions()
     cache: CacheOptions = CacheOptions()
     schedule: ScheduleOptions = ScheduleOptions()
     run: RunOptions = RunOptions()
+    parallel: ParallelOptions = ParallelOptions()
     serve: ServeOptions = ServeOptions()
     observe: ObserveOptions = ObserveOptions()
 
@@ -354,7 +338,7 @@ class Config:
             section: Any = part.default
             names = {field.name: field for field in dataclasses.fields(section)}
             chosen = {
-                name: _kept(names[name], rest.pop(name)) for name in list(rest) if name in names
+                name: kept(names[name], rest.pop(name)) for name in list(rest) if name in names
             }
             parts[part.name] = dataclasses.replace(section, **chosen)
         if rest:
@@ -387,51 +371,17 @@ class Config:
         return {field.name: value for field, value in self.items() if not isinstance(value, Secret)}
 
 
-def _kept(field: "dataclasses.Field[Any]", value: Any) -> Any:
-    """What an option keeps of `value`: the text of a secret is hidden at once."""
-    return Secret(value) if value_type(field) is Secret and isinstance(value, str) else value
-
-
-def check_value(field: "dataclasses.Field[Any]", value: Any) -> None:
-    """Raise BadRequest when `value` is not allowed for the option `field`."""
-    details: Option = field.metadata["option"]
-    flag = "--" + field.name.replace("_", "-")
-    kind = value_type(field)
-    if value is None and field.default is None:
-        return
-    number_for_float = kind is float and isinstance(value, int)
-    if (not isinstance(value, kind) and not number_for_float) or (
-        kind is int and isinstance(value, bool)
-    ):
-        raise BadRequest(f"{flag} must be {kind.__name__}, not {value!r}", field=field.name)
-    if details.choices and value not in details.choices:
-        raise BadRequest(
-            f"{flag} must be one of {', '.join(details.choices)}, not {value!r}", field=field.name
-        )
-    if details.minimum is not None and value < details.minimum:
-        raise BadRequest(
-            f"{flag} must be at least {details.minimum}, not {value}", field=field.name
-        )
-    if details.maximum is not None and value > details.maximum:
-        raise BadRequest(f"{flag} must be at most {details.maximum}, not {value}", field=field.name)
-
-
-def value_type(field: "dataclasses.Field[Any]") -> type:
-    """The plain type of an option, `int` for `int | None`."""
-    annotation: Any = field.type
-    arguments = getattr(annotation, "__args__", ())
-    kinds = [item for item in arguments if item is not type(None)]
-    kind: type = kinds[0] if kinds else annotation
-    return kind
-
-
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """Sizes that a running scheduler obeys; known once weights and memory are."""
+    """Sizes that a running scheduler obeys; known once weights and memory are.
+
+    `stages`: how many plans the runner works on at once; each then has other requests.
+    """
 
     max_total_tokens: int
     max_running_requests: int
     context_length: int
     page_size: int
+    stages: int = 1
 
     @property
     def max_request_tokens(self) -> int:

@@ -177,6 +177,7 @@ Verb = Literal[
     "loads",
     "state",
     "watch",
+    "weights",
     "pause",
     "continue",
     "open_session",

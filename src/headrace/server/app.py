@@ -26,6 +26,7 @@ from headrace.server import (
     embeddings,
     errors,
     generation,
+    instances,
     ollama,
     openai_responses,
     parsing,
@@ -57,6 +58,7 @@ PARTS = (
     parsing,
     admin,
     control,
+    instances,
     ui,
 )
 
@@ -70,6 +72,7 @@ BODIES = (
     BatchRequest,
     *control.BODIES,
     *embeddings.BODIES,
+    *instances.BODIES,
     *ranking.BODIES,
 )
 
