@@ -40,7 +40,8 @@ FLAGS = [
 # over a tile must be unrolled whole all the same, which -fpeel-loops allows.
 _PLAIN = ["-O2", "-fpeel-loops"]
 _PLAIN_KERNELS = {
-    *("copy", "elementwise", "linear", "linear_heads", "linear_pack", "moe", "norm", "rope"),
+    *("collective", "copy", "elementwise", "linear", "linear_heads", "linear_pack", "moe"),
+    *("norm", "rope"),
 }
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
@@ -57,7 +58,7 @@ LEVELS = {
 # An operator that a level lacks is that of the level below (csrc/api.cpp): these files name nothing
 # that avx512_bf16 adds, and all that amx adds is in csrc/kernels/amx and reached from these.
 _SAME_AS_AVX512 = {
-    *("attention", "copy", "elementwise", "linear_fp8", "linear_pack"),
+    *("attention", "collective", "copy", "elementwise", "linear_fp8", "linear_pack"),
     *("log_probs", "mask", "norm", "rope", "sample"),
 }
 _REACH_AMX = {"linear", "linear_block", "linear_heads", "linear_tile", "moe"}

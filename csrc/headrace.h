@@ -61,7 +61,7 @@ typedef struct {
 
 // ---- library ------------------------------------------------------------------------------------
 
-#define HR_ABI 7  // changes whenever a struct or a function here does
+#define HR_ABI 8  // changes whenever a struct or a function here does
 
 // What level HR_AMX needs, in the order in which it is looked for.
 typedef enum {
@@ -201,11 +201,12 @@ typedef struct {
   float limit;
 } hr_gated_linear_args;
 
-// unpack, unpack_int8, unpack_int4, unpack_fp8: rows step.ids of a packed weight, y [tokens, in] of
-// any float dtype (an embedding).
+// unpack, unpack_int8, unpack_int4, unpack_fp8: rows step.ids - first of a packed weight, y [tokens,
+// in] of any float dtype (an embedding); zeros for rows that it does not have.
 typedef struct {
   hr_weight weight;
   hr_rows y;
+  int64_t first;
 } hr_unpack_args;
 
 // embedding: y[i] = weight[step.ids[i]], weight [vocab, y.columns]; of learned positions
@@ -350,7 +351,7 @@ typedef struct {
 // moe: y[i] = sum over r of weights[i][r] * expert ids[i][r] of x[i], in the order of r, in fp32. An
 // expert is gated_linear, then linear with `down`, each rounded to x's dtype; weights are of any dtype
 // that a linear_* operator reads. With `on_input` x is multiplied with the weight instead, and
-// rounded, before the expert sees it.
+// rounded, before the expert sees it. `experts` are here, from number `first` on; others add nothing.
 typedef struct {
   hr_rows x;
   hr_rows y;
@@ -368,6 +369,7 @@ typedef struct {
   float alpha;
   float limit;
   int32_t on_input;
+  int64_t first;
 } hr_moe_args;
 
 // heads_linear: of each head's elements of x the first `in` go through the head's own weight, and
@@ -449,6 +451,58 @@ typedef struct {
   int64_t* top_ids;   // [tokens, top] in falling order, of equal ones the lower id first
   float* top_values;  // the same
 } hr_log_probs_args;
+
+// ---- ranks that share memory (kernels/collective.cpp) -------------------------------------------
+
+// A board is zero at first: `size` lines of HR_BOARD_LINE bytes, then 2 * size slots of `slot` bytes.
+// A slot has room for a row of whatever is exchanged.
+#define HR_BOARD_LINE 128
+typedef struct {
+  void* board;  // where it is in this process
+  int64_t slot;
+  int32_t rank;
+  int32_t size;  // 1: the board may be null
+} hr_team;
+
+// all_reduce: y = the sum of all ranks' x; float dtypes, sums in fp32, rounded once.
+typedef struct {
+  hr_rows x;
+  hr_rows y;
+  hr_team team;
+} hr_all_reduce_args;
+
+// Columns [part, part + count) of a rank's rows are columns from `whole` on of all.
+typedef struct {
+  int64_t whole;
+  int64_t part;
+  int64_t count;
+} hr_span;
+
+// all_gather: the columns of all ranks; together their spans are all columns of y, each once.
+typedef struct {
+  hr_rows x;
+  hr_rows y;
+  hr_team team;
+  const hr_span* spans;
+  int64_t count;
+} hr_all_gather_args;
+
+// take_part: a rank's columns y of whole rows x; zeros where no span is.
+typedef struct {
+  hr_rows x;
+  hr_rows y;
+  const hr_span* spans;
+  int64_t count;
+} hr_take_part_args;
+
+// send, receive: rows x to or from the other end of a pipe, which is zero at first: two lines of
+// HR_BOARD_LINE bytes, then HR_PIPE_BLOCKS blocks of `block` bytes, room for a row each.
+#define HR_PIPE_BLOCKS 4
+typedef struct {
+  hr_rows x;
+  void* pipe;
+  int64_t block;
+} hr_pass_args;
 
 #pragma GCC visibility pop
 #ifdef __cplusplus

@@ -50,10 +50,14 @@ static void unpack_as(const hr_unpack_args& args, const hr_step& step) {
   const hr_weight w = args.weight;
   hr::parallel(step.tokens, 4, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = step.ids[i];
+      const int64_t row = step.ids[i] - args.first;
+      Y* y = static_cast<Y*>(args.y.data) + i * args.y.stride;
+      if (row < 0 || row >= w.out) {
+        memset(y, 0, static_cast<size_t>(w.in) * sizeof(Y));
+        continue;
+      }
       const char* panel = static_cast<const char*>(w.data) + row / HR_PANEL * panel_bytes(w);
       const T* elements = reinterpret_cast<const T*>(panel);
-      Y* y = static_cast<Y*>(args.y.data) + i * args.y.stride;
       for (int64_t k = 0; k < w.in; ++k) {
         narrow(widen(elements[place(w.dtype, k, row % HR_PANEL)]), y + k);
       }

@@ -163,13 +163,15 @@ struct Result {
   }
 };
 
-// value(input) for every input of row step.ids[i], into row i of y.
+// value(row, input) for every input of row step.ids[i] - first, into row i of y.
 template <class Value>
 static void unpack_rows(const hr_unpack_args& args, const hr_step& step, const Value& value) {
   hr::parallel(step.tokens, 4, [&](int64_t begin, int64_t end) {
     const RowBuffer buffer(args.weight.in);
     for (int64_t i = begin; i < end; ++i) {
-      for (int64_t k = 0; k < args.weight.in; ++k) buffer.numbers[k] = value(step.ids[i], k);
+      const int64_t row = step.ids[i] - args.first;
+      const bool here = row >= 0 && row < args.weight.out;
+      for (int64_t k = 0; k < args.weight.in; ++k) buffer.numbers[k] = here ? value(row, k) : 0.0f;
       store_row(args.y, i, 0, args.weight.in, buffer.numbers);
     }
   });

@@ -123,7 +123,7 @@ struct Expert {
 };
 
 // Memory of one part of the tokens. `order` [rows]: token of each sorted row; `place` [tokens,
-// top_k]: the sorted row of each choice.
+// top_k]: the sorted row of each choice, -1 of one that is not here.
 struct Sorted {
   Expert* experts;
   int32_t *order, *place;
@@ -154,13 +154,22 @@ static void sort(const hr_moe_args& args, int64_t token, int64_t tokens, const S
   const int64_t rows = tokens * args.top_k;
   Expert* experts = sorted.experts;
   for (int64_t e = 0; e <= args.experts; ++e) experts[e] = {0, 0, 0, 0};
-  for (int64_t i = 0; i < rows; ++i) ++experts[ids[i]].rows;
+  const auto here = [&](int64_t i) {
+    return ids[i] >= args.first && ids[i] < args.first + args.experts;
+  };
+  for (int64_t i = 0; i < rows; ++i) {
+    if (here(i)) ++experts[ids[i] - args.first].rows;
+  }
   for (int64_t e = 0; e < args.experts; ++e) {
     experts[e + 1].begin = experts[e].begin + experts[e].rows;
     experts[e].rows = 0;
   }
   for (int64_t i = 0; i < rows; ++i) {
-    Expert& expert = experts[ids[i]];
+    if (!here(i)) {
+      sorted.place[i] = -1;
+      continue;
+    }
+    Expert& expert = experts[ids[i] - args.first];
     const int64_t at = expert.begin + expert.rows++;
     sorted.order[at] = static_cast<int32_t>(token + i / args.top_k);
     sorted.place[i] = static_cast<int32_t>(at);
@@ -223,6 +232,7 @@ static void weigh_inputs(const hr_moe_args& args, int64_t token, int64_t tokens,
   T* weighed = reinterpret_cast<T*>(sorted.x);
   hr::parallel(tokens, 1 + (1 << 14) / (columns * top_k + 1), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * top_k; i < end * top_k; ++i) {
+      if (sorted.place[i] < 0) continue;
       const int64_t row = token + i / top_k;
       const vf weight = set(row_of<float>(args.weights, row)[i % top_k]);
       for (int64_t c = 0; c < columns; c += kLanes) {
@@ -246,6 +256,7 @@ static void combine(const hr_moe_args& args, int64_t token, int64_t tokens, cons
         const int64_t n = columns - c < kLanes ? columns - c : kLanes;
         vf sum = zero();
         for (int64_t r = 0; r < top_k; ++r) {
+          if (place[r] < 0) continue;
           const vf weight = set(args.on_input ? 1.0f : weights[r]);
           sum = fma(weight, take(outer + place[r] * columns + c, n), sum);
         }
@@ -339,10 +350,10 @@ static bool all_floats(const hr_moe_args& args) {
 }
 
 static void part(const hr_moe_args& args, int64_t token, int64_t tokens) {
-  const int64_t rows = tokens * args.top_k;
   const bool floats = all_floats(args);
-  const Sorted sorted = memory(args, rows, floats);
+  const Sorted sorted = memory(args, tokens * args.top_k, floats);
   sort(args, token, tokens, sorted);
+  const int64_t rows = sorted.experts[args.experts].begin;
   const hr_rows inner{sorted.inner, args.inner, args.inner, args.x.dtype};
   const hr_rows outer{sorted.outer, args.y.columns, args.y.columns, args.x.dtype};
   if (args.on_input) {

@@ -18,13 +18,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from headrace import ops
+from headrace.core.config import LOAD_FORMATS
 from headrace.core.errors import BadRequest, LoadError
 from headrace.core.model_info import read_model_info
 from headrace.dist.comm import SoloGroup
-from headrace.loader import get_model_loader, load_model
-from headrace.loader.default import DefaultModelLoader, iterate_weights
+from headrace.loader import LOADERS, get_model_loader, load_model
+from headrace.loader.default import DefaultModelLoader
 from headrace.loader.dummy import dummy_tensor, dummy_weights
 from headrace.loader.files import INDEX, resolve_model_path, weight_files
+from headrace.loader.iterators import iterate_weights
 from headrace.loader.safetensors import iterate_tensors, read_header
 from headrace.models import Model
 from headrace.ops.packed import PackedWeight
@@ -243,7 +245,7 @@ def test_no_weights_names_what_is_there(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match=r"no \*.safetensors files$"):
         weight_files(tmp_path)
     (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(LoadError, match=r"pytorch_model.bin, a format that is not supported"):
+    with pytest.raises(LoadError, match=r"pytorch_model.bin: --load-format pt reads it"):
         weight_files(tmp_path)
 
 
@@ -465,9 +467,21 @@ def test_dummy_needs_only_the_config_and_stays_finite(tmp_path: Path) -> None:
 def test_load_formats() -> None:
     assert type(get_model_loader("auto")) is type(get_model_loader("safetensors"))
     assert type(get_model_loader("dummy")).__name__ == "DummyModelLoader"
-    known = "auto, safetensors, bitsandbytes, gguf, dummy"
-    with pytest.raises(BadRequest, match=f"--load-format must be one of {known}"):
+    assert tuple(LOADERS) == LOAD_FORMATS
+    for name in LOADERS:
+        assert get_model_loader(name).load_format == name
+    with pytest.raises(BadRequest, match="--load-format must be one of auto, safetensors, pt"):
         get_model_loader("pickle")
+
+
+def test_a_class_is_a_load_format(tmp_path: Path) -> None:
+    class Mine(DefaultModelLoader):
+        pass
+
+    make_case(tmp_path, "llama")
+    assert type(get_model_loader(Mine)) is Mine
+    model = load_model(read_model_info(tmp_path), torch.float32, SoloGroup(), Mine)
+    assert torch.equal(run_all(model, IDS)[0], run_all(load(tmp_path), IDS)[0])
 
 
 def test_a_load_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

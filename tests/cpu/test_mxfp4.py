@@ -72,7 +72,7 @@ def values(packed: PackedWeight) -> Tensor:
 def test_values_are_kept_in_four_bits(folder: Path, oracle: transformers.PreTrainedModel) -> None:
     model = load(folder)
     for layer, theirs in zip(model.layers, oracle.model.layers, strict=True):
-        ours = layer.mlp.experts.packed
+        ours = layer.mlp.experts[0].packed
         assert {w.format for w in (*ours.gates, *ours.ups, *ours.downs)} == {"mxfp4"}
         gate_up, down = theirs.mlp.experts.gate_up_proj, theirs.mlp.experts.down_proj
         for i in range(EXPERTS):

@@ -13,10 +13,11 @@ from torch import Tensor
 from headrace import ops
 from headrace.core.errors import LoadError
 from headrace.core.model_info import read_model_info
-from headrace.dist.comm import SoloGroup
-from headrace.dist.topology import Cut
+from headrace.dist.comm import Group, SoloGroup
+from headrace.dist.topology import Cut, Grid
+from headrace.layers.build import Split
 from headrace.layers.linear import ColumnLinear, RowLinear
-from headrace.loader import load_model
+from headrace.loader import build_of, load_built, load_model
 from headrace.models import Model
 from headrace.quant.stored import _tell
 from tests.cpu.test_models_parity import expected, random_ids
@@ -34,7 +35,7 @@ from tests.support.quantized import (
     scale_range,
     spoil,
 )
-from tests.support.threads import run_ranks
+from tests.support.threads import run_grid, run_ranks
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
@@ -176,15 +177,32 @@ def test_experts(tmp_path: Path, family: str, case: str) -> None:
         check_experts(one, values)
 
 
+def test_experts_dealt_to_ranks(tmp_path: Path) -> None:
+    """4 experts on 2 and on 3 ranks: each whole and on one of them, the last lot with one empty."""
+    config, store, format = CASES["fp8 blocks"]
+    make_case(tmp_path, "qwen3-moe", **EXPERTS["qwen3-moe"])
+    values, ids = rewrite(tmp_path, config, store), random_ids(30)[0]
+    info, alone = read_model_info(tmp_path), run_all(load(tmp_path), [ids])[0]
+
+    def one(group: Group, split: Split) -> tuple[set[str], Tensor]:
+        model: Any = load_built(info, build_of(info, torch.float32, group, split=split))
+        return check_experts(model, values), run_all(model, [ids])[0]
+
+    for size in (2, 3):
+        for formats, logits in run_grid(Grid(tp=size, ep=size), one):
+            assert formats <= {format}
+            torch.testing.assert_close(logits, alone, atol=2e-5, rtol=2e-5)
+
+
 def check_experts(model: Any, values: dict[str, Tensor]) -> set[str]:
     """All matrices of experts hold what those of the checkpoint stand for; their formats."""
     rename = model.spec.layout.rename
     expected = {rename(name): value for name, value in values.items()}
     found = set()
     for index, layer in enumerate(model.layers):
-        experts = layer.mlp.experts
-        for name, shape in experts.shapes.items():
-            packed = experts.weights[name]["packed"]
+        (experts,) = layer.mlp.experts
+        for name, weights in experts.weights.items():
+            packed, shape = weights["packed"], experts.shapes[name]
             ours = ops.embedding_packed(torch.arange(packed.out_size), packed, torch.float32)
             whole = expected[f"model.layers.{index}.mlp.experts.{name}.weight"]
             theirs = local(whole, shape.parts[0].rows, shape.columns)

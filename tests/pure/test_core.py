@@ -85,6 +85,30 @@ def test_resolve_fills_in_and_explains(tmp_path):
 @pytest.mark.parametrize(
     ("values", "text"),
     [
+        ({"pp_size": 3}, "--pp-size 3 is more than the model's 2 layers"),
+        ({"tp_size": 4, "ep_size": 3}, "--ep-size 3 does not divide --tp-size 4"),
+        ({"deterministic_tp": 6}, "must be a power of two, not 6"),
+        ({"tp_size": 3, "deterministic_tp": 4}, "--tp-size 3 does not divide --deterministic-tp 4"),
+    ],
+)
+def test_ranks_that_cannot_be(tmp_path, values, text):
+    info = read_model_info(checkpoint(tmp_path))
+    with pytest.raises(BadRequest, match=text):
+        resolve(Config.from_flat(values), info, MACHINE)
+
+
+def test_ranks_share_cores_and_offloading_moves_nothing(tmp_path):
+    info = read_model_info(checkpoint(tmp_path, hidden_size=4096))
+    asked = {"tp_size": 2, "cpu_offload_gb": 4.0}
+    config, notes = resolve(Config.from_flat(asked), info, MACHINE)
+    assert config.run.threads == 1
+    assert "set threads=1 because 2 ranks share 3 cores" in notes
+    assert any("cpu_offload_gb moves nothing" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
         ({"page_size": 0}, "--page-size must be at least 1"),
         ({"mem_fraction_static": 1.5}, "--mem-fraction-static must be at most 1.0"),
         ({"schedule_policy": "best"}, "--schedule-policy must be one of fcfs"),

@@ -33,7 +33,7 @@ VOCAB = 50
 EOS = 7
 
 
-def make_scheduler(*, pages=24, page_size=4, rows=6, radix=True, evict="lru", **options):
+def make_scheduler(*, pages=24, page_size=4, rows=6, radix=True, evict="lru", stages=1, **options):
     pool = PagePool(pages, page_size)
     cache = RadixCache(page_size, evict) if radix else ChunkCache()
     limits = Limits(
@@ -41,6 +41,7 @@ def make_scheduler(*, pages=24, page_size=4, rows=6, radix=True, evict="lru", **
         max_running_requests=rows,
         context_length=pages * page_size,
         page_size=page_size,
+        stages=stages,
     )
     ticks = iter(range(1 << 60))
     return Scheduler(
@@ -169,6 +170,7 @@ def test_random_schedules(data):
         rows=data.draw(st.integers(1, 6), "rows"),
         radix=data.draw(st.booleans(), "radix"),
         evict=data.draw(st.sampled_from(sorted(EVICTION)), "eviction"),
+        stages=data.draw(st.sampled_from([1, 1, 2, 3]), "stages"),
         chunked_prefill_size=data.draw(st.sampled_from([1, 7, 16, 512]), "chunk"),
         schedule_policy=data.draw(st.sampled_from(sorted(POLICIES)), "policy"),
         disable_overlap_schedule=data.draw(st.booleans(), "normal"),
@@ -186,6 +188,7 @@ def test_random_schedules(data):
         for _ in range(data.draw(st.integers(0, 6), "steps")):
             scheduler.step()
             client.pump()
+            assert_stages_are_independent(scheduler)
         if data.draw(st.integers(0, 5), "abort") == 0:
             scheduler.submit(AbortRequest(rid=data.draw(st.sampled_from(requests)).rid))
         if data.draw(st.integers(0, 5), "pause") == 0:
@@ -211,6 +214,36 @@ def test_random_schedules(data):
             assert scores.values == [None, *(-float(token) for token in prompt[1:])]
     scheduler.space.clear()
     assert scheduler.space.pool.free == scheduler.space.pool.count
+
+
+def assert_stages_are_independent(scheduler):
+    """In a pipeline no plan reads a token that one before it samples: the first stage lacks it."""
+    if scheduler.limits.stages == 1:
+        return
+    plans = [plan for plan, _ in scheduler._inflight]
+    assert len(plans) < max(2, scheduler.depth)
+    for index, plan in enumerate(plans):
+        waiting = {chunk.row for chunk in plan.chunks if chunk.samples}
+        for later in plans[index + 1 :]:
+            new = {spec.row for spec in later.new_rows}
+            assert not waiting & {chunk.row for chunk in later.chunks} - new
+
+
+def test_a_pipeline_is_kept_full():
+    """With requests enough, each plan takes its share, and all stages have one."""
+    scheduler = make_scheduler(pages=200, rows=9, stages=3)
+    for index in range(9):
+        ids = pack_ids(np.arange(4 + index))
+        sampling = SamplingParams(max_new_tokens=40, ignore_eos=True)
+        scheduler.submit(GenerateRequest(rid=str(index), ids=ids, sampling=sampling))
+    sizes = []
+    plan = scheduler.planner.plan
+    scheduler.planner.plan = lambda: (made := plan()) and (sizes.append(len(made.chunks)), made)[1]
+    for _ in range(60):
+        scheduler.step()
+    assert scheduler.depth == 3
+    assert set(sizes[20:60]) == {3}
+    scheduler.drain()
 
 
 @pytest.mark.parametrize("radix", [True, False])

@@ -25,6 +25,9 @@ BENCHMARKS = {
     "startup": Benchmark(
         "headrace.bench.startup", "Start servers; report time to port, health and first token."
     ),
+    "load": Benchmark(
+        "headrace.bench.loaders", "Load a model in every way; report GB/s and peak memory."
+    ),
     "control": Benchmark(
         "headrace.bench.control", "Serve made-up tokens; report server CPU time per token."
     ),

@@ -100,6 +100,7 @@ def report(found: dict[str, Any]) -> str:
         f"headrace {found['headrace']}, Python {found['python']} ({sys.executable})",
         f"system     {found['platform']}",
         f"cores      {found['cores']} usable (affinity and cgroup quota)",
+        f"ranks      up to {found['cores']} with cores of their own (--tp-size x --pp-size)",
         f"memory     {found['memory_available'] / 2**30:.1f} GiB available of "
         f"{found['memory_limit'] / 2**30:.1f} GiB",
     ]

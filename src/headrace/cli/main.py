@@ -20,6 +20,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench": ("headrace.cli.bench", "measure a server, the engine, the start or the control plane"),
     "replay": ("headrace.cli.replay", "run a recorded scheduler again, compare its decisions"),
     "test-model": ("headrace.cli.compare", "compare a checkpoint layer by layer with transformers"),
+    "convert-weights": ("headrace.cli.convert_weights", "turn .bin weights into safetensors"),
+    "save-weights": ("headrace.cli.save_weights", "save packed weights, to start from later"),
     "check-env": ("headrace.cli.check_env", "show what this machine offers and what is missing"),
     "doctor": ("headrace.cli.check_env", "the same as check-env"),
 }

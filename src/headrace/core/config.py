@@ -15,6 +15,7 @@ from headrace.core.errors import BadRequest
 from headrace.core.option import check_value, kept, option
 from headrace.core.parser_names import REASONING_PARSERS, TOOL_CALL_PARSERS
 from headrace.core.secret import Secret
+from headrace.core.weight_options import LOAD_FORMATS, LoadOptions, ParallelOptions
 
 STORED_QUANTIZATIONS = (
     *("fbgemm_fp8", "compressed-tensors", "w8a8_int8", "w8a8_fp8", "modelopt", "modelopt_fp8"),
@@ -33,9 +34,7 @@ class ModelOptions:
     tokenizer_path: str = option("", "Tokenizer folder or hub id; empty takes the model's.")
     served_model_name: str = option("", "Name shown to clients; empty takes the model path.")
     load_format: str = option(
-        "auto",
-        "How weights are read; bitsandbytes also quantizes floats, to NF4.",
-        choices=("auto", "safetensors", "bitsandbytes", "gguf", "dummy"),
+        "auto", "How weights are read; see docs/loading.md.", choices=LOAD_FORMATS
     )
     quantization: str = option(
         "none",
@@ -374,9 +373,11 @@ class Config:
     """All options; frozen after `resolve`."""
 
     model: ModelOptions = ModelOptions()
+    load: LoadOptions = LoadOptions()
     cache: CacheOptions = CacheOptions()
     schedule: ScheduleOptions = ScheduleOptions()
     run: RunOptions = RunOptions()
+    parallel: ParallelOptions = ParallelOptions()
     serve: ServeOptions = ServeOptions()
     observe: ObserveOptions = ObserveOptions()
     recover: RecoverOptions = RecoverOptions()
@@ -428,12 +429,16 @@ class Config:
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """Sizes that a running scheduler obeys; known once weights and memory are."""
+    """Sizes that a running scheduler obeys; known once weights and memory are.
+
+    `stages`: how many plans the runner works on at once; each then has other requests.
+    """
 
     max_total_tokens: int
     max_running_requests: int
     context_length: int
     page_size: int
+    stages: int = 1
 
     @property
     def max_request_tokens(self) -> int:

@@ -189,6 +189,7 @@ Verb = Literal[
     "loads",
     "state",
     "watch",
+    "weights",
     "pause",
     "continue",
     "open_session",

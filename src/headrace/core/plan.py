@@ -66,6 +66,10 @@ class TokenMasks(msgspec.Struct, frozen=True, array_like=True, tag=True):
     words: bytes
 
 
+Extra = TokenMasks
+"""Every kind of extra that a plan may carry."""
+
+
 class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     """One step. Applied in this order: freed rows, new rows, pages, page copies, chunks.
 

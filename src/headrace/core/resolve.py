@@ -11,6 +11,7 @@ from headrace.core.config import Config, ServeOptions
 from headrace.core.errors import BadRequest
 from headrace.core.hardware import Hardware
 from headrace.core.model_info import ModelInfo
+from headrace.core.weight_options import ParallelOptions
 
 
 def resolve(config: Config, info: ModelInfo, hardware: Hardware) -> tuple[Config, list[str]]:
@@ -34,19 +35,23 @@ def resolve(config: Config, info: ModelInfo, hardware: Hardware) -> tuple[Config
             field="context_length",
         )
     check_workers(config.serve)
-    if config.cache.quantization_param_path and config.cache.kv_cache_dtype != "fp8_e4m3":
-        raise BadRequest(
-            "--quantization-param-path needs --kv-cache-dtype fp8_e4m3",
-            field="quantization_param_path",
-        )
+    _check_scales(config)
+    check_ranks(config.parallel, info.num_layers)
     if not config.model.served_model_name:
         choose("model", "served_model_name", config.model.model_path, "no other name was given")
     if config.run.device == "auto":
         choose("run", "device", "cpu", "no other device is supported yet")
     if config.run.threads == 0 and _parameters(info) < _SMALL_MODEL:
         choose("run", "threads", 1, "the model is too small to gain from more")
+    elif config.run.threads == 0 and config.parallel.ranks > 1:
+        share = max(1, hardware.cores // config.parallel.ranks)
+        choose(
+            "run", "threads", share, f"{config.parallel.ranks} ranks share {hardware.cores} cores"
+        )
     elif config.run.threads == 0:
         choose("run", "threads", hardware.cores, "that many cores are usable")
+    if config.parallel.cpu_offload_gb:
+        notes.append("cpu_offload_gb moves nothing: on this device all weights are in host memory")
     chunk, reason = info.chunk_size(
         config.schedule.chunked_prefill_size, config.model.context_length
     )
@@ -57,6 +62,26 @@ def resolve(config: Config, info: ModelInfo, hardware: Hardware) -> tuple[Config
     if config.schedule.schedule_policy == "priority":
         choose("schedule", "enable_priority_scheduling", True, "the policy is priority")
     return config, notes
+
+
+def check_ranks(parallel: ParallelOptions, layers: int) -> None:
+    """Raise BadRequest for ranks that cannot be."""
+    if parallel.pp_size > layers:
+        raise BadRequest(
+            f"--pp-size {parallel.pp_size} is more than the model's {layers} layers",
+            field="pp_size",
+        )
+    tp, ep, units = parallel.tp_size, parallel.ep_size, parallel.deterministic_tp
+    if tp % ep:
+        raise BadRequest(f"--ep-size {ep} does not divide --tp-size {tp}", field="ep_size")
+    if units & (units - 1):
+        raise BadRequest(
+            f"--deterministic-tp must be a power of two, not {units}", field="deterministic_tp"
+        )
+    if units % tp:
+        raise BadRequest(
+            f"--tp-size {tp} does not divide --deterministic-tp {units}", field="deterministic_tp"
+        )
 
 
 def check_workers(serve: ServeOptions) -> None:
@@ -92,3 +117,11 @@ def _parameters(info: ModelInfo) -> int:
 
 
 _DTYPE_NAMES = {"half": "float16", "float": "float32"}
+
+
+def _check_scales(config: Config) -> None:
+    if config.cache.quantization_param_path and config.cache.kv_cache_dtype != "fp8_e4m3":
+        raise BadRequest(
+            "--quantization-param-path needs --kv-cache-dtype fp8_e4m3",
+            field="quantization_param_path",
+        )

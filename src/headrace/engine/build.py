@@ -30,6 +30,7 @@ from headrace.text import stop
 from headrace.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from headrace.runner.team import Follower, Team
     from headrace.runner.worker import TpModelWorker
 
 # Prompt tokens that decide how the first new token is written.
@@ -44,8 +45,12 @@ class Built(NamedTuple):
     memory: dict[str, float]
 
 
-def build_scheduler(config: Config, info: ModelInfo, progress: Callable[[str], None]) -> Built:
+def build_scheduler(
+    config: Config, info: ModelInfo, progress: Callable[[str], None], folder: str = ""
+) -> Built:
     """Load the model and put a scheduler on top of it. `config` is resolved.
+
+    `folder`: where the sockets of follower ranks are, if there are any.
 
     Raises:
         LoadError: the checkpoint cannot be loaded, or does not fit into memory.
@@ -53,7 +58,7 @@ def build_scheduler(config: Config, info: ModelInfo, progress: Callable[[str], N
     progress("weights and KV cache")
     with ThreadPoolExecutor(1) as beside:
         reading = beside.submit(load_tokenizer_of, config)
-        worker = _worker(config, info)
+        worker = _worker(config, info, folder)
         tokenizer = reading.result()
     progress("scheduler")
     parts = Parts(
@@ -153,14 +158,31 @@ def stop_factory(tokenizer: Tokenizer | None) -> Callable[[GenerateRequest], Sto
     return stops
 
 
-def _worker(config: Config, info: ModelInfo) -> "FakeWorker | TpModelWorker":
+def build_follower(config: Config, info: ModelInfo, folder: str, rank: int) -> "Follower":
+    """What another rank than 0 runs.
+
+    Raises:
+        LoadError: it cannot load its part of the model.
+    """
+    from headrace.grammar.masks import MaskedLogits
+    from headrace.runner.team import Follower
+
+    return Follower(config, info, detect(), folder, rank, halves=(MaskedLogits(),))
+
+
+def _worker(config: Config, info: ModelInfo, folder: str) -> "FakeWorker | TpModelWorker | Team":
     hardware = detect()
     if config.run.runner == "fake":
         return FakeWorker(config, info, hardware)
     from headrace.grammar.masks import MaskedLogits
+    from headrace.runner.seat import seat_alone
     from headrace.runner.worker import TpModelWorker
 
-    return TpModelWorker(config, info, hardware, halves=(MaskedLogits(),))
+    if config.parallel.ranks > 1:
+        from headrace.runner.team import Team
+
+        return Team(config, info, hardware, folder, (MaskedLogits(),))
+    return TpModelWorker(config, info, hardware, (MaskedLogits(),), seat_alone(config))
 
 
 def _space(config: Config, limits: Limits, scope: Callable[[int], str]) -> Space:

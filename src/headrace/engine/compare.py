@@ -145,7 +145,7 @@ def _ours(model: Decoder, ids: Tensor) -> Seen:
         layer.attention = _Tap(layer.attention, f"{name} attention", seen)  # type: ignore[assignment]
         model.layers[index] = _Tap(layer, name, seen)  # type: ignore[call-overload]
     pages = -(-len(ids) // _PAGE)
-    dtype = model.embedding.dtype
+    dtype = model.dtype
     caches = KvPool(model.state_specs(), pages, _PAGE, dtype).caches
     prompt = max(1, len(ids) - _SINGLE)
     for start, stop in [(0, prompt), *((at, at + 1) for at in range(prompt, len(ids)))]:

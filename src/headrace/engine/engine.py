@@ -14,12 +14,14 @@ from typing import Any
 from headrace import __version__
 from headrace.core.config import Config
 from headrace.engine import vectors
+from headrace.engine.facts import model_facts
 from headrace.engine.launch import launch
 from headrace.engine.loop_thread import LoopThread
 from headrace.frontend import control
-from headrace.frontend.native import WEIGHT_VERSION, GenerateCall, NativeResult, parse_generate
+from headrace.frontend.native import GenerateCall, NativeResult, parse_generate
 from headrace.frontend.sampling import native_defaults
 from headrace.frontend.validate import error_of
+from headrace.frontend.weights import saved
 
 Result = dict[str, Any]
 
@@ -244,6 +246,20 @@ class Engine:
         """End the recording; returns the file."""
         return str(self._thread.run(control.stop_profile(self._manager)).data["path"])
 
+    def save_sharded_model(
+        self, path: str, pattern: str | None = None, max_size: int | None = None
+    ) -> list[str]:
+        """Save what each rank holds to the folder `path`, for load_format "sharded_state".
+
+        `max_size`: bytes of a file. Returns the names of the files.
+        """
+        details = {"path": os.path.abspath(path), "pattern": pattern, "max_size": max_size}
+        return self._thread.run(saved(self._manager, "save_sharded", details))
+
+    def save_remote_model(self, url: str) -> list[str]:
+        """Save what each rank holds to a store (redis://, s3://, file://), for format "remote"."""
+        return self._thread.run(saved(self._manager, "save_remote", {"url": url}))
+
     def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
         return self._thread.run(self._manager.tokenize(text, add_special_tokens))
@@ -281,19 +297,7 @@ class Engine:
 
     def get_model_info(self) -> dict[str, Any]:
         """What is served."""
-        model, info = self._config.model, self._launched.info
-        return {
-            "model_path": model.model_path,
-            "served_model_name": model.served_model_name,
-            "tokenizer_path": model.tokenizer_path,
-            "is_generation": info.pooling is None,
-            "weight_version": WEIGHT_VERSION,
-            "model_type": info.model_type,
-            "architectures": [info.architecture],
-            "max_model_len": model.context_length,
-            "vocab_size": info.vocab_size,
-            "eos_token_ids": list(info.eos_token_ids),
-        }
+        return model_facts(self._config, self._launched.info)
 
     def get_all_child_pids(self) -> list[int]:
         """Process ids of the children."""

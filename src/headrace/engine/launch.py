@@ -25,9 +25,10 @@ from headrace.ipc.address import AddressFolder
 logger = logging.getLogger(__name__)
 
 
-def roles(serve: ServeOptions) -> list[str]:
-    """The children of a server, by the names they get."""
+def roles(serve: ServeOptions, ranks: int = 1) -> list[str]:
+    """The children of a server, by the names they get; the scheduler is rank 0 of the model."""
     found = ["scheduler", "detokenizer"]
+    found += [f"rank-{number}" for number in range(1, ranks)]
     found += [f"detokenizer-{number}" for number in range(1, serve.detokenizer_worker_num)]
     if serve.tokenizer_worker_num > 1:
         found += [f"http-{number}" for number in range(1, serve.tokenizer_worker_num + 1)]
@@ -46,7 +47,8 @@ class Launched:
         self.watch = watch
         self.watch.begin("processes")
         self._listeners = list(listeners)
-        children = roles(config.serve)
+        ranks = config.parallel.ranks if config.run.runner == "model" else 1
+        children = roles(config.serve, ranks)
         inherited = {role: self._listeners for role in children if role.startswith(HTTP)}
         self.supervisor = Supervisor(children, config.run.runner, inherited, config.recover)
         self._folder: AddressFolder | None = None

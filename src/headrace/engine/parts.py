@@ -33,7 +33,7 @@ def locate(config: Config) -> Config:
     model = config.model
     given = model.model_path or str(demo_model_path())
     name = model.served_model_name or model.model_path or DEMO_NAME
-    path = resolve_model_path(given, model.revision, model.download_dir)
+    path = resolve_model_path(given, model.revision, model.download_dir, model.load_format)
     tokenizer = path
     if model.tokenizer_path:
         tokenizer = resolve_model_path(model.tokenizer_path, "", model.download_dir)

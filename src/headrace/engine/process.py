@@ -22,7 +22,7 @@ from typing import NoReturn
 
 import setproctitle
 
-from headrace.core.errors import HeadraceError
+from headrace.core.errors import HeadraceError, LoadError
 from headrace.core.messages import Deltas
 from headrace.engine import boot as wire
 from headrace.engine.boot import Boot, Failed, Loading, Ready
@@ -41,6 +41,11 @@ _EARLY = {
         "headrace.engine.build",
     ),
     ("scheduler", "fake"): ("headrace.engine.build",),
+    ("rank", "model"): (
+        "headrace.engine.lean_torch",
+        "headrace.runner.team",
+        "headrace.engine.build",
+    ),
     ("detokenizer", "model"): ("headrace.frontend.detokenizer",),
     ("detokenizer", "fake"): ("headrace.frontend.detokenizer",),
     ("http", "model"): ("headrace.engine.http_worker",),
@@ -63,6 +68,8 @@ def main() -> None:
         _log_to_stderr(role, boot.config.observe.log_level)
         if kind == "scheduler":
             _schedule(boot, reports, watch)
+        elif kind == "rank":
+            _follow(boot, int(number), reports, watch)
         elif kind == "detokenizer":
             _detokenize(boot, int(number or 0), reports, watch)
         else:
@@ -87,12 +94,26 @@ def _schedule(boot: Boot, reports: "Reports", watch: Stopwatch) -> NoReturn:
     if (node := boot.config.run.numa_node) is not None:
         bind(node)
     ports = open_ports(boot.addresses, boot.config.serve)
-    built = build_scheduler(boot.config, boot.info, progress)
+    built = build_scheduler(boot.config, boot.info, progress, boot.addresses.folder)
     watch.begin("")
     reports.send(Ready(watch.seconds, built.limits, built.memory))
     _settle()
     built.scheduler.on_batch = Roll(pulse).call
     run(built.scheduler, ports, pulse)
+
+
+def _follow(boot: Boot, rank: int, reports: "Reports", watch: Stopwatch) -> NoReturn:
+    from headrace.engine.build import build_follower
+
+    watch.begin("weights and KV cache")
+    try:
+        follower = build_follower(boot.config, boot.info, boot.addresses.folder, rank)
+    except LoadError as error:
+        raise LoadError(f"rank {rank} did not finish loading: {error.message}") from error
+    watch.begin("")
+    reports.send(Ready(watch.seconds))
+    _settle()
+    follower.run()
 
 
 def _detokenize(boot: Boot, number: int, reports: "Reports", watch: Stopwatch) -> NoReturn:

@@ -13,7 +13,7 @@ from headrace.dist.topology import Cut, split_heads
 from headrace.layers.batch import ForwardBatch
 from headrace.layers.build import Build
 from headrace.layers.kv_scale import scale_targets
-from headrace.layers.linear import RowLinear, qkv_linear
+from headrace.layers.linear import qkv_linear, row_linear
 from headrace.layers.norm import HeadNorm, Norm, NormSpec
 from headrace.ops.meta import AttentionMeta, KvCache
 from headrace.quant.base import Targets, cut_target, plain
@@ -65,11 +65,14 @@ class Attention:
     """x [tokens, hidden] -> [tokens, hidden]; writes the tokens' keys and values to the cache."""
 
     def __init__(self, spec: AttentionSpec, build: Build) -> None:
-        heads = split_heads(spec.heads, spec.kv_heads, build.shard)
-        self.spec = spec
+        try:
+            heads = split_heads(spec.heads, spec.kv_heads, build.shard)
+        except ValueError as error:
+            raise LoadError(str(error), field="deterministic_tp") from error
+        self.spec, self.group = spec, build.group
         self.heads, self.kv_heads = len(heads.q), len(heads.kv)
         self.qkv = qkv_linear(heads, spec.head_dim, spec.hidden_size, build, bias=spec.qkv_bias)
-        self.out = RowLinear(
+        self.out = row_linear(
             "o_proj", heads.q_cut(spec.head_dim), spec.hidden_size, build, bias=spec.out_bias
         )
         self.q_norm = _head_norm(spec, spec.heads, heads.q_cut(1), build)
@@ -82,6 +85,10 @@ class Attention:
         if spec.slopes:
             local = [0.0 if head is None else spec.slopes[head] for head in heads.q]
             self.slopes = torch.tensor(local, dtype=torch.float32)
+        dim = spec.head_dim
+        # What a rank gives to a norm over all heads, and what it takes of the result.
+        self.q_cuts = heads.q_cut(dim), heads.q_cut(dim)
+        self.k_cuts = heads.owned_cut(dim), heads.kv_cut(dim)
 
     def __call__(self, x: Tensor, cos_sin: Tensor, batch: ForwardBatch, cache: KvCache) -> Tensor:
         spec = self.spec
@@ -116,17 +123,22 @@ class Attention:
         qkv = self.qkv(x).view(len(x), -1, spec.head_dim)
         q, k, v = torch.split(qkv, [self.heads, self.kv_heads, self.kv_heads], dim=1)
         if self.q_norm and self.k_norm:
-            q, k = self._normalized(self.q_norm, q), self._normalized(self.k_norm, k)
+            q = self._normalized(self.q_norm, q, *self.q_cuts)
+            k = self._normalized(self.k_norm, k, *self.k_cuts)
         if spec.clip:
             q, k, v = (
                 ops.combine(part.flatten(1), limit=spec.clip).view(part.shape) for part in (q, k, v)
             )
         return q, k, v
 
-    def _normalized(self, norm: Norm | HeadNorm, x: Tensor) -> Tensor:
-        if self.spec.qk_norm == "all":
-            return norm(x.flatten(1)).view(x.shape)
-        return norm(x)
+    def _normalized(self, norm: Norm | HeadNorm, x: Tensor, given: Cut, taken: Cut) -> Tensor:
+        if self.spec.qk_norm != "all":
+            return norm(x)
+        y = norm(self.group.all_gather(x.flatten(1), given))
+        if taken.local < taken.full or taken.padded:
+            spans = tuple((span.source, span.target, span.count) for span in taken.spans)
+            y = ops.take_part(y, spans, taken.local)
+        return y.view(x.shape)
 
     def state_spec(self) -> StateSpec:
         """What this rank keeps per token."""
@@ -160,7 +172,5 @@ def _head_norm(spec: AttentionSpec, heads: int, local: Cut, build: Build) -> Nor
     if spec.qk_norm == "heads":
         return HeadNorm(local, spec.head_dim, spec.norm.eps, build)
     if spec.qk_norm == "all":
-        if build.group.size > 1:
-            raise LoadError("a norm over all heads cannot be cut over ranks", field="tp_size")
         return Norm(heads * spec.head_dim, spec.norm, build)
     return None

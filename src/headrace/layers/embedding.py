@@ -37,18 +37,13 @@ class VocabEmbedding:
         self.shape = LinearShape((Part("", rows),), self.columns)
         self.group = build.group
         self.dtype = build.dtype
-        self.first = rows.local * build.shard.rank
+        self.first = rows.local * build.shard.rank  # of the vocabulary
         self.method = build.method(name, kind=kind)
         self.weights = self.method.create_weights(self.shape, build.dtype)
 
     def __call__(self, ids: Tensor) -> Tensor:
-        if self.group.size == 1:
-            return ops.embedding_packed(ids, self.packed, self.dtype)
-        local = ids - self.first
-        elsewhere = (local < 0) | (local >= self.rows.local)
-        ids = local.masked_fill(elsewhere, 0)
-        hidden = ops.embedding_packed(ids, self.packed, self.dtype)
-        return self.group.all_reduce(hidden.masked_fill(elsewhere[:, None], 0))
+        hidden = ops.embedding_packed(ids, self.packed, self.dtype, self.first)
+        return self.group.all_reduce(hidden)
 
     def logits(self, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
         """hidden [n, hidden], bias [rows.local] -> fp32 [n, rows.local]."""
@@ -82,11 +77,10 @@ class LMHead:
         self.table = tied or VocabEmbedding(vocab_size, hidden_size, build, "lm_head", "head")
         self.tied = tied is not None
         self.bias = torch.zeros(self.table.rows.local, dtype=build.dtype) if bias else None
-        self.vocab_size = vocab_size
 
     def __call__(self, hidden: Tensor) -> Tensor:
         local = self.table.logits(hidden, self.bias)
-        return self.table.group.all_gather(local)[:, : self.vocab_size]
+        return self.table.group.all_gather(local, self.table.rows)
 
     def targets(self, prefix: str) -> Targets:
         found = {} if self.tied else self.table.targets(prefix)

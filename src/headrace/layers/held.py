@@ -1,7 +1,8 @@
 """What a model holds: every tensor and packed weight in it, with the way to it.
 
 A way is the attributes, keys and indices that lead from the model to the value, so it names the
-same place in another model built from the same configuration. Knows no layer by name.
+same place in another model built from the same configuration. Attributes that a class names as
+`computed` are no weights. Knows no layer by name.
 """
 
 from collections.abc import Iterator
@@ -19,6 +20,13 @@ _OURS = ("headrace.layers", "headrace.models", "headrace.quant")
 
 def held(model: object) -> Iterator[tuple[Way, Tensor | PackedWeight]]:
     """Every tensor and packed weight once, by the first way that leads to it."""
+    for way, value in parts(model):
+        if isinstance(value, Tensor) or _packed(value):
+            yield way, value
+
+
+def parts(model: object) -> Iterator[tuple[Way, Any]]:
+    """Everything that the model consists of, containers too, once."""
     yield from _walk((), model, set())
 
 
@@ -33,28 +41,38 @@ def held_bytes(model: object) -> int:
     return sum(storages.values())
 
 
+def at(model: object, way: Way) -> Any:
+    """What `way` leads to.
+
+    Raises:
+        LookupError: this model has no such way.
+    """
+    place: Any = model
+    for step in way:
+        place = _inside(place)[step]
+    return place
+
+
 def put(model: object, way: Way, value: Tensor | PackedWeight) -> None:
     """Let `way` lead to `value`.
 
     Raises:
         LookupError: this model has no such way.
     """
-    place: Any = model
-    for step in way[:-1]:
-        place = _inside(place)[step]
-    _inside(place)[way[-1]] = value
+    _inside(at(model, way[:-1]))[way[-1]] = value
 
 
-def _walk(way: Way, value: Any, seen: set[int]) -> Iterator[tuple[Way, Tensor | PackedWeight]]:
+def _walk(way: Way, value: Any, seen: set[int]) -> Iterator[tuple[Way, Any]]:
     if id(value) in seen:
         return
     seen.add(id(value))
+    yield way, value
     if isinstance(value, Tensor) or _packed(value):
-        yield way, value
         return
-    inside = _inside(value)
+    inside, computed = _inside(value), getattr(type(value), "computed", ())
     for step, item in inside.items() if isinstance(inside, dict) else enumerate(inside):
-        yield from _walk((*way, step), item, seen)
+        if step not in computed:
+            yield from _walk((*way, step), item, seen)
 
 
 def _packed(value: Any) -> bool:

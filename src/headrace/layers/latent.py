@@ -17,7 +17,7 @@ from headrace.core.plan import StateSpec
 from headrace.dist.topology import Cut, split_heads, whole
 from headrace.layers.batch import ForwardBatch
 from headrace.layers.build import Build
-from headrace.layers.linear import ColumnLinear, RowLinear
+from headrace.layers.linear import ColumnLinear, row_linear
 from headrace.layers.norm import Norm, NormSpec
 from headrace.ops.meta import KvCache
 from headrace.ops.packed import PackedHeads, PackedWeight
@@ -75,7 +75,7 @@ class LatentAttention:
         self.kv_norm = Norm(spec.rank, spec.norm, build)
         self.up = LatentUp(spec, heads.q_cut(spec.plain_dim + spec.value_dim), build)
         out = heads.q_cut(spec.value_dim)
-        self.out = RowLinear("o_proj", out, spec.hidden_size, build, bias=spec.bias)
+        self.out = row_linear("o_proj", out, spec.hidden_size, build, bias=spec.bias)
 
     def __call__(self, x: Tensor, cos_sin: Tensor, batch: ForwardBatch, cache: KvCache) -> Tensor:
         spec = self.spec
@@ -123,6 +123,8 @@ class LatentUp:
     needed turned, and the products of a head are small.
     """
 
+    computed = ("linear",)  # what comes in through it is held in `weights`
+
     def __init__(self, spec: LatentSpec, rows: Cut, build: Build) -> None:
         self.spec, self.dtype = spec, build.dtype
         self.linear = ColumnLinear((Part("kv_b_proj", rows),), spec.rank, build, kind="router")
@@ -133,11 +135,19 @@ class LatentUp:
     def packed(self, kind: str) -> PackedHeads:
         """All heads' "keys" [rank, plain_dim] or "values" [value_dim, rank]."""
         if kind not in self._packed:
-            rows = self.linear.shape.local_rows
-            count = rows // (self.spec.plain_dim + self.spec.value_dim)
-            heads = tuple(self.weights[f"{kind}.{index}"] for index in range(count))
+            heads = tuple(self.weights[f"{kind}.{index}"] for index in range(self._heads))
             self._packed[kind] = PackedHeads(heads)
         return self._packed[kind]
+
+    @property
+    def _heads(self) -> int:
+        return self.linear.shape.local_rows // (self.spec.plain_dim + self.spec.value_dim)
+
+    def packed_shapes(self) -> dict[str, tuple[int, int]]:
+        """What `weights` has once they are split, each [out, in]."""
+        keys, values = self.spec.plain_dim, self.spec.value_dim
+        shapes = {"keys": (self.spec.rank, keys), "values": (values, self.spec.rank)}
+        return {f"{kind}.{i}": shapes[kind] for kind in shapes for i in range(self._heads)}
 
     def targets(self, prefix: str) -> Targets:
         return when_filled(self.linear.targets(prefix), self._split)

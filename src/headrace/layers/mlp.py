@@ -8,7 +8,7 @@ from headrace import ops
 from headrace.core.errors import LoadError
 from headrace.dist.topology import even
 from headrace.layers.build import Build
-from headrace.layers.linear import ColumnLinear, RowLinear, gate_up_linear
+from headrace.layers.linear import ColumnLinear, gate_up_linear, row_linear
 from headrace.quant.base import Part, Targets
 
 #: names of config.json's `hidden_act` -> activation
@@ -53,7 +53,7 @@ class MLP:
             self.up = gate_up_linear(hidden_size, spec.inner_size, build, bias=spec.bias)
         else:
             self.up = ColumnLinear((Part("up_proj", split),), hidden_size, build, bias=spec.bias)
-        self.down = RowLinear("down_proj", split, hidden_size, build, bias=spec.bias)
+        self.down = row_linear("down_proj", split, hidden_size, build, bias=spec.bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.gated:

@@ -27,6 +27,8 @@ _BLOCK = 2048  # positions computed together
 
 
 class Rope:
+    computed = ("table",)  # no weights, see `layers.held`
+
     def __init__(self, spec: RopeSpec) -> None:
         self.spec = spec
         self.scale = attention_factor(spec)

@@ -1,4 +1,4 @@
-"""What every loader does: make the model, fill it, say how long it took."""
+"""What every loader does: read its settings, make the model, fill it, say how long it took."""
 
 import ctypes
 import logging
@@ -7,24 +7,59 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
+import msgspec
 import psutil
 
+from headrace.core.errors import BadRequest
 from headrace.core.hardware import detect
 from headrace.core.model_info import ModelInfo
+from headrace.core.weight_options import LoadOptions
 from headrace.layers.build import Build
 from headrace.loader.files import resolve_model_path
 from headrace.models import Model
 
 logger = logging.getLogger(__name__)
 
+_DEFAULTS = LoadOptions()
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What --model-loader-extra-config may say; a loader with settings has a subclass."""
+
 
 class BaseModelLoader(ABC):
-    """One way to get weights. Stateless; a subclass is chosen by --load-format."""
+    """One way to get weights. Stateless but for its settings; chosen by --load-format.
+
+    `packs`: it packs weights, so that a cache of packed ones saves time.
+
+    Raises:
+        BadRequest: --model-loader-extra-config has what this format does not know.
+    """
+
+    settings_type: ClassVar[type[Settings]] = Settings
+    packs: ClassVar[bool] = True
+
+    def __init__(self, load_format: str = "auto", options: LoadOptions = _DEFAULTS) -> None:
+        self.load_format, self.options = load_format, options
+        self.settings = self._read_settings()
+
+    def _read_settings(self) -> Settings:
+        text, known = self.options.model_loader_extra_config, self.settings_type
+        try:
+            return msgspec.json.decode(text, type=known)
+        except msgspec.DecodeError as error:
+            names = ", ".join(known.__struct_fields__) or "none"
+            raise BadRequest(
+                f"--model-loader-extra-config of --load-format {self.load_format}: {error}; "
+                f"settings it has: {names}",
+                field="model_loader_extra_config",
+            ) from None
 
     def download_model(self, path: str, revision: str = "", download_dir: str = "") -> Path:
         """Make the checkpoint available locally, without loading it; returns its folder."""
-        return resolve_model_path(path, revision, download_dir)
+        return resolve_model_path(path, revision, download_dir, self.load_format)
 
     @abstractmethod
     def load_model(self, info: ModelInfo, build: Build) -> Model:

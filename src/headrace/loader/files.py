@@ -1,4 +1,4 @@
-"""Finds a checkpoint: a local folder or a hub id, and the weight files in it. No torch.
+"""Finds a checkpoint: a local folder, a hub id or a URL, and the weight files in it. No torch.
 
 A local folder never touches the network. File names that come out of an index are checked: they
 must be plain names of files in the same folder.
@@ -13,9 +13,37 @@ from headrace.core.errors import LoadError
 
 INDEX = "model.safetensors.index.json"
 
-_WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*", "*.tiktoken"]
-_UNWANTED = ["consolidated*", "original/*", "onnx/*", "openvino*", "adapter_*", "training_args*"]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
+# What trainers leave beside the weights, and what is not the model itself.
+_NEEDLESS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "adapter_")
+_CONSOLIDATED = "consolidated"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How the files of one form are named: the first of `patterns` that fits, unless an index does
+    name them. `hint`: what to do where there are none."""
+
+    patterns: tuple[str, ...]
+    index: str
+    hint: str = ""
+
+
+SAFETENSORS = Kind(
+    ("*.safetensors",), INDEX, "--load-format pt reads it; headrace convert-weights converts it"
+)
+TORCH = Kind(("*.bin", "*.pt"), "pytorch_model.bin.index.json", "--load-format auto reads it")
+MISTRAL = Kind(
+    (f"{_CONSOLIDATED}*.safetensors",),
+    "consolidated.safetensors.index.json",
+    "--load-format auto or pt may read it",
+)
+_KINDS = {"pt": TORCH, "npcache": TORCH, "mistral": MISTRAL}
+
+
+def kind_of(load_format: str) -> Kind:
+    """The files that a --load-format reads."""
+    return _KINDS.get(load_format, SAFETENSORS)
 
 
 @dataclass(frozen=True)
@@ -34,84 +62,97 @@ class WeightFiles:
         return self.index is None or self.index.get(name, path.name) == path.name
 
 
-def resolve_model_path(path: str, revision: str = "", download_dir: str = "") -> Path:
-    """A local folder as it is, or a hub id downloaded (weights, config and tokenizer only).
+def resolve_model_path(
+    path: str, revision: str = "", download_dir: str = "", load_format: str = "auto"
+) -> Path:
+    """A local folder as it is; what else `path` may name as a folder with a config.json.
+
+    That is a .gguf file, a folder in Mistral's own form, a URL of format remote, or a hub id, which
+    is downloaded: what `load_format` reads, config and tokenizer only.
 
     Raises:
-        LoadError: neither a folder nor a hub id, or the download failed.
+        LoadError: none of these, or the download failed.
     """
+    if "://" in path:
+        from headrace.loader.remote_folder import model_folder as remote_folder
+
+        return remote_folder(path)
     local = Path(path).expanduser()
-    if local.is_dir():
-        return local
     if local.is_file() and local.suffix == ".gguf":
         from headrace.loader.gguf_folder import model_folder
 
         return model_folder(local)
-    if local.exists():
+    if local.exists() and not local.is_dir():
         raise LoadError(
             f"{path} is a file; give the folder that holds config.json, or a .gguf file"
         )
-    if not _HUB_ID.fullmatch(path):
-        raise LoadError(f"{path} is neither a folder nor a hub id (owner/name)")
-    return _download(path, revision, download_dir)
+    if not local.exists():
+        if not _HUB_ID.fullmatch(path):
+            raise LoadError(f"{path} is neither a folder nor a hub id (owner/name)")
+        from headrace.loader.hub import download
+
+        local = download(path, revision, download_dir, load_format)
+    native = not (local / "config.json").exists() and (local / "params.json").exists()
+    if load_format == "mistral" or (load_format == "auto" and native):
+        from headrace.loader.mistral_folder import model_folder as mistral_folder
+
+        return mistral_folder(local)
+    return local
 
 
-def _download(repo: str, revision: str, download_dir: str) -> Path:
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        folder = huggingface_hub.snapshot_download(
-            repo,
-            revision=revision or None,
-            cache_dir=download_dir or None,
-            allow_patterns=_WANTED,
-            ignore_patterns=_UNWANTED,
-        )
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
-        raise LoadError(
-            f"{repo} is no local folder, and getting it from the hub failed: {error}"
-        ) from error
-    return Path(folder)
-
-
-def weight_files(folder: Path) -> WeightFiles:
-    """The safetensors files of a checkpoint, without duplicates of the same weights.
+def weight_files(folder: Path, kind: Kind = SAFETENSORS) -> WeightFiles:
+    """The files of a checkpoint, without duplicates of the same weights: the index decides.
 
     Raises:
         LoadError: there are none, or the index names one that is not there.
     """
-    if (folder / INDEX).is_file():
-        return _indexed(folder)
-    paths = sorted(path for path in folder.glob("*.safetensors") if not _is_duplicate(path.name))
-    if not paths:
-        other = sorted(path.name for path in folder.glob("*.bin")) + sorted(
-            path.name for path in folder.glob("*.gguf")
-        )
-        found = f"; it has {other[0]}, a format that is not supported" if other else ""
-        raise LoadError(f"{folder} has no *.safetensors files{found}")
-    return WeightFiles(tuple(paths))
+    if (folder / kind.index).is_file():
+        return _indexed(folder, kind)
+    for pattern in kind.patterns:
+        paths = sorted(path for path in folder.glob(pattern) if is_weights(path.name, kind))
+        if paths:
+            return WeightFiles(tuple(paths))
+    other = [
+        name
+        for pattern in (*TORCH.patterns, *SAFETENSORS.patterns)
+        for name in sorted(path.name for path in folder.glob(pattern))
+        if not name.startswith(_NEEDLESS)
+    ]
+    found = f"; it has {other[0]}: {kind.hint}" if other else ""
+    raise LoadError(f"{folder} has no {' or '.join(kind.patterns)} files{found}")
 
 
-def _is_duplicate(name: str) -> bool:
-    """Mistral's own layout next to the usual one, and adapters, are not the model."""
-    return name.startswith(("consolidated", "adapter_"))
+def is_weights(name: str, kind: Kind) -> bool:
+    """Whether a file that fits a pattern of `kind` is part of the model itself."""
+    if name.startswith(_NEEDLESS):
+        return False
+    return kind is MISTRAL or not name.startswith(_CONSOLIDATED)
 
 
-def _indexed(folder: Path) -> WeightFiles:
-    path = folder / INDEX
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> plain file name.
+
+    Raises:
+        LoadError: it is none.
+    """
     try:
         index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise LoadError(f"{path} is no weight index: {error!r}") from error
     if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
         raise LoadError(f"{path}: weight_map must map tensor names to file names")
-    names = sorted(set(index.values()))
-    for name in names:
+    for name in sorted(set(index.values())):
         if Path(name).name != name:
             raise LoadError(f"{path} names {name!r}, which is not a plain file name")
-        if not (folder / name).is_file():
-            raise LoadError(f"{path} names {name}, which does not exist")
-    if not names:
+    if not index:
         raise LoadError(f"{path} names no files")
+    return index
+
+
+def _indexed(folder: Path, kind: Kind) -> WeightFiles:
+    index = read_index(folder / kind.index)
+    names = sorted(set(index.values()))
+    for name in names:
+        if not (folder / name).is_file():
+            raise LoadError(f"{folder / kind.index} names {name}, which does not exist")
     return WeightFiles(tuple(folder / name for name in names), index)

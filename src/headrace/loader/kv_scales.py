@@ -95,7 +95,7 @@ class HasKvScales(Protocol):
         ...
 
     def set_kv_scale(self, layer: int, scale: float) -> None:
-        """One for keys and values."""
+        """One for keys and values; `layer` counts from the model's first, on every rank."""
         ...
 
 
@@ -108,9 +108,8 @@ def prepare_kv_scales(model: object, info: ModelInfo, path: str, shard: Shard) -
     if path:
         if not isinstance(model, HasKvScales):
             raise _wrong(f"{info.architecture} does not support loading scaling factors")
-        layers = len(model.kv_scales())
         for layer, scale in kv_cache_scales_loader(
-            path, shard.rank, shard.size, layers, info.model_type
+            path, shard.rank, shard.size, info.num_layers, info.model_type
         ):
             model.set_kv_scale(layer, scale)
         logger.info("Loaded KV cache scaling factors from %s", path)

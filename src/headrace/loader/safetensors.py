@@ -9,7 +9,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,18 +59,33 @@ def read_header(path: Path) -> list[Entry]:
     Raises:
         LoadError: not a safetensors file, or its numbers do not add up.
     """
-    text, size = _header_text(path)
-    header = _parse(path, text)
-    header.pop("__metadata__", None)
-    entries = _entries(path, header, 8 + len(text))
-    _check_layout(path, entries, 8 + len(text), size)
-    return entries
+    return _read(path)[0]
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The texts that the writer of a file added; raises LoadError as `read_header`."""
-    metadata = _parse(path, _header_text(path)[0]).get("__metadata__")
-    return metadata if isinstance(metadata, dict) else {}
+    return _read(path)[1]
+
+
+def parse_header(
+    name: object, size: int, read: Callable[[int, int], bytes]
+) -> tuple[list[Entry], dict[str, str]]:
+    """The tensors and the metadata of `size` bytes; `read` gives those from begin to end.
+
+    Raises:
+        LoadError: not a safetensors file, or its numbers do not add up; names `name`.
+    """
+    length = int.from_bytes(read(0, 8), "little") if size >= 8 else 0
+    if size < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
+        raise LoadError(
+            f"{name} is not a safetensors file, or is cut off: its header should have "
+            f"{length} bytes, the file has {size}"
+        )
+    header = _parse(name, read(8, 8 + length))
+    metadata = header.pop("__metadata__", None)
+    entries = _entries(name, header, 8 + length)
+    _check_layout(name, entries, 8 + length, size)
+    return entries, metadata if isinstance(metadata, dict) else {}
 
 
 def iterate_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -105,23 +120,16 @@ def _view(data: mmap.mmap, entry: Entry) -> Tensor:
     return flat.view(entry.shape)
 
 
-def _header_text(path: Path) -> tuple[bytes, int]:
-    """The header's bytes and the size of the file."""
+def _read(path: Path) -> tuple[list[Entry], dict[str, str]]:
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
-                raise LoadError(
-                    f"{path} is not a safetensors file, or is cut off: its header should have "
-                    f"{length} bytes, the file has {size}"
-                )
-            return file.read(length), size
+            return parse_header(path, size, lambda a, b: os.pread(file.fileno(), b - a, a))
     except OSError as error:
         raise LoadError(f"{path} cannot be read: {error}") from error
 
 
-def _parse(path: Path, text: bytes) -> dict[str, Any]:
+def _parse(path: object, text: bytes) -> dict[str, Any]:
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
@@ -138,12 +146,12 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _entries(path: Path, header: dict[str, Any], data_start: int) -> list[Entry]:
+def _entries(path: object, header: dict[str, Any], data_start: int) -> list[Entry]:
     entries = [_entry(path, name, info, data_start) for name, info in header.items()]
     return sorted(entries, key=lambda entry: (entry.begin, entry.end))
 
 
-def _entry(path: Path, name: str, info: Any, data_start: int) -> Entry:
+def _entry(path: object, name: str, info: Any, data_start: int) -> Entry:
     try:
         dtype, shape, (begin, end) = info["dtype"], info["shape"], info["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
@@ -162,7 +170,7 @@ def _entry(path: Path, name: str, info: Any, data_start: int) -> Entry:
     return Entry(name, _DTYPES[dtype], tuple(shape), data_start + begin, data_start + end)
 
 
-def _check_layout(path: Path, entries: list[Entry], data_start: int, size: int) -> None:
+def _check_layout(path: object, entries: list[Entry], data_start: int, size: int) -> None:
     """Tensors must follow each other without holes or overlaps and fill the file."""
     position = data_start
     for entry in entries:

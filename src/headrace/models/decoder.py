@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from headrace import ops
+from headrace.core.errors import LoadError
 from headrace.core.model_info import ModelInfo
 from headrace.core.plan import StateSpec
+from headrace.dist.topology import stage_layers
 from headrace.layers.attention import Attention
 from headrace.layers.batch import ForwardBatch
-from headrace.layers.build import Build
+from headrace.layers.build import Build, Stage
 from headrace.layers.embedding import LMHead, PositionEmbedding, VocabEmbedding
 from headrace.layers.kv_scale import with_kv_scales
 from headrace.layers.latent import LatentAttention, LatentSpec
@@ -104,26 +106,40 @@ def _add(x: Tensor, residual: Tensor | None, norm: Norm | None) -> tuple[Tensor,
 
 
 class Decoder(ABC):
-    """The `Model` of a decoder. A family is a subclass that only overrides `describe`."""
+    """The `Model` of a decoder, or of one stage of it. A family only overrides `describe`.
+
+    The first stage has the embedding, the last one the final norm and the head, which is the
+    embedding once more where it is tied.
+    """
 
     def __init__(self, info: ModelInfo, build: Build) -> None:
         self.spec = spec = self.describe(info)
-        hidden = spec.hidden_size
+        self.stage, self.dtype = build.split.stage, build.dtype
+        hidden, first, last = spec.hidden_size, self.stage.first, self.stage.last
+        self.first_layer, stop = _layers(len(spec.layers), self.stage)
         build = replace(build, quant=build.quant.renamed(spec.layout.rename))
-        self.embedding = VocabEmbedding(spec.vocab_size, hidden, build, "model.embed_tokens")
-        self.positions = (
-            PositionEmbedding(spec.positions, hidden, build, spec.first_position)
-            if spec.positions
+        self.embedding = (
+            VocabEmbedding(spec.vocab_size, hidden, build, "model.embed_tokens")
+            if first or (last and spec.tied)
             else None
         )
-        self.embedding_norm = Norm(hidden, spec.norm, build) if spec.embedding_norm else None
+        self.positions = (
+            PositionEmbedding(spec.positions, hidden, build, spec.first_position)
+            if spec.positions and first
+            else None
+        )
+        self.embedding_norm = (
+            Norm(hidden, spec.norm, build) if spec.embedding_norm and first else None
+        )
         self.layers = [
-            DecoderLayer(layer, spec.norm, build.at(f"model.layers.{index}"))
-            for index, layer in enumerate(spec.layers)
+            DecoderLayer(spec.layers[index], spec.norm, build.at(f"model.layers.{index}"))
+            for index in range(self.first_layer, stop)
         ]
-        self.norm = Norm(hidden, spec.norm, build)
+        self.norm = Norm(hidden, spec.norm, build) if last else None
         tied = self.embedding if spec.tied else None
-        self.head = LMHead(spec.vocab_size, hidden, build, tied=tied, bias=spec.head_bias)
+        self.head = (
+            LMHead(spec.vocab_size, hidden, build, tied=tied, bias=spec.head_bias) if last else None
+        )
         self.ropes = [Rope(rope) for rope in spec.ropes]
 
     @staticmethod
@@ -132,14 +148,30 @@ class Decoder(ABC):
         """Read config.json; raises LoadError for what the family cannot be."""
 
     def forward(self, batch: ForwardBatch) -> Tensor:
-        x, residual = self._embed(batch), None
+        x, residual = self._begin(batch)
         tables = self._tables(self.cos_sin(batch) if batch.cos_sin is None else batch.cos_sin)
         for layer, cache in zip(self.layers, batch.caches, strict=True):
             table = tables[layer.spec.attention.rope or 0]
             x, residual = layer(x, residual, table, batch, cache)
-        return self.norm.add(x, residual)[0]
+        return self._end(x, residual)
+
+    def _begin(self, batch: ForwardBatch) -> tuple[Tensor, Tensor | None]:
+        """The stream before the first layer here, in two parts that are to be added."""
+        before = self.stage.before
+        if before is None:
+            return self._embed(batch), None
+        shape = len(batch.ids), self.spec.hidden_size
+        return before.receive(shape, self.dtype), before.receive(shape, self.dtype)
+
+    def _end(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        if self.stage.after is not None:
+            assert residual is not None  # there is a layer here
+            self.stage.after.send(x)
+            self.stage.after.send(residual)
+        return self.norm.add(x, residual)[0] if self.norm else x
 
     def _embed(self, batch: ForwardBatch) -> Tensor:
+        assert self.embedding is not None
         x, scale = self.embedding(batch.ids), self.spec.embedding_scale
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
@@ -159,6 +191,7 @@ class Decoder(ABC):
         return list(torch.split(cos_sin, widths, dim=1)) if widths else [cos_sin]
 
     def logits(self, hidden: Tensor) -> Tensor:
+        assert self.head is not None, "only the last stage has logits"
         scores, spec = self.head(hidden), self.spec
         if spec.logit_scale == 1.0 and not spec.logit_cap:
             return scores
@@ -172,7 +205,8 @@ class Decoder(ABC):
         return [layer.attention.kv_scales() for layer in self.layers]
 
     def set_kv_scale(self, layer: int, scale: float) -> None:
-        self.layers[layer].attention.set_kv_scale(scale)
+        if 0 <= layer - self.first_layer < len(self.layers):
+            self.layers[layer - self.first_layer].attention.set_kv_scale(scale)
 
     def prefix_scope(self, prompt_len: int) -> str:
         return "".join(prefix_scope(rope.spec, prompt_len) for rope in self.ropes)
@@ -191,15 +225,41 @@ class Decoder(ABC):
 
     def targets(self) -> Targets:
         """Every tensor that has a place here, by its name here."""
-        found = self.embedding.targets("model.embed_tokens")
+        found: Targets = {}
+        if self.embedding is not None:
+            found |= self.embedding.targets("model.embed_tokens")
         if self.positions is not None:
             found |= self.positions.targets("model.embed_positions")
         if self.embedding_norm is not None:
             found |= self.embedding_norm.targets("model.embed_norm")
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.layers, self.first_layer):
             found |= layer.targets(f"model.layers.{index}.")
-        return found | self.norm.targets("model.norm") | self.head.targets("lm_head")
+        if self.norm is not None:
+            found |= self.norm.targets("model.norm")
+        return found | (self.head.targets("lm_head") if self.head else {})
+
+    def foreign(self, name: str) -> bool:
+        """Whether a tensor that has no place here belongs to another stage."""
+        if self.stage.shard.size == 1:
+            return False
+        if name.startswith("model.layers."):
+            index = name.split(".")[2]
+            return (
+                index.isdigit()
+                and int(index) < len(self.spec.layers)
+                and not (0 <= int(index) - self.first_layer < len(self.layers))
+            )
+        return name.startswith(("model.embed_", "model.norm.", "lm_head."))
 
     def _ignored(self, name: str) -> bool:
         # Old checkpoints carry rotary buffers; tied ones may carry the head a second time.
-        return ".rotary_emb." in name or (self.spec.tied and name == "lm_head.weight")
+        rotary = ".rotary_emb." in name
+        return rotary or (self.spec.tied and name == "lm_head.weight") or self.foreign(name)
+
+
+def _layers(count: int, stage: Stage) -> tuple[int, int]:
+    """Where the layers of a stage begin and end."""
+    if count < stage.shard.size:
+        raise LoadError(f"{count} layers cannot be {stage.shard.size} stages", field="pp_size")
+    here = stage_layers(count, stage.shard)
+    return here.start, here.stop

@@ -19,7 +19,7 @@ from headrace.dist.topology import even, split_heads, whole
 from headrace.layers.batch import ForwardBatch
 from headrace.layers.build import Build
 from headrace.layers.embedding import VocabEmbedding
-from headrace.layers.linear import ColumnLinear, RowLinear
+from headrace.layers.linear import ColumnLinear, row_linear
 from headrace.layers.norm import LayerNorm
 from headrace.layers.weights import load_targets
 from headrace.models.head import Head, HeadLayer, dense_layers
@@ -56,10 +56,10 @@ class EncoderLayer:
         parts = tuple(Part(name, cut) for name in ("query", "key", "value"))
         self.heads, self.dim, self.scale = len(heads.q), dim, dim**-0.5
         self.qkv = ColumnLinear(parts, hidden, build.at("attention.self"), bias=True)
-        self.out = RowLinear("dense", cut, hidden, build.at("attention.output"), bias=True)
+        self.out = row_linear("dense", cut, hidden, build.at("attention.output"), bias=True)
         split, up = even(inner, build.shard), build.at("intermediate")
         self.up = ColumnLinear((Part("dense", split),), hidden, up, bias=True)
-        self.down = RowLinear("dense", split, hidden, build.at("output"), bias=True)
+        self.down = row_linear("dense", split, hidden, build.at("output"), bias=True)
         eps = float(info.hf.get("layer_norm_eps", 1e-12))
         self.norm = LayerNorm(hidden, eps, build)
         self.mlp_norm = LayerNorm(hidden, eps, build)
@@ -91,6 +91,8 @@ class Encoder(ABC):
         hf, hidden = info.hf, info.hidden_size
         if hf.get("position_embedding_type", "absolute") != "absolute":
             raise LoadError("positions must be absolute", field="position_embedding_type")
+        if build.split.stage.shard.size > 1:
+            raise LoadError("an encoder is one stage", field="pp_size")
         self.made = self.family(info)
         self.words = VocabEmbedding(info.vocab_size, hidden, build, "embeddings.word_embeddings")
         self.positions = torch.empty(int(hf["max_position_embeddings"]), hidden, dtype=build.dtype)

@@ -36,7 +36,7 @@ class TransformersModel:
     recordable = False  # computes between operators
 
     def __init__(self, info: ModelInfo, build: Build) -> None:
-        if build.shard != Shard():
+        if build.shard != Shard() or build.split.stage.shard.size > 1:
             raise LoadError("--model-impl transformers runs on one rank", field="model_impl")
         if build.quant.name != "none":
             raise LoadError("--model-impl transformers does not quantize", field="quantization")

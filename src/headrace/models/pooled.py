@@ -64,7 +64,8 @@ class PooledDecoder:
         return self.decoder.checkpoint_shapes() | own
 
     def _ignored(self, name: str) -> bool:
-        return ".rotary_emb." in name or name == "lm_head.weight"
+        unused = ".rotary_emb." in name or name == "lm_head.weight"
+        return unused or self.decoder.foreign(name)
 
 
 def _head_layers(info: ModelInfo) -> list[HeadLayer]:

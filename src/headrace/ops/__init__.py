@@ -1,93 +1,68 @@
 """The list of operators: what a model may compute, and who computes it.
 
-Each function states the contract; `headrace.ops.ref` is its definition. At import a table picks,
-for each operator, the first implementation that has it. This package is the only one that knows
+Each function states the contract; `headrace.ops.ref` is its definition. At import
+`headrace.ops.serving` picks an implementation for each. This package is the only one that knows
 which device or instruction set there is. Tensors named `x` are [tokens, ...] in the model's dtype.
 """
 
 from collections.abc import Callable, Sequence
-from types import ModuleType
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from headrace.ops import cpu, ref
 from headrace.ops.experts import ClampedSwiglu, PackedExperts, RouterSpec
 from headrace.ops.meta import AttentionMeta, KvCache
 from headrace.ops.packed import PackedHeads, PackedWeight
 from headrace.ops.sampling import LogProbs, Sampled, SampleTable
+from headrace.ops.serving import best
+from headrace.ops.serving import check_packed as check_packed
+from headrace.ops.serving import implementations as implementations
+from headrace.ops.serving import packing as packing
+from headrace.ops.serving import set_threads as set_threads
 
 Activation = Literal["silu", "gelu_tanh", "gelu_erf", "relu", "relu_squared"]
 Gating = Activation | ClampedSwiglu
 
-# Best first; `ref` has every operator.
-_IMPLEMENTATIONS: dict[str, ModuleType] = {"cpu": cpu, "ref": ref}
-_serving: dict[str, str] = {}
-
-
-def implementations() -> dict[str, str]:
-    """Operator name -> name of the implementation that serves it."""
-    return dict(_serving)
-
-
-def packing() -> str:
-    """Names the layout that `pack` makes; weights packed under one name fit no other."""
-    return f"{_serving['pack']}-{cpu.library.ABI if _serving['pack'] == 'cpu' else 0}"
-
-
-def set_threads(count: int) -> None:
-    """Threads that one operator may use, the caller included."""
-    torch.set_num_threads(count)
-    if cpu.LIBRARY is not None:
-        cpu.library.set_threads(count)
-
-
-def _best(operator: str) -> Any:
-    for name, module in _IMPLEMENTATIONS.items():
-        if operator in module.__all__:
-            _serving[operator] = name
-            return getattr(module, operator)
-    raise LookupError(f"no implementation of operator {operator}")
-
-
-_linear: Callable[..., Tensor] = _best("linear")
-_embedding: Callable[..., Tensor] = _best("embedding")
-_position_embedding: Callable[..., Tensor] = _best("position_embedding")
-_combine: Callable[..., Tensor] = _best("combine")
-_gather: Callable[..., Tensor] = _best("gather")
-_columns: Callable[..., Tensor] = _best("columns")
-_rms_norm: Callable[..., tuple[Tensor, Tensor]] = _best("rms_norm")
-_layer_norm: Callable[..., Tensor] = _best("layer_norm")
-_rotary_table: Callable[..., Tensor] = _best("rotary_table")
-_turn: Callable[..., Tensor] = _best("turn")
-_rotary: Callable[..., tuple[Tensor, Tensor]] = _best("rotary")
-_write_kv: Callable[..., None] = _best("write_kv")
-_rotary_kv: Callable[..., Tensor] = _best("rotary_kv")
-_latent_kv: Callable[..., Tensor] = _best("latent_kv")
-_paged_attention: Callable[..., Tensor] = _best("paged_attention")
-_chunked_attention: Callable[..., Tensor] = _best("chunked_attention")
-_sloped_attention: Callable[..., Tensor] = _best("sloped_attention")
-_gated: Callable[..., Tensor] = _best("gated")
-_activate: Callable[..., Tensor] = _best("activate")
-_logits: Callable[..., Tensor] = _best("logits")
-_stored_dtype: Callable[..., torch.dtype] = _best("stored_dtype")
-_sample: Callable[..., Sampled] = _best("sample")
-_log_probs: Callable[..., LogProbs] = _best("log_probs")
-_pack: Callable[..., PackedWeight] = _best("pack")
-_pack_quantized: Callable[..., PackedWeight] = _best("pack_quantized")
-_linear_packed: Callable[..., Tensor] = _best("linear_packed")
-_linear_parts: Callable[..., Tensor] = _best("linear_parts")
-_mask_logits: Callable[..., None] = _best("mask_logits")
-_logits_packed: Callable[..., Tensor] = _best("logits_packed")
-_embedding_packed: Callable[..., Tensor] = _best("embedding_packed")
-_gated_packed: Callable[..., Tensor] = _best("gated_packed")
-_router_topk: Callable[..., tuple[Tensor, Tensor]] = _best("router_topk")
-_pack_heads: Callable[..., PackedHeads] = _best("pack_heads")
-_heads_linear: Callable[..., Tensor] = _best("heads_linear")
-_pack_experts: Callable[..., PackedExperts] = _best("pack_experts")
-_moe_packed: Callable[..., Tensor] = _best("moe_packed")
+_linear: Callable[..., Tensor] = best("linear")
+_embedding: Callable[..., Tensor] = best("embedding")
+_position_embedding: Callable[..., Tensor] = best("position_embedding")
+_combine: Callable[..., Tensor] = best("combine")
+_gather: Callable[..., Tensor] = best("gather")
+_columns: Callable[..., Tensor] = best("columns")
+_rms_norm: Callable[..., tuple[Tensor, Tensor]] = best("rms_norm")
+_layer_norm: Callable[..., Tensor] = best("layer_norm")
+_rotary_table: Callable[..., Tensor] = best("rotary_table")
+_turn: Callable[..., Tensor] = best("turn")
+_rotary: Callable[..., tuple[Tensor, Tensor]] = best("rotary")
+_write_kv: Callable[..., None] = best("write_kv")
+_rotary_kv: Callable[..., Tensor] = best("rotary_kv")
+_latent_kv: Callable[..., Tensor] = best("latent_kv")
+_paged_attention: Callable[..., Tensor] = best("paged_attention")
+_chunked_attention: Callable[..., Tensor] = best("chunked_attention")
+_sloped_attention: Callable[..., Tensor] = best("sloped_attention")
+_gated: Callable[..., Tensor] = best("gated")
+_activate: Callable[..., Tensor] = best("activate")
+_logits: Callable[..., Tensor] = best("logits")
+_stored_dtype: Callable[..., torch.dtype] = best("stored_dtype")
+_sample: Callable[..., Sampled] = best("sample")
+_log_probs: Callable[..., LogProbs] = best("log_probs")
+_pack: Callable[..., PackedWeight] = best("pack")
+_pack_quantized: Callable[..., PackedWeight] = best("pack_quantized")
+_linear_packed: Callable[..., Tensor] = best("linear_packed")
+_linear_parts: Callable[..., Tensor] = best("linear_parts")
+_mask_logits: Callable[..., None] = best("mask_logits")
+_logits_packed: Callable[..., Tensor] = best("logits_packed")
+_embedding_packed: Callable[..., Tensor] = best("embedding_packed")
+_gated_packed: Callable[..., Tensor] = best("gated_packed")
+_router_topk: Callable[..., tuple[Tensor, Tensor]] = best("router_topk")
+_pack_heads: Callable[..., PackedHeads] = best("pack_heads")
+_heads_linear: Callable[..., Tensor] = best("heads_linear")
+_pack_experts: Callable[..., PackedExperts] = best("pack_experts")
+_moe_packed: Callable[..., Tensor] = best("moe_packed")
+_cast: Callable[..., Tensor] = best("cast")
+_take_part: Callable[..., Tensor] = best("take_part")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -383,9 +358,11 @@ def logits_packed(hidden: Tensor, weight: PackedWeight, bias: Tensor | None = No
     return _logits_packed(hidden, weight, bias)
 
 
-def embedding_packed(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """`embedding` with a packed weight, as `dtype`."""
-    return _embedding_packed(ids, weight, dtype)
+def embedding_packed(
+    ids: Tensor, weight: PackedWeight, dtype: torch.dtype, first: int = 0
+) -> Tensor:
+    """`embedding` of ids - first with a packed weight, as `dtype`; zeros for rows it lacks."""
+    return _embedding_packed(ids, weight, dtype, first)
 
 
 def router_topk(
@@ -424,11 +401,27 @@ def moe_packed(
     weights: Tensor,
     activation: Gating,
     on_input: bool = False,
+    first: int = 0,
 ) -> Tensor:
     """Gated feed-forward blocks of the chosen experts, weighted and summed in the order of choice.
 
     x [tokens, hidden], ids and weights as from `router_topk` -> [tokens, hidden]. Each expert's
     output is rounded to x's dtype; the sum is in fp32 and rounded once. With `on_input` x is
-    weighted, and rounded, instead of what comes out.
+    weighted, and rounded, instead of what comes out. `experts` have the numbers from `first` on;
+    others add nothing.
     """
-    return _moe_packed(x, experts, ids, weights, activation, on_input)
+    return _moe_packed(x, experts, ids, weights, activation, on_input, first)
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [tokens, n] as another float dtype."""
+    return _cast(x, dtype)
+
+
+def take_part(x: Tensor, spans: tuple[tuple[int, int, int], ...], width: int) -> Tensor:
+    """x [tokens, n] -> y [tokens, width].
+
+    For each span (whole, part, count) y[:, part : part + count] = x[:, whole : whole + count]; the
+    rest of y is zero. Values are moved, not computed.
+    """
+    return _take_part(x, spans, width)

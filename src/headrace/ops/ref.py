@@ -24,6 +24,7 @@ from headrace.ops.ref_sampling import log_probs, sample
 
 __all__ = [
     "activate",
+    "cast",
     "chunked_attention",
     "columns",
     "combine",
@@ -57,6 +58,7 @@ __all__ = [
     "sample",
     "sloped_attention",
     "stored_dtype",
+    "take_part",
     "turn",
     "write_kv",
 ]
@@ -253,7 +255,16 @@ def logits_packed(hidden: Tensor, weight: PackedWeight, bias: Tensor | None = No
     return found if bias is None else found + bias.float()
 
 
-def embedding_packed(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+def embedding_packed(
+    ids: Tensor, weight: PackedWeight, dtype: torch.dtype, first: int = 0
+) -> Tensor:
+    local = ids - first
+    elsewhere = (local < 0) | (local >= weight.out_size)
+    rows = _rows(local.masked_fill(elsewhere, 0), weight, dtype)
+    return rows.masked_fill(elsewhere[:, None], 0)
+
+
+def _rows(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     if weight.format not in FLOAT_FORMATS:
         return ref_lowbit.rows(weight, ids).to(dtype)
     return embedding(ids, weight.data).to(dtype)
@@ -318,24 +329,36 @@ def moe_packed(
     weights: Tensor,
     activation: str | ClampedSwiglu,
     on_input: bool = False,
+    first: int = 0,
 ) -> Tensor:
     chosen = x.new_zeros(*ids.shape, experts.downs[0].out_size)
     for index, (gate, up, down) in enumerate(
         zip(experts.gates, experts.ups, experts.downs, strict=True)
     ):
-        tokens, place = (ids == index).nonzero(as_tuple=True)
+        tokens, place = (ids == first + index).nonzero(as_tuple=True)
         if not len(tokens):
             continue
         given = x[tokens]
         if on_input:
             given = (weights[tokens, place, None] * given).to(x.dtype)
         biases = experts.gate_up_bias, experts.down_bias
-        first, second = (None if bias is None else bias[index].to(x.dtype) for bias in biases)
-        inner = gated(linear_parts(given, (gate, up), first), activation)
-        chosen[tokens, place] = linear_packed(inner, down, second)
+        before, after = (None if bias is None else bias[index].to(x.dtype) for bias in biases)
+        inner = gated(linear_parts(given, (gate, up), before), activation)
+        chosen[tokens, place] = linear_packed(inner, down, after)
     if on_input:
         weights = torch.ones_like(weights)
     y = torch.zeros(chosen.shape[::2])
     for weight, output in zip(weights.unbind(1), chosen.unbind(1), strict=True):
         y += weight[:, None] * output
     return y.to(x.dtype)
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype)
+
+
+def take_part(x: Tensor, spans: tuple[tuple[int, int, int], ...], width: int) -> Tensor:
+    y = x.new_zeros(len(x), width)
+    for whole, part, count in spans:
+        y[:, part : part + count] = x[:, whole : whole + count]
+    return y

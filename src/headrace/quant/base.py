@@ -130,14 +130,11 @@ class Matrix:
     def __init__(self, rows: int, columns: int, dtype: torch.dtype) -> None:
         self.shape, self.dtype = (rows, columns), dtype
         self._values: Tensor | None = None
-        self._packed = False
+        self._packed = self._borrowed = False
 
     def open(self, source: torch.dtype) -> Tensor:
         """The values, to be filled from a tensor of dtype `source`."""
-        if self._packed:
-            raise LoadError(
-                "these weights are packed already: build the model again to load others"
-            )
+        self._check_open()
         dtype = ops.stored_dtype(source, self.dtype)
         if self._values is None:
             self._values = torch.empty(self.shape, dtype=dtype)
@@ -145,12 +142,35 @@ class Matrix:
             self._values = self._values.to(self.dtype)
         return self._values
 
+    def adopt(self, values: Tensor) -> None:
+        """Take the whole matrix as it is, not copied: pack it before `values` go."""
+        self._check_open()
+        dtype = ops.stored_dtype(values.dtype, self.dtype)
+        self._values, self._borrowed = values.to(dtype).contiguous(), True
+
+    def _check_open(self) -> None:
+        if self._packed:
+            raise LoadError(
+                "these weights are packed already: build the model again to load others"
+            )
+
     def pack(self, format: str = "", group: int = 0) -> PackedWeight:
         """The matrix in a format of `ops.pack`; the unpacked values go."""
         assert self._values is not None
         packed = ops.pack(self._values, format, group)
+        if self._borrowed and packed.data.data_ptr() == self._values.data_ptr():
+            packed = replace(packed, data=packed.data.clone())
         self._values, self._packed = None, True
         return packed
+
+
+def uncopied(targets: Targets, matrix: Matrix) -> Targets:
+    """The same targets of a matrix that is packed when they are filled; a tensor that is all of it
+    is not copied before."""
+    whole = [target for target in targets.values() if target.shape == matrix.shape]
+    if len(targets) != 1 or not whole:
+        return targets
+    return {name: replace(target, copy=matrix.adopt) for name, target in targets.items()}
 
 
 def part_targets(
@@ -196,6 +216,21 @@ def when_filled(targets: Targets, then: Callable[[], None]) -> Targets:
         return replace(target, copy=copy)
 
     return {name: counted(name, target) for name, target in targets.items()}
+
+
+def merged(parts: Sequence[Targets]) -> Targets:
+    """Targets of the same names that each checkpoint tensor fills all at once."""
+
+    def one(name: str) -> WeightTarget:
+        members = [targets[name] for targets in parts]
+
+        def copy(source: Tensor) -> None:
+            for member in members:
+                member.copy(source)
+
+        return replace(members[0], copy=copy)
+
+    return {name: one(name) for name in parts[0]} if len(parts) > 1 else parts[0]
 
 
 def stacked_target(targets: Targets) -> WeightTarget:

@@ -16,6 +16,7 @@ from headrace.quant.base import (
     Weights,
     part_targets,
     stacked_target,
+    uncopied,
 )
 
 
@@ -33,7 +34,9 @@ class Dense:
         return {"weight": Matrix(shape.local_rows, shape.columns.local, dtype)}
 
     def targets(self, shape: LinearShape, weights: Weights, prefix: str) -> Targets:
-        return part_targets(weights["weight"].open, shape, prefix, "weight", shape.columns)
+        matrix = weights["weight"]
+        targets = part_targets(matrix.open, shape, prefix, "weight", shape.columns)
+        return uncopied(targets, matrix)
 
     def stacked(self, shape: LinearShape, single: Targets, prefix: str, name: str) -> Targets:
         return {f"{prefix}{name}.weight": stacked_target(single)}

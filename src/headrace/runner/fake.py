@@ -6,8 +6,10 @@ ends a sequence.
 """
 
 from concurrent.futures import Future
+from typing import Any
 
 from headrace.core.config import Config
+from headrace.core.errors import BadRequest
 from headrace.core.hardware import Hardware
 from headrace.core.model_info import ModelInfo
 from headrace.core.plan import Chunk, ChunkResult, NewRow, ScoredToken, StepPlan, StepResult
@@ -42,6 +44,10 @@ class FakeWorker:
         future: Future[StepResult] = Future()
         future.set_result(StepResult(chunks=[self._answer(chunk) for chunk in plan.chunks]))
         return future
+
+    def weights(self, action: str, details: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """There are none."""
+        raise BadRequest("--runner fake has no weights")
 
     def prefix_scope(self, prompt_len: int) -> str:
         """All prompts may share prefixes."""

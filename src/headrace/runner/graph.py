@@ -72,7 +72,7 @@ class EagerGraph:
 
 
 class RecordedGraph:
-    """Replays a model for steps of up to `tokens` tokens and `picks` rows of logits.
+    """Replays a model for steps of up to `tokens` tokens and `picks` rows of logits, 0: none.
 
     Raises:
         MemoryError: the activations need more addresses than there are.
@@ -104,7 +104,8 @@ class RecordedGraph:
         with recording(arena) as self.body:
             self.hidden = self.model.forward(batch)
         with recording(arena) as self.head:
-            self.scores = self.model.logits(ops.gather(self.hidden, batch.ids[: self.picks]))
+            if self.picks:
+                self.scores = self.model.logits(ops.gather(self.hidden, batch.ids[: self.picks]))
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         tokens = len(batch.ids)
@@ -133,20 +134,21 @@ def make_graph(model: Model, caches: Caches, page_size: int, *, tokens: int, pic
     except MemoryError as error:
         logger.info("the model runs call by call: %s", error)
         return eager
-    if not _agree(recorded, eager, _blank_batch(caches, page_size, min(3, page_size))):
+    if not _agree(recorded, eager, _blank_batch(caches, page_size, min(3, page_size)), picks):
         logger.warning("the recorded model differs from the model, which runs call by call")
         return eager
     logger.info("recorded %d operators per step", len(recorded.body) + len(recorded.head))
     return recorded
 
 
-def _agree(recorded: Graph, eager: Graph, batch: ForwardBatch) -> bool:
+def _agree(recorded: Graph, eager: Graph, batch: ForwardBatch, picks: int) -> bool:
     """Both give the same bits for a batch. Writes to its pages."""
     results = []
     places = np.arange(len(batch.ids))[-2:]
     for graph in (recorded, eager):
         hidden = graph.forward(batch)
-        results.append((hidden.clone(), graph.logits(hidden, places).clone()))
+        scores = graph.logits(hidden, places) if picks else hidden
+        results.append((hidden.clone(), scores.clone()))
     return all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 

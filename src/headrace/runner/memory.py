@@ -54,6 +54,7 @@ class MemoryPlan:
     max_running_requests: int
     page_size: int
     context_length: int
+    stages: int = 1
 
     @property
     def cache(self) -> int:
@@ -70,6 +71,7 @@ class MemoryPlan:
             max_running_requests=self.max_running_requests,
             context_length=self.context_length,
             page_size=self.page_size,
+            stages=self.stages,
         )
 
     def lines(self) -> list[str]:

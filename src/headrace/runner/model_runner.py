@@ -67,7 +67,10 @@ class Model(graph.Model, Protocol):
 
 
 class ModelRunner:
-    """One model on one device; its KV cache is of `kv_dtype`, or of the model's dtype."""
+    """One model on one device; its KV cache is of `kv_dtype`, or of the model's dtype.
+
+    `samples`: the model has logits; without them plans have no results (stages of a pipeline).
+    """
 
     def __init__(
         self,
@@ -81,6 +84,7 @@ class ModelRunner:
         pooler: Pooler | None = None,
     ) -> None:
         self.model = model
+        self.samples = True
         self.vocab_size = vocab_size
         self.dtype = dtype
         self.tables = RowTables(
@@ -105,8 +109,14 @@ class ModelRunner:
             self.pool.caches,
             self.tables.page_size,
             tokens=tokens,
-            picks=min(tokens, next(slices(tokens, self.vocab_size)).stop),
+            picks=min(tokens, next(slices(tokens, self.vocab_size)).stop) if self.samples else 0,
         )
+
+    def learn(self, tokens: Sequence[tuple[int, int, int]]) -> None:
+        """(row, position, token) of tokens that were sampled elsewhere."""
+        if tokens:
+            rows, positions, values = np.array(tokens).T
+            self.tables.tokens[rows, positions] = values
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -126,6 +136,8 @@ class ModelRunner:
         layout = lay_out(chunks)
         write_drafts(chunks, self.tables)
         hidden = self.graph.forward(build_batch(layout, self.tables, self.pool.caches))
+        if not self.samples:
+            return []
         drawn = self._sample(hidden, layout, extras)
         results, taken = [], 0
         for chunk, offset in zip(chunks, layout.offset.tolist(), strict=True):

@@ -38,6 +38,8 @@ class Arguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_steps: int | None = None
     seconds: float | None = None
     level: str = ""
+    action: str = ""
+    details: dict[str, Any] = {}
 
 
 def answer(scheduler: "Scheduler", message: Control) -> ControlReply:
@@ -144,6 +146,11 @@ def _freeze_gc(scheduler: "Scheduler", args: Arguments) -> Answer:
     return "Collections will not look at what exists now.", {}
 
 
+def _weights(scheduler: "Scheduler", args: Arguments) -> Answer:
+    """Save or send the weights; steps wait until it is done, or has begun where it takes long."""
+    return scheduler.runner.weights(args.action, args.details)
+
+
 VERBS: dict[str, Callable[["Scheduler", Arguments], Answer]] = {
     "ping": _ping,
     "loads": _state,
@@ -160,4 +167,5 @@ VERBS: dict[str, Callable[["Scheduler", Arguments], Answer]] = {
     "slow_down": _slow_down,
     "log_level": _log_level,
     "freeze_gc": _freeze_gc,
+    "weights": _weights,
 }

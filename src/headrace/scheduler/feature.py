@@ -26,6 +26,14 @@ class Runner(Protocol):
         """Start a plan; returns at once. Device errors come back in `StepResult.error`."""
         ...
 
+    def weights(self, action: str, details: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Do something with the weights of all ranks (`runner.weights`): a text and data.
+
+        Raises:
+            HeadraceError: it was refused, or failed.
+        """
+        ...
+
 
 class Feature:
     """Default answers. `depth` is how many plans may be in flight."""

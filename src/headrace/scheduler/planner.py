@@ -34,6 +34,17 @@ class Draft:
         self.copies: list[tuple[int, int]] = []
 
 
+def _for_later(request: Request, draft: Draft, planner: "Planner") -> bool:
+    """Whether a request is left to a later plan, so that all stages of a pipeline have work.
+
+    A plan takes its share of the running requests, and none that waits for a sampled token: the
+    first stage does not know it before the scheduler does.
+    """
+    stages = planner.limits.stages
+    full = len(draft.requests) * stages >= len(planner.running)
+    return stages > 1 and (request.pending > 0 or full)
+
+
 class Planner:
     """Owns the queue, the running requests and the rows."""
 
@@ -103,7 +114,7 @@ class Planner:
 
     def _grow(self, request: Request, draft: Draft) -> None:
         """Add the next chunk of a running request, if it may and can run."""
-        if request.row < 0 or not self._may_run(request):
+        if request.row < 0 or not self._may_run(request) or _for_later(request, draft, self):
             return
         count = request.total - request.computed
         if count > 1:

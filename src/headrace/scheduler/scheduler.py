@@ -60,7 +60,7 @@ class Scheduler:
         features: Sequence[Feature] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.depth = 1 if options.disable_overlap_schedule else 2
+        self.depth = 1 if options.disable_overlap_schedule else max(2, limits.stages)
         self.clock = clock
         self.options = options
         self.limits = limits

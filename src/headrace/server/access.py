@@ -46,6 +46,7 @@ _USER = """
 _ADMIN = """
 /flush_cache /pause_generation /continue_generation /drain /start_profile /stop_profile
 /configure_logging /freeze_gc /slow_down /ui/events /debug/scheduler
+/init_weights_send_group_for_remote_instance /send_weights_to_remote_instance
 """
 ROLES: dict[str, Role] = {
     path: role

@@ -26,6 +26,7 @@ from headrace.server import (
     embeddings,
     errors,
     generation,
+    instances,
     ollama,
     openai_responses,
     parsing,
@@ -58,6 +59,7 @@ PARTS = (
     parsing,
     admin,
     control,
+    instances,
     ui,
 )
 
@@ -71,6 +73,7 @@ BODIES = (
     BatchRequest,
     *control.BODIES,
     *embeddings.BODIES,
+    *instances.BODIES,
     *ranking.BODIES,
 )
 

@@ -36,7 +36,7 @@ from headrace.scheduler.scheduler import Scheduler
 from headrace.scheduler.space import Space
 
 # Verbs that touch the machine, not the plans.
-_LEFT_OUT = ("start_profile", "stop_profile", "slow_down", "log_level", "freeze_gc")
+_LEFT_OUT = ("start_profile", "stop_profile", "slow_down", "log_level", "freeze_gc", "weights")
 
 
 class Diverged(HeadraceError):
@@ -145,6 +145,10 @@ class Stage:
         self._outcome.prompt_tokens += sum(c.count for c in plan.chunks if c.count > 1)
         self._outcome.tokens += sum(c.samples for c in plan.chunks)
         return Late(self.results)
+
+    def weights(self, action: str, details: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Never asked: see `_LEFT_OUT`."""
+        raise Diverged("there are no weights")
 
     def told(self, what: str) -> Any:
         """The next answer of the recording."""

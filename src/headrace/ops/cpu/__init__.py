@@ -13,6 +13,7 @@ if LIBRARY is not None:
         paged_attention,
         sloped_attention,
     )
+    from headrace.ops.cpu.collective import cast, take_part
     from headrace.ops.cpu.elementwise import (
         activate,
         columns,
@@ -33,6 +34,7 @@ if LIBRARY is not None:
 
     __all__ += [
         "activate",
+        "cast",
         "chunked_attention",
         "columns",
         "combine",
@@ -63,6 +65,7 @@ if LIBRARY is not None:
         "sample",
         "sloped_attention",
         "stored_dtype",
+        "take_part",
         "turn",
         "write_kv",
     ]

@@ -52,6 +52,7 @@ class _MoeArgs(Structure):
         ("alpha", c_float),
         ("limit", c_float),
         ("on_input", c_int32),
+        ("first", c_int64),
     )
 
 
@@ -122,6 +123,7 @@ def moe_packed(
     weights: Tensor,
     activation: str | ClampedSwiglu,
     on_input: bool = False,
+    first: int = 0,
 ) -> Tensor:
     if x.shape[1] != experts.gates[0].in_size:
         raise ValueError(f"x has {x.shape[1]} columns, experts {experts.gates[0].in_size} inputs")
@@ -140,6 +142,7 @@ def moe_packed(
         ids.shape[1],
         *activation_args(activation),
         on_input,
+        first,
     )
     _MOE(args, Step(tokens=len(x)))
     return y

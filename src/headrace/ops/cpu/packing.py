@@ -5,6 +5,7 @@ of every weight once.
 """
 
 import ctypes
+import math
 import mmap
 import threading
 from ctypes import Structure, c_int32, c_int64, c_void_p
@@ -38,7 +39,9 @@ _DTYPES = {name: DTYPES[dtype] for name, dtype in FLOAT_FORMATS.items()} | {
     **dict.fromkeys(TABLES, 8),
 }
 _GROUPED_INT8 = 6
+_MOST_VALUES = 1 << 40  # a matrix of a terabyte has lied
 _SYMMETRIC, _ZEROS, _OFFSETS, _WIDE = range(4)  # hr_scaling
+_MOST_SCALINGS = 3
 
 
 class Weight(Structure):
@@ -64,7 +67,7 @@ class _PackLowbitArgs(Structure):
 
 
 class _UnpackArgs(Structure):
-    _fields_ = (("weight", Weight), ("y", Rows))
+    _fields_ = (("weight", Weight), ("y", Rows), ("first", c_int64))
 
 
 _PACK = Operator("pack", _PackArgs)
@@ -120,12 +123,30 @@ def pack_quantized(
     return _lay_out(check_quantized(values, scales, format, group, offsets))
 
 
-def embedding_packed(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+def embedding_packed(
+    ids: Tensor, weight: PackedWeight, dtype: torch.dtype, first: int = 0
+) -> Tensor:
     y = empty((len(ids), weight.in_size), dtype)
-    args = _UnpackArgs(mirror(weight), rows(y))
+    args = _UnpackArgs(mirror(weight), rows(y), first)
     unpack = _UNPACK_LOWBIT.get(kernel_of(weight.format, weight.group), _UNPACK)
     unpack(args, Step(tokens=len(ids), ids=ids.data_ptr()))
     return y
+
+
+def check_packed(weight: PackedWeight) -> None:
+    """Raises ValueError where a kernel would read past the end of what `weight` has."""
+    sizes = weight.out_size, weight.in_size
+    if math.prod(sizes) > _MOST_VALUES or not 0 <= weight.variant <= _MOST_SCALINGS:
+        raise ValueError(f"a matrix {list(sizes)} of variant {weight.variant}")
+    check_group(weight.format, weight.group, weight.in_size)
+    # Memory that nobody touches costs nothing.
+    right = _new(sizes, weight.format, weight.group, weight.variant)
+    if weight.data.nbytes < right.data.nbytes or not weight.data.is_contiguous():
+        raise ValueError(f"it has {weight.data.nbytes} bytes, not {right.data.nbytes}")
+    for found, wanted in ((weight.scales, right.scales), (weight.offsets, right.offsets)):
+        shapes = [None if t is None else (tuple(t.shape), t.dtype) for t in (found, wanted)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"its scales are {shapes[0]}, not {shapes[1]}")
 
 
 def _new(shape: tuple[int, ...], format: str, group: int = 0, variant: int = 0) -> PackedWeight:

@@ -1,0 +1,75 @@
+"""Servers whose model is split over processes: the tokens of one, and how they end."""
+
+import contextlib
+import json
+import urllib.error
+
+import pytest
+
+from headrace import Engine
+from headrace.core.errors import LoadError
+from tests.e2e.test_processes import assert_nothing_is_left
+from tests.support.servers import Server
+
+pytestmark = [pytest.mark.timeout(180), pytest.mark.slow]
+
+PROMPTS = ["Hello, the river", "Once upon a time", "The mill", "Water flows down", "A"]
+GREEDY = {"temperature": 0, "max_new_tokens": 20}
+DRAWN = {"temperature": 0.9, "max_new_tokens": 20, "sampling_seed": 5}
+
+
+def ids(results):
+    return [result["output_ids"] for result in results]
+
+
+def scores(results):
+    return [result["meta_info"]["output_token_logprobs"] for result in results]
+
+
+def ask(engine, **fields):
+    found = engine.generate(PROMPTS, GREEDY, return_logprob=True, **fields)
+    return found, engine.generate(PROMPTS, DRAWN)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    with Engine() as engine:
+        return ask(engine)
+
+
+def test_two_ranks_on_the_command_line(tmp_path, alone):
+    """The same tokens; named processes; one that dies ends the server with an error."""
+    with Server(tmp_path, "--tp-size", "2") as server:
+        server.wait_ready()
+        children = server.children()
+        assert "headrace::rank-1" in children
+        with server.post("/generate", {"text": PROMPTS, "sampling_params": GREEDY}) as response:
+            assert ids(json.load(response)) == ids(alone[0])
+        children["headrace::rank-1"].kill()
+        with contextlib.suppress(urllib.error.URLError, ConnectionError):
+            server.post("/generate", {"text": PROMPTS, "sampling_params": GREEDY})
+        assert server.process.wait(10) == 1
+        assert "The rank-1 process was lost (killed by SIGKILL" in server.text
+        assert_nothing_is_left(server, children.values())
+
+
+def test_stages_give_the_bits_of_one_process(tmp_path, alone):
+    """Also when a grammar masks what the last stage samples, and through another chunking.
+
+    Each saves the weights that it holds.
+    """
+    with Engine(pp_size=2, chunked_prefill_size=3) as engine:
+        greedy, drawn = ask(engine)
+        assert scores(greedy) == scores(alone[0])
+        assert ids(greedy) == ids(alone[0]) and ids(drawn) == ids(alone[1])
+        schema = {**GREEDY, "json_schema": '{"enum": ["river", "mill"]}', "max_new_tokens": 30}
+        assert json.loads(engine.generate("Name one:", schema)["text"]) in ("river", "mill")
+        names = [f"model-rank-{rank}-part-0.safetensors" for rank in range(2)]
+        assert engine.save_sharded_model(str(tmp_path)) == names
+        assert all((tmp_path / name).is_file() for name in names)
+        assert ids(engine.generate(PROMPTS, DRAWN)) == ids(alone[1])
+
+
+def test_a_rank_that_cannot_load_says_so():
+    with pytest.raises(LoadError, match="runs on one rank"):
+        Engine(pp_size=2, model_impl="transformers")
