@@ -13,6 +13,7 @@ from headrace.core.config import Config
 from headrace.core.option import Option, value_type
 from headrace.core.secret import Secret
 from headrace.metrics.catalog import CATALOG
+from headrace.metrics.compat import TABLES
 
 DOCS = Path(__file__).parents[1] / "docs"
 NOTE = "<!-- Written by tools/make_docs.py; do not edit. -->\n"
@@ -47,7 +48,24 @@ def metrics_page() -> str:
     lines = ["# Metrics", "", NOTE, "Served at `/metrics` in the Prometheus text format.", ""]
     lines += ["| name | type | meaning |", "|---|---|---|"]
     lines += [f"| `{metric.name}` | {metric.kind} | {metric.help} |" for metric in CATALOG]
+    for server, table in TABLES.items():
+        if table.aliases:
+            lines += ["", *compat_lines(server)]
     return "\n".join(lines) + "\n"
+
+
+def compat_lines(server: str) -> list[str]:
+    """The names of another server, and what they show."""
+    table = TABLES[server]
+    labels = ", ".join(f'`{name}="{value}"`' for name, value in table.labels.items())
+    lines = [f"## `--metrics-compat {server}`", "", f"Besides `model_name` they have {labels}.", ""]
+    lines += ["| name | is |", "|---|---|"]
+    for alias in table.aliases:
+        named = ",".join(f'{name}="{value}"' for name, value in alias.labels.items())
+        name = f"{alias.name}{{{named}}}" if named else alias.name
+        lines.append(f"| `{name}` | `{alias.metric.name}` |")
+    lines += [f"| `{info.name}` | {info.help} |" for info in table.infos]
+    return lines
 
 
 PAGES = {"options.md": options_page, "metrics.md": metrics_page}

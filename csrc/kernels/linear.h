@@ -31,8 +31,7 @@ struct TileArgs {
   int64_t count;
   float* c;
   bool first;           // c holds nothing yet
-  float* wide;          // gets the weights as fp32, [pairs][2][HR_PANEL]
-  int64_t wide_step;    // floats from one pair to the next; 0: they are not wanted
+  float* wide;          // as fp32 [pairs][2][HR_PANEL]: see Multiplier
   const char* ahead;    // what to fetch from memory meanwhile,
   int64_t ahead_step;   // this many bytes for every pair
 };
@@ -41,8 +40,9 @@ using Tile = void (*)(const TileArgs& args);
 // How weights of one type are multiplied with rows of one type.
 struct Multiplier {
   const Tile* tiles;    // by number of rows, from 1 on
-  const Tile* again;    // the same over what `widen` or the first tile left in `wide`; null: tiles
-  void (*widen)(const char* w, int64_t count, float* wide);  // null: tiles read weights as they are
+  const Tile* keeping;  // the same for the first of many tiles: leave the weights in `wide`; or null
+  const Tile* again;    // the same over what `keeping` or `widen` left there
+  void (*widen)(const char* w, int64_t count, float* wide);  // before all tiles; or null
   int64_t pair_bytes;   // of a panel
   bool bf16_rows;       // x is laid out as pairs of bf16, else as fp32
   int64_t most_rows = kMostTileRows;            // of a tile

@@ -7,6 +7,7 @@ namespace HR_NS {
 
 constexpr int64_t kBlockBytes = 320 << 10;  // of x, kept in the second-level cache
 constexpr int64_t kPanelsAtOnce = 8;
+constexpr int64_t kTilesToKeepFor = 3;  // and fewer read bf16 weights one after the other
 // Bytes that a single tile fetches ahead in its own stream, of which AMX takes 2 kB at once.
 constexpr int64_t kNear = HR_LEVEL >= 4 ? 4096 : 2048;
 
@@ -92,10 +93,10 @@ struct Pass {
     const int64_t tiles = block.last_tile - block.first_tile;
     const char* x = input.data + k / kPairsAtOnce * tiling.rows * input.row_bytes();
     const int64_t share = (how.pair_bytes + tiles - 1) / tiles;
-    // Storing costs the first tile about what reading saves one other.
-    const bool keep = how.again && !how.widen && tiles > 2;
-    TileArgs args{w, nullptr, count, c, k == 0, wide, keep ? 2 * HR_PANEL : 0, w + kNear,
-                  how.pair_bytes};
+    // Storing costs the first tile about as much as reading saves two others, and on a core that is
+    // shared with another hyperthread saves them nothing.
+    const bool keep = how.keeping && tiles > kTilesToKeepFor;
+    TileArgs args{w, nullptr, count, c, k == 0, wide, w + kNear, how.pair_bytes};
     if (how.widen) how.widen(w, count, wide);
     for (int64_t t = block.first_tile; t < block.last_tile; ++t) {
       const bool stored = how.widen || (keep && t > block.first_tile);
@@ -107,7 +108,7 @@ struct Pass {
       }
       const int64_t size = tiling.size(t);
       if (how.configure && size != configured) how.configure(configured = size);
-      (stored ? how.again : how.tiles)[size](args);
+      (stored ? how.again : keep ? how.keeping : how.tiles)[size](args);
       args.c += size * HR_PANEL;
     }
   }
@@ -120,8 +121,7 @@ void multiply(const Input& input, const hr_weight& weight, const Block& block, f
   const int64_t pair = input.how.pair_bytes, panel = depth * pair;
   const char* data = static_cast<const char*>(weight.data);
   const int64_t at_once = fits(input, input.tiling.rows) ? 1 : block.last - block.first;
-  alignas(64) float one_pair[2 * HR_PANEL];
-  float* wide = one_pair;
+  float* wide = nullptr;
   if (input.how.again) {
     wide = static_cast<float*>(hr::scratch(kPairsAtOnce * 2 * HR_PANEL * sizeof(float), 2));
   }

@@ -1,9 +1,8 @@
 // Register tiles: up to kMostTileRows rows of x by kVectors vectors of a panel's outputs.
 //
-// Sums are fp32. bf16 weights are read as bf16 and widened in registers: the low half of a 32-bit
-// word is input 2k, the high half 2k + 1. The first tile of several leaves the widened weights in
-// memory for the others: the same values, so the same sums. Rows are a constant distance apart, so
-// that one pointer serves them all.
+// Sums are fp32. bf16 weights are widened in registers: the low half of a 32-bit word is input 2k, the
+// high half 2k + 1. The first of many tiles leaves them in memory for the others: the same values,
+// so the same sums. Rows are a constant distance apart, so that one pointer serves them all.
 #include "dot_bf16.h"
 #include "linear.h"
 
@@ -69,6 +68,7 @@ struct FromFloat {
   }
 };
 
+template <bool Keep>
 struct FromBf16 {
   using Word = uint32_t;
   using X = float;
@@ -79,12 +79,12 @@ struct FromBf16 {
     vf wide[kVectors];
     for (int v = 0; v < kVectors; ++v) {
       wide[v] = (vf)(load_words(w + v * kLanes) << 16);
-      store(out + v * kLanes, wide[v]);
+      if (Keep) store(out + v * kLanes, wide[v]);
     }
     add_products(sum, x, wide);
     for (int v = 0; v < kVectors; ++v) {
       wide[v] = (vf)(load_words(w + v * kLanes) & 0xffff0000u);
-      store(out + HR_PANEL + v * kLanes, wide[v]);
+      if (Keep) store(out + HR_PANEL + v * kLanes, wide[v]);
     }
     add_products(sum, x + 1, wide);
   }
@@ -129,7 +129,7 @@ static void tile(const TileArgs& args) {
       From::template step<R>(sum, w, x, wide);
       w += From::kWords;
       x += From::kInputs;
-      wide += args.wide_step;
+      wide += 2 * HR_PANEL;
       ahead += args.ahead_step;
     }
     for (int r = 0; r < R; ++r) {
@@ -155,13 +155,14 @@ static void widen_f16(const char* w, int64_t count, float* wide) {
 }
 
 const Multiplier& multiplier(int32_t weight_dtype, int32_t x_dtype) {
-  static const Multiplier floats{kTiles<FromFloat>, nullptr, nullptr, 8 * HR_PANEL, false};
-  static const Multiplier bf16s{kTiles<FromBf16>, kTiles<FromFloat>, nullptr, 4 * HR_PANEL, false};
-  static const Multiplier f16s{nullptr, kTiles<FromFloat>, widen_f16, 4 * HR_PANEL, false};
+  static const Multiplier floats{kTiles<FromFloat>, nullptr, nullptr, nullptr, 8 * HR_PANEL, false};
+  static const Multiplier bf16s{kTiles<FromBf16<false>>, kTiles<FromBf16<true>>, kTiles<FromFloat>,
+                                nullptr, 4 * HR_PANEL, false};
+  static const Multiplier f16s{nullptr, nullptr, kTiles<FromFloat>, widen_f16, 4 * HR_PANEL, false};
 #if HR_LEVEL >= 4
   if (weight_dtype == HR_BF16 && x_dtype == HR_BF16) return strips();
 #elif HR_LEVEL == 3
-  static const Multiplier dots{kTiles<DotBf16>, nullptr, nullptr, 4 * HR_PANEL, true};
+  static const Multiplier dots{kTiles<DotBf16>, nullptr, nullptr, nullptr, 4 * HR_PANEL, true};
   if (weight_dtype == HR_BF16 && x_dtype == HR_BF16) return dots;
 #else
   (void)x_dtype;

@@ -100,7 +100,7 @@ def test_sigkill_leaves_nothing(tmp_path):
 
 def test_the_signal_of_a_lost_parent_may_come_many_times(tmp_path):
     """The kernel sends it once for each thread of the parent that dies."""
-    with Server(tmp_path, "--runner", "fake") as server:
+    with Server(tmp_path, "--runner", "fake", "--on-crash", "exit") as server:
         server.wait_ready()
         detokenizer = server.children()[DETOKENIZER]
         with contextlib.suppress(ProcessLookupError):
@@ -125,8 +125,8 @@ def test_sigkill_of_a_busy_server_leaves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("role", [SCHEDULER, DETOKENIZER])
-def test_a_lost_child_ends_the_server_with_an_error(tmp_path, role):
-    with Server(tmp_path, "--runner", "fake") as server:
+def test_a_lost_child_ends_the_server_with_an_error_if_asked_to(tmp_path, role):
+    with Server(tmp_path, "--runner", "fake", "--on-crash", "exit") as server:
         server.wait_ready()
         children = server.children()
         # Nothing comes any more, so the request is in flight when the child dies.
@@ -156,8 +156,8 @@ def test_a_lost_child_ends_the_server_with_an_error(tmp_path, role):
         assert_nothing_is_left(server, children.values())
 
 
-def test_a_lost_child_fails_the_requests_of_an_engine():
-    with Engine(runner="fake") as engine:
+def test_a_lost_child_fails_the_requests_of_an_engine_if_asked_to():
+    with Engine(runner="fake", on_crash="exit") as engine:
         chunks = engine.generate(
             "Hello", {"max_new_tokens": 900, "stream_interval": 1}, stream=True
         )

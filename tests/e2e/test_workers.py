@@ -220,7 +220,7 @@ def test_sigterm_lets_streams_end_and_leaves_nothing(server):
 
 @pytest.mark.parametrize("victim", ["main", "scheduler"])
 def test_a_lost_process_takes_all_with_it(tmp_path, victim):
-    with Server(tmp_path, *OPTIONS) as server:
+    with Server(tmp_path, *OPTIONS, "--on-crash", "exit") as server:
         server.wait_ready()
         children = server.children()
         if victim == "main":

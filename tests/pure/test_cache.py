@@ -90,3 +90,29 @@ def test_duplicate_insert_returns_the_stored_pages():
     again = cache.insert("", np.arange(8, dtype=np.int32), [20, 21, 22, 23], 0)
     assert again.pages == [10, 11, 12, 23]
     assert cache.held == 4
+
+
+def test_divergence_is_told_to_the_token():
+    from headrace.cache.divergence import divergence
+
+    cache = RadixCache(4)
+    first, second = np.arange(20, dtype=np.int32), np.arange(20, dtype=np.int32)
+    second[14:] += 100  # within the fourth page
+    cache.insert("", first, [1, 2, 3, 4, 5], 0, "first")
+    cache.insert("", second, [6, 7, 8, 9, 10], 0, "second")
+
+    def ask(tokens):
+        prefix = cache.match("", tokens[:-1], use=False)
+        cached = len(prefix.pages) * 4
+        found = divergence(prefix.node, tokens[cached:])
+        return found and (cached + found[0], found[1])
+
+    third = first.copy()
+    third[15] = 7
+    assert ask(third) == (15, "first")
+    third[14] = 114
+    assert ask(third) == (15, "second")
+    assert ask(first) is None and ask(second) is None  # hits
+    assert ask(np.append(first, 1)) is None and ask(first[:18]) is None  # one begins the other
+    third[13] = 7
+    assert ask(third)[0] == 13

@@ -20,6 +20,7 @@ from headrace.core.messages import (
     pack_ids,
     unpack_ids,
 )
+from headrace.frontend.requests import fan_out
 from headrace.frontend.tokenizer_manager import TokenizerManager
 from headrace.frontend.validate import error_of
 from headrace.grammar.check import GrammarCheck
@@ -220,7 +221,7 @@ async def test_seeds_follow_random_seed_and_groups_share_them(addresses, schedul
     seen = []
     for _ in range(2):
         manager = await start(addresses, random_seed=7)
-        samples = manager.fan_out(request("s", n=2))
+        samples = fan_out(request("s", n=2))
         assert [(r.rid, r.group, r.sample_index) for r in samples] == [
             ("s_0", "s_0", 0),
             ("s_1", "s_0", 1),
@@ -380,7 +381,7 @@ async def test_nothing_is_left_of_ended_requests(manager, scheduler):
         await scheduler.hear()
         scheduler.say(Delta(f"r{i}", [1], "a", LENGTH))
         await task
-    assert not manager._flights and not manager._controls
+    assert not manager._flights and not manager._questions
 
 
 @pytest.mark.parametrize("backend", [None, LLGUIDANCE, XGRAMMAR])

@@ -100,3 +100,29 @@ def test_outline_is_a_true_part_of_the_tree(prompts, limit, locked):
         assert sum(node.tokens for node in nodes) == cache.held
         assert not any(node.hidden for node in nodes)
     assert shared_pages(cache) == sum(len(n.pages) for n in everything if n.locks > 1)
+
+
+def test_where_a_prompt_left_another_is_told(caplog):
+    import dataclasses
+    import logging
+
+    from headrace.scheduler.commit import DEFAULT_OUTPUT
+    from headrace.scheduler.report import Reporter
+    from tests.pure.test_scheduler import run, spec
+    from tests.pure.test_scheduler_properties import make_scheduler
+
+    scheduler = make_scheduler(pages=100, page_size=4)
+    rules = dataclasses.replace(DEFAULT_OUTPUT, log_cache_divergence=8)
+    scheduler.reporter = Reporter(scheduler.planner, scheduler.committer, rules, scheduler.clock)
+    prompt = list(range(30))
+    with caplog.at_level(logging.INFO):
+        run(scheduler, spec("a", prompt))
+        assert "diverged" not in caplog.text
+        other = [*prompt[:22], 99, *prompt[23:]]
+        client = run(scheduler, spec("b", other, timings=True))
+        run(scheduler, spec("c", [*prompt[:6], 99, 98, 97]))  # too little in common
+        run(scheduler, spec("d", other, namespace="salt"))
+    lines = [r.getMessage() for r in caplog.records if "diverged" in r.getMessage()]
+    assert lines == ["Cache: the prompt of request b diverged at token 22 of 30 from request a"]
+    found = client.last["b"].timeline.diverged
+    assert (found.at, found.length, found.rid) == (22, 30, "a")

@@ -21,8 +21,8 @@ struct Tiles {
 static constexpr Tiles kTiles;
 
 const Multiplier& strips() {
-  static const Multiplier made{kTiles.by_rows, nullptr,    nullptr,   4 * HR_PANEL,
-                               true,           kStripRows, configure};
+  static const Multiplier made{kTiles.by_rows, nullptr, nullptr,    nullptr,
+                               4 * HR_PANEL,   true,    kStripRows, configure};
   return made;
 }
 

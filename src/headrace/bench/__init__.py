@@ -34,6 +34,9 @@ BENCHMARKS = {
     "serving": Benchmark(
         "headrace.bench.serving", "Serve a load and run it offline; report the share that is left."
     ),
+    "abuse": Benchmark(
+        "headrace.bench.abuse", "Vanish, send garbage, flood, soak; check that nobody else suffers."
+    ),
     "kernels": Benchmark(
         "headrace.bench.kernels", "Measure this machine's limits and each kernel against them."
     ),
@@ -45,6 +48,9 @@ BENCHMARKS = {
     ),
     "compare": Benchmark(
         "headrace.bench.compare", "Start several servers; measure them in turn, with one client."
+    ),
+    "chaos": Benchmark(
+        "headrace.bench.chaos", "Kill processes of an engine while it streams; compare the answers."
     ),
     "write-model": Benchmark(
         "headrace.bench.write_model", "Write a model folder of a known shape, weights made up."

@@ -39,8 +39,15 @@ class PrefixCache(Protocol):
         """
         ...
 
-    def insert(self, namespace: str, tokens: np.ndarray, pages: list[int], priority: int) -> Prefix:
-        """Store the whole pages of `tokens`; returns the cache's pages for them.
+    def insert(
+        self,
+        namespace: str,
+        tokens: np.ndarray,
+        pages: list[int],
+        priority: int,
+        owner: str = "",
+    ) -> Prefix:
+        """Store the whole pages of `tokens` for the request `owner`; returns the cache's pages.
 
         Where the returned page equals the given one, the cache now owns it; where it differs, the
         prefix was already stored and the caller keeps (and should release) its own page.
@@ -74,7 +81,14 @@ class ChunkCache:
     def match(self, namespace: str, tokens: np.ndarray, *, use: bool = True) -> Prefix:
         return Prefix([], None)
 
-    def insert(self, namespace: str, tokens: np.ndarray, pages: list[int], priority: int) -> Prefix:
+    def insert(
+        self,
+        namespace: str,
+        tokens: np.ndarray,
+        pages: list[int],
+        priority: int,
+        owner: str = "",
+    ) -> Prefix:
         return Prefix([], None)
 
     def lock(self, node: Any) -> None:

@@ -25,8 +25,8 @@ class Node:
     """A run of tokens (whole pages) below `parent`, and the pages that hold them."""
 
     __slots__ = (
-        "children", "created", "hits", "locks", "namespace", "pages", "parent", "priority",
-        "tokens", "used",
+        "children", "created", "hits", "locks", "namespace", "owner", "pages", "parent",
+        "priority", "tokens", "used",
     )  # fmt: skip
 
     def __init__(
@@ -42,6 +42,8 @@ class Node:
         self.used = now
         self.hits = 0
         self.priority = 0
+        # The request that left it here.
+        self.owner = ""
 
 
 EvictionKey = Callable[[Node], tuple[int, int]]
@@ -78,6 +80,11 @@ class RadixCache:
     def evictable(self) -> int:
         return self._held - self._locked_pages
 
+    @property
+    def namespaces(self) -> int:
+        """How many prompts begin anew at a root of their own."""
+        return len(self._roots)
+
     def match(self, namespace: str, tokens: np.ndarray, *, use: bool = True) -> Prefix:
         pages: list[int] = []
         node = self._root(namespace)
@@ -89,7 +96,14 @@ class RadixCache:
             node = child
         return Prefix(pages, node)
 
-    def insert(self, namespace: str, tokens: np.ndarray, pages: list[int], priority: int) -> Prefix:
+    def insert(
+        self,
+        namespace: str,
+        tokens: np.ndarray,
+        pages: list[int],
+        priority: int,
+        owner: str = "",
+    ) -> Prefix:
         size = self.page_size
         tokens = tokens[: len(tokens) // size * size]
         kept: list[int] = []
@@ -103,7 +117,7 @@ class RadixCache:
         if len(rest):
             fresh = pages[len(kept) : len(tokens) // size]
             leaf = Node(node, namespace, rest.copy(), fresh, self._tick())
-            leaf.priority = priority
+            leaf.priority, leaf.owner = priority, owner
             node.children[rest[:size].tobytes()] = leaf
             self._held += len(fresh)
             kept += fresh
@@ -197,7 +211,7 @@ class RadixCache:
             node.parent, node.namespace, node.tokens[:length], node.pages[: length // size], 0
         )
         upper.locks, upper.hits, upper.priority = node.locks, node.hits, node.priority
-        upper.created, upper.used = node.created, node.used
+        upper.created, upper.used, upper.owner = node.created, node.used, node.owner
         node.parent.children[upper.tokens[:size].tobytes()] = upper
         node.parent = upper
         node.tokens = node.tokens[length:]

@@ -176,6 +176,12 @@ class RunOptions:
     """Where and how the model runs."""
 
     device: str = option("auto", "Device of the model.", choices=("auto", "cpu"))
+    numa_node: int | None = option(
+        None,
+        "Run the model on the cores and with the memory of this NUMA node; empty takes all.",
+        minimum=0,
+        maximum=63,
+    )
     threads: int = option(0, "Compute threads; 0 takes the usable cores.", minimum=0)
     runner: str = option(
         "model",
@@ -291,6 +297,11 @@ class ObserveOptions:
         "warning", "Log level of the HTTP server.", choices=("debug", "info", "warning", "error")
     )
     enable_metrics: bool = option(True, "Serve Prometheus metrics at /metrics.")
+    metrics_compat: str = option(
+        "none",
+        "Serve metrics also under the names of another server, for dashboards and routers.",
+        choices=("none", "sglang", "vllm"),
+    )
     log_requests: bool = option(False, "Log every request when it comes and when it ends.")
     log_requests_level: int = option(
         2,
@@ -310,6 +321,51 @@ class ObserveOptions:
     )
     record_limit_mb: int = option(256, "Most MiB of --record-schedule.", minimum=1)
     decode_log_interval: int = option(40, "Steps between decode log lines.", minimum=1)
+    log_cache_divergence: int = option(
+        0,
+        "Log where a prompt parts from a cached one with which it shares at least so many tokens; "
+        "0 does not.",
+        minimum=0,
+    )
+    enable_request_time_stats_logging: bool = option(
+        False, "Log for every request how long it was where."
+    )
+    enable_trace: bool = option(
+        False, "Send a trace of every request over OTLP (needs the extra otel)."
+    )
+    otlp_traces_endpoint: str = option(
+        "localhost:4317", "Where traces go: host:port for gRPC, a URL with a path for HTTP."
+    )
+    otlp_service_name: str = option("headrace", "Name of this service in traces.")
+
+
+@dataclasses.dataclass(frozen=True)
+class RecoverOptions:
+    """What happens when a process dies or is stuck; see docs/recovery.md."""
+
+    on_crash: str = option(
+        "restart",
+        "restart starts a lost process again and its requests go on; exit ends the server.",
+        choices=("restart", "exit"),
+    )
+    restart_limit: int = option(
+        10, "Most restarts within the window; one more ends the server.", minimum=1
+    )
+    restart_window: int = option(300, "Seconds over which restarts are counted.", minimum=1)
+    standby: bool = option(
+        False,
+        "Keep a second scheduler process that has everything but the weights, to replace a lost "
+        "one sooner.",
+    )
+    watchdog_timeout: float = option(
+        300.0,
+        "Seconds after which a process that is stuck in one step, or does not run at all, is "
+        "killed; 0 waits for ever.",
+        minimum=0.0,
+    )
+    crash_dump_folder: str = option(
+        "", "Folder for reports of crashes: stacks and last output, no prompts. Empty keeps none."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,6 +380,7 @@ class Config:
     parallel: ParallelOptions = ParallelOptions()
     serve: ServeOptions = ServeOptions()
     observe: ObserveOptions = ObserveOptions()
+    recover: RecoverOptions = RecoverOptions()
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Any]) -> "Config":

@@ -37,6 +37,16 @@ def detect(root: Path = Path("/")) -> Hardware:
     )
 
 
+def node_cores(node: int, root: Path = Path("/")) -> set[int]:
+    """The CPU cores of a NUMA node; empty if there is no such node."""
+    cores: set[int] = set()
+    for part in _read(root / f"sys/devices/system/node/node{node}/cpulist").strip().split(","):
+        first, _, last = part.partition("-")
+        if first.isdigit():
+            cores.update(range(int(first), int(last or first) + 1))
+    return cores
+
+
 def _cpu_flags(root: Path) -> set[str]:
     for line in _read(root / "proc/cpuinfo").splitlines():
         if line.startswith("flags"):

@@ -11,6 +11,8 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
+from headrace.core.timeline import Timeline
+
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, omit_defaults=True):
     """Base of all messages; the class name is the tag on the wire."""
@@ -25,6 +27,9 @@ def unpack_ids(data: bytes) -> np.ndarray:
     """Inverse of `pack_ids`; a read-only int32 view, shape [n]."""
     return np.frombuffer(data, dtype="<i4")
 
+
+# Output tokens after which a request that goes on had no part in the crash before.
+CLEARED_AFTER = 16
 
 GRAMMAR_FIELDS = ("json_schema", "regex", "ebnf", "structural_tag")
 
@@ -135,6 +140,9 @@ class GenerateRequest(Message, frozen=True, array_like=True):
     With `pool` the answer is `Delta.pooled`, and `max_new_tokens` must be 0. `tenant` is the owner
     of the API key, with `weight` when tenants compete. `within` and `first_token_within`: seconds
     from arrival after which nobody waits for the answer, its first token (0: for ever).
+    A request that goes on after a crash brings the output its client has (`out`, int32 bytes) and
+    the number of this `attempt`, which its deltas repeat; `strikes` counts the crashes that it may
+    have caused. With `timings` the last delta has a timeline.
     """
 
     rid: str
@@ -156,6 +164,10 @@ class GenerateRequest(Message, frozen=True, array_like=True):
     weight: float = 1.0
     within: float = 0.0
     first_token_within: float = 0.0
+    out: bytes = b""
+    attempt: int = 0
+    strikes: int = 0
+    timings: bool = False
 
 
 class AbortRequest(Message, frozen=True, array_like=True):
@@ -258,7 +270,10 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, omit_defaults=
 
 
 class StreamStart(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
-    """What the detokenizer must know of a request, sent with its first delta."""
+    """What the detokenizer must know of a request, sent with its first delta.
+
+    `out` is output that comes before the delta's (after a crash); its text comes with it.
+    """
 
     prompt_tail: bytes
     stop: tuple[str, ...] = ()
@@ -266,13 +281,14 @@ class StreamStart(msgspec.Struct, frozen=True, array_like=True, omit_defaults=Tr
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     no_stop_trim: bool = False
+    out: bytes = b""
 
 
 class Delta(Message, frozen=True, array_like=True):
     """News of one request: new token ids (scheduler) and their text (detokenizer).
 
     Counters are totals so far. `input_logprobs` comes once, with the first delta. `pooled`: fp32
-    little-endian bytes, the answer to a request with `pool`.
+    little-endian bytes, the answer to a request with `pool`. `timeline` comes with the finish.
     """
 
     rid: str
@@ -290,12 +306,15 @@ class Delta(Message, frozen=True, array_like=True):
     first_token_time: float = 0.0
     origin: int = 0
     pooled: bytes = b""
+    attempt: int = 0
+    timeline: Timeline | None = None
 
 
 class SchedulerStats(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
     """Counters (…_total) and gauges of one scheduler, cheap enough to send often.
 
-    `..._counts` are those of a histogram with the bounds of metrics/record.
+    `..._counts` are those of a histogram with the bounds of metrics/record. `retry_after`: seconds
+    until half of the queue is gone, at the pace of late.
     """
 
     running: int = 0
@@ -329,6 +348,8 @@ class SchedulerStats(msgspec.Struct, frozen=True, array_like=True, omit_defaults
     grammar_mask_counts: list[int] = []
     grammar_mask_seconds_total: float = 0.0
     draining: int = 0
+    retry_after: float = 0.0
+    is_paused: bool = False
 
 
 class Deltas(Message, frozen=True, array_like=True):

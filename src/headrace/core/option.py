@@ -1,6 +1,6 @@
-"""What an option is: its help and limits beside its default, and the check of a value.
+"""How a server option is declared and checked: a dataclass field with an `Option` beside it.
 
-Knows no option by name.
+Knows no option and no component.
 """
 
 import dataclasses

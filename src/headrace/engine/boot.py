@@ -1,7 +1,7 @@
 """What a parent and its children tell each other while they start: JSON lines on two pipes.
 
     parent --Boot--> child's stdin      once; the pipe stays open for as long as the parent lives
-    parent --Order--> child's stdin     HTTP workers only: when to begin and when to end
+    parent --Order--> child's stdin     HTTP workers only: begin, hold, go on, end
     child --Report--> parent            what it is doing, then Ready or Failed
 
 Plain data, checked when it is read; nothing in it can run.
@@ -49,7 +49,22 @@ class Fail(msgspec.Struct, frozen=True, tag=True):
     error: str
 
 
-Order = Serve | Drain | Fail
+class Suspend(msgspec.Struct, frozen=True, tag=True):
+    """To an HTTP worker: a process was lost and is being started again; hold requests.
+
+    The fields are the arguments of `TokenizerManager.suspend`; `batch` as pairs.
+    """
+
+    why: str
+    scheduler: bool
+    batch: list[tuple[int, int]] = []
+
+
+class Resume(msgspec.Struct, frozen=True, tag=True):
+    """To an HTTP worker: all processes serve again."""
+
+
+Order = Serve | Drain | Fail | Suspend | Resume
 
 
 class Loading(msgspec.Struct, frozen=True, tag=True):

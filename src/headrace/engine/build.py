@@ -92,6 +92,7 @@ def _scheduler(config: Config, info: ModelInfo, limits: Limits, parts: Parts) ->
             stops=parts.stops,
             stream_interval=config.serve.stream_interval,
             decode_log_interval=config.observe.decode_log_interval,
+            log_cache_divergence=config.observe.log_cache_divergence,
         ),
         features=parts.features,
         clock=parts.clock,

@@ -128,6 +128,13 @@ def short_headed(most: int) -> type[HttpToolsProtocol]:
     return ShortHeaded
 
 
+class NotEveryBadRequest(logging.Filter):
+    """Keeps clients that send no HTTP from filling the log: uvicorn has a line for each."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.msg != "Invalid HTTP request received."
+
+
 def tls_options(serve: ServeOptions) -> dict[str, Any]:
     """uvicorn's options for HTTPS; none without a certificate.
 

@@ -74,7 +74,7 @@ class Engine:
         prompt in a batch); closing it aborts. `fields` are the other fields of /generate:
         return_logprob, logprob_start_len, top_logprobs_num, token_ids_logprob, stream, rid,
         priority, extra_key, cache_salt, session_params,
-        return_text_in_logprobs, return_prompt_token_ids.
+        return_text_in_logprobs, return_prompt_token_ids, return_timings.
 
         Raises:
             HeadraceError: the request is wrong, or the engine could not answer it.

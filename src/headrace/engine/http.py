@@ -20,6 +20,7 @@ from headrace.core.errors import HeadraceError, WorkerLost
 from headrace.core.messages import SamplingParams
 from headrace.engine.boot import Drain, Fail, Serve
 from headrace.engine.door import (
+    NotEveryBadRequest,
     guarded_by_host,
     refresh_certificates,
     short_headed,
@@ -149,6 +150,7 @@ async def open_for_service(
         logger.info(line)
     assert manager.limits is not None
     serve = Serve(manager.limits, manager.memory, manager.startup)
+    launched.serve_order = serve
     launched.supervisor.tell("http-", serve)
     manager.ready.set()
     logger.info("The server is ready at %s", url_of(listener, launched.config.serve))
@@ -193,6 +195,7 @@ class HttpServer(uvicorn.Server):
 def uvicorn_config(app: ASGIApp, config: Config) -> uvicorn.Config:
     """uvicorn with the fast parts, and our logging."""
     level = config.observe.log_level_http
+    logging.getLogger("uvicorn.error").addFilter(NotEveryBadRequest())
     return uvicorn.Config(
         guarded_by_host(app, config.serve),
         http=short_headed(config.serve.max_header_bytes),

@@ -12,7 +12,7 @@ from types import FrameType
 
 from headrace.core.errors import WorkerLost
 from headrace.engine import parts
-from headrace.engine.boot import Boot, Fail, Order, Serve
+from headrace.engine.boot import Boot, Fail, Order, Resume, Serve, Suspend
 from headrace.engine.http import HttpServer, uvicorn_config
 from headrace.frontend.tokenizer_manager import TokenizerManager
 from headrace.server.app import build_app
@@ -71,6 +71,10 @@ def obey(server: WorkerServer, manager: TokenizerManager, order: Order) -> None:
         manager.memory, manager.startup = order.memory, order.startup
         manager.open(order.limits)
         manager.ready.set()
+    elif isinstance(order, Suspend):
+        manager.suspend(order.why, scheduler=order.scheduler, batch=dict(order.batch))
+    elif isinstance(order, Resume):
+        manager.resume()
     elif isinstance(order, Fail):
         error = WorkerLost(order.error)
         manager.fail(error)

@@ -16,9 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 from headrace.core.config import Config, ServeOptions
 from headrace.core.errors import BadRequest, WorkerLost
 from headrace.core.model_info import ModelInfo
-from headrace.engine.boot import Boot, Ready
+from headrace.engine.boot import Boot, Ready, Resume, Serve, Suspend
+from headrace.engine.restart import HTTP, SCHEDULER, Down, Up
 from headrace.engine.stopwatch import Stopwatch
-from headrace.engine.supervise import Supervisor
+from headrace.engine.supervise import Event, Supervisor
 from headrace.ipc.address import AddressFolder
 
 logger = logging.getLogger(__name__)
@@ -48,9 +49,12 @@ class Launched:
         self._listeners = list(listeners)
         ranks = config.parallel.ranks if config.run.runner == "model" else 1
         children = roles(config.serve, ranks)
-        inherited = {role: self._listeners for role in children if role.startswith("http-")}
-        self.supervisor = Supervisor(children, config.run.runner, inherited)
+        inherited = {role: self._listeners for role in children if role.startswith(HTTP)}
+        self.supervisor = Supervisor(children, config.run.runner, inherited, config.recover)
         self._folder: AddressFolder | None = None
+        # What HTTP workers were told when they could begin, and what they wait for now.
+        self.serve_order: Serve | None = None
+        self._held: Suspend | None = None
         try:
             self._load(config)
         except BaseException:
@@ -94,29 +98,68 @@ class Launched:
     async def open(
         self, reports: Mapping[str, Ready], on_lost: Callable[[WorkerLost], None] | None = None
     ) -> None:
-        """Let the manager take requests, and fail them all if a child dies. On its loop."""
-        report = reports["scheduler"]
+        """Let the manager take requests; from now on it hears of lost children. On its loop.
+
+        `on_lost` is called when one is lost for good and all requests have failed.
+        """
+        report = reports[SCHEDULER]
         assert report.limits is not None
         self.manager.memory = report.memory
         self.manager.open(report.limits)
+        self.supervisor.pin(report.limits)
         import asyncio
 
         loop = asyncio.get_running_loop()
 
-        def lost(error: WorkerLost) -> None:
-            logger.error(error.message)
+        def heard(event: Event) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(self.manager.fail, error)
-                if on_lost is not None:
-                    loop.call_soon_threadsafe(on_lost, error)
+                loop.call_soon_threadsafe(self._hear, event, on_lost)
 
-        self.supervisor.when_lost(lost)
+        self.supervisor.watch(heard)
+
+    def _hear(self, event: Event, on_lost: Callable[[WorkerLost], None] | None) -> None:
+        """A child was lost, or is back. Lost HTTP workers hold up nobody but their clients."""
+        if isinstance(event, WorkerLost):
+            logger.error(event.message)
+            self.manager.fail(event)
+            if on_lost is not None:
+                on_lost(event)
+        elif isinstance(event, Down):
+            logger.error(event.why)
+            for role in event.roles:
+                if role.startswith(HTTP):
+                    self.manager.abort_of(int(role.removeprefix(HTTP)))
+            if (order := hold(event)) is not None:
+                self._held = order
+                self.manager.suspend(order.why, scheduler=order.scheduler, batch=event.batch)
+                self.supervisor.tell(HTTP, order)
+        else:
+            self._up(event)
+
+    def _up(self, event: Up) -> None:
+        """All children serve again."""
+        logger.warning("%s back after %.2f s", " and ".join(event.reports), event.seconds)
+        for role in event.reports:
+            if role.startswith(HTTP) and self.serve_order is not None:
+                self.supervisor.tell(role, self.serve_order)
+        if self._held is not None:
+            self._held = None
+            self.manager.resume()
+            self.supervisor.tell(HTTP, Resume())
 
     def close(self) -> None:
         """End the children and remove the sockets. May be called twice."""
         self.supervisor.close()
         if self._folder is not None:
             self._folder.remove()
+
+
+def hold(event: Down) -> Suspend | None:
+    """What frontends do meanwhile; nothing if only other frontends were lost."""
+    roles = [role for role in event.roles if not role.startswith(HTTP)]
+    if not roles:
+        return None
+    return Suspend(event.why, SCHEDULER in roles, list(event.batch.items()))
 
 
 def launch(

@@ -1,6 +1,7 @@
 """From a configuration to a resolved one, the model's facts, and its tokenizer. No torch."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,14 +10,14 @@ import msgspec
 from headrace.assets import demo_model_path
 from headrace.core.config import Config
 from headrace.core.errors import BadRequest, LoadError
-from headrace.core.hardware import detect
+from headrace.core.hardware import Hardware, detect, node_cores
 from headrace.core.model_info import ModelInfo, read_model_info
 from headrace.core.resolve import resolve
 from headrace.loader.files import resolve_model_path
 from headrace.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
-    from headrace.frontend.tokenizer_manager import RequestCheck
+    from headrace.frontend.prepare import RequestCheck
     from headrace.grammar.engine import Backend
     from headrace.text.chat import TemplateManager
 
@@ -51,8 +52,26 @@ def settle(config: Config) -> tuple[Config, ModelInfo, list[str]]:
     info = read_model_info(
         Path(config.model.model_path), _overrides(config), is_embedding=config.model.is_embedding
     )
-    resolved, notes = resolve(config, info, detect())
+    resolved, notes = resolve(config, info, usable(config.run.numa_node))
     return resolved, info, notes
+
+
+def usable(node: int | None) -> Hardware:
+    """What the model may use: of a NUMA node, if one is given, only its cores.
+
+    Raises:
+        BadRequest: this process may use none of them, or there is no such node.
+    """
+    hardware = detect()
+    if node is None:
+        return hardware
+    cores = node_cores(node) & os.sched_getaffinity(0)
+    if not cores:
+        raise BadRequest(
+            f"--numa-node {node}: there is no such node, or none of its cores may be used",
+            field="numa_node",
+        )
+    return msgspec.structs.replace(hardware, cores=min(hardware.cores, len(cores)))
 
 
 def load_tokenizer_of(config: Config) -> Tokenizer | None:

@@ -1,4 +1,5 @@
-"""The main program of a child: `python -m headrace.engine.process ROLE REPORT_FD PARENT RUNNER`.
+"""The main program of a child: `python -m headrace.engine.process ROLE REPORT_FD PARENT RUNNER`,
+with `standby` behind it if it shall wait until it is needed.
 
 It names itself, loads while it reports, serves, and never outlives its parent: the kernel kills the
 scheduler with the parent, whatever it is doing; the detokenizer, which is never busy for long, also
@@ -25,10 +26,12 @@ from headrace.core.errors import HeadraceError, LoadError
 from headrace.core.messages import Deltas
 from headrace.engine import boot as wire
 from headrace.engine.boot import Boot, Failed, Loading, Ready
+from headrace.engine.crash import STACKS_SIGNAL
 from headrace.engine.stopwatch import Stopwatch
 from headrace.engine.tied import die_with_parent
 from headrace.ipc import address
 from headrace.ipc.channels import Receiver
+from headrace.ipc.pulse import Pulse
 
 # What takes long to import, by role and runner; needed in any case.
 _EARLY = {
@@ -79,18 +82,24 @@ def main() -> None:
 
 def _schedule(boot: Boot, reports: "Reports", watch: Stopwatch) -> NoReturn:
     from headrace.engine.build import build_scheduler
-    from headrace.engine.loop import open_ports, run
+    from headrace.engine.loop import Roll, open_ports, run
+    from headrace.engine.numa import bind
 
     def progress(step: str) -> None:
         watch.begin(step)
         reports.send(Loading(step))
 
+    pulse = Pulse(boot.addresses.folder, "scheduler")
+    pulse.beat_for_ever()
+    if (node := boot.config.run.numa_node) is not None:
+        bind(node)
     ports = open_ports(boot.addresses, boot.config.serve)
     built = build_scheduler(boot.config, boot.info, progress, boot.addresses.folder)
     watch.begin("")
     reports.send(Ready(watch.seconds, built.limits, built.memory))
     _settle()
-    run(built.scheduler, ports)
+    built.scheduler.on_batch = Roll(pulse).call
+    run(built.scheduler, ports, pulse)
 
 
 def _follow(boot: Boot, rank: int, reports: "Reports", watch: Stopwatch) -> NoReturn:
@@ -114,13 +123,16 @@ def _detokenize(boot: Boot, number: int, reports: "Reports", watch: Stopwatch) -
     from headrace.ipc.address import numbered
 
     watch.begin("tokenizer")
+    role = f"detokenizer-{number}" if number else "detokenizer"
+    pulse = Pulse(boot.addresses.folder, role)
+    pulse.beat_for_ever()
     inbox = Receiver[Deltas](numbered(boot.addresses.detokenizer, number), Deltas)
     outbox = to_frontends(boot.addresses, boot.config.serve.tokenizer_worker_num)
     manager = DetokenizerManager(load_tokenizer_of(boot.config))
     watch.begin("")
     reports.send(Ready(watch.seconds))
     _settle()
-    manager.run(inbox, outbox)
+    manager.run(inbox, outbox, pulse)
 
 
 def _serve(boot: Boot, number: int, reports: "Reports", lifeline: "Lifeline") -> None:
@@ -172,8 +184,10 @@ class Lifeline:
         self.orders: queue.SimpleQueue[wire.Order] = queue.SimpleQueue()
         self._folder = ""
         self._leaving = threading.Lock()
-        setproctitle.setproctitle(f"headrace::{role}")
+        self._role = role
+        setproctitle.setproctitle(f"headrace::{'-'.join([role, *sys.argv[5:]])}")
         faulthandler.enable()
+        faulthandler.register(STACKS_SIGNAL, all_threads=True)
         # Ctrl-C and service managers signal every process; only the parent decides what it means.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -187,6 +201,7 @@ class Lifeline:
     def boot(self) -> Boot:
         """The parent's message; waits for it."""
         boot = self._boots.get()
+        setproctitle.setproctitle(f"headrace::{self._role}")
         self._folder = boot.addresses.folder
         return boot
 

@@ -19,8 +19,8 @@ import aiohttp
 from headrace.core import errors
 from headrace.core.config import Config
 from headrace.core.errors import BadRequest, HeadraceError, LoadError
+from headrace.engine.child import describe, environment
 from headrace.engine.loop_thread import LoopThread
-from headrace.engine.supervise import describe, environment
 
 _POLL_SECONDS = 0.05
 _END_SECONDS = 40.0

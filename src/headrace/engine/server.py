@@ -5,6 +5,7 @@ then the children start, and only then this process imports what is heavy.
 """
 
 import dataclasses
+import faulthandler
 import logging
 import socket
 import sys
@@ -28,6 +29,7 @@ def launch_server(config: Config) -> int:
         HeadraceError: the server could not start, or one of its processes died.
     """
     watch = Stopwatch()
+    faulthandler.enable()
     log_to_stderr(config.observe)
     check_exposure(config.serve)
     config = bounded(config)

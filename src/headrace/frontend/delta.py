@@ -20,6 +20,7 @@ def merge(first: Delta, second: Delta) -> Delta:
         queue_time=second.queue_time,
         first_token_time=second.first_token_time,
         pooled=first.pooled or second.pooled,
+        timeline=second.timeline,
     )
 
 

@@ -3,10 +3,11 @@
     scheduler --Deltas(ids)--> DetokenizerManager --Deltas(ids, text)--> tokenizer manager
 
 The scheduler decides when and why a request ends; here its text is cut accordingly. Invariant: what
-comes in goes out, once and in order. Imports neither torch nor transformers; knows of a request
-only what its first delta says.
+comes in goes out, once and in order, but for streams whose beginning another process has seen.
+Imports neither torch nor transformers; knows of a request only what its first delta says.
 """
 
+import time
 from typing import NoReturn
 
 import msgspec
@@ -15,6 +16,7 @@ from headrace.core.errors import BadRequest
 from headrace.core.messages import Delta, Deltas, FinishReason, StreamStart, unpack_ids
 from headrace.frontend.router import Outlet
 from headrace.ipc.channels import Receiver
+from headrace.ipc.pulse import Pulse
 from headrace.text.detokenize import IncrementalDecoder
 from headrace.text.stop import StopFilter
 from headrace.text.tokenizer import Tokenizer
@@ -28,31 +30,40 @@ class DetokenizerManager:
         # By frontend and rid: two frontends may have requests of one name for a moment.
         self._streams: dict[tuple[int, str], TextStream] = {}
 
-    def run(self, inbox: Receiver[Deltas], outbox: Outlet) -> NoReturn:
+    def run(self, inbox: Receiver[Deltas], outbox: Outlet, pulse: Pulse) -> NoReturn:
         """Serve for ever."""
         while True:
-            for deltas in inbox.take(None):
+            pulse.rest()
+            waiting = inbox.take(None)
+            pulse.begin()
+            for deltas in waiting:
                 outbox.send(self.advance(deltas))
 
     def advance(self, deltas: Deltas) -> Deltas:
         """The deltas of one scheduler step, with their text."""
         if self._tokenizer is None:
             return deltas
-        return Deltas([self._advance(delta) for delta in deltas.items], deltas.stats)
+        made = [self._advance(delta, self._tokenizer) for delta in deltas.items]
+        return Deltas([delta for delta in made if delta is not None], deltas.stats)
 
-    def _advance(self, delta: Delta) -> Delta:
-        key = (delta.origin, delta.rid)
-        stream = self._streams.get(key)
-        if stream is None:
-            if delta.start is None or self._tokenizer is None:
-                return delta  # it ended before its first token
-            stream = self._streams[key] = TextStream(self._tokenizer, delta.start)
+    def _advance(self, delta: Delta, tokenizer: Tokenizer) -> Delta | None:
+        key, before = (delta.origin, delta.rid), ""
+        if delta.start is not None:
+            stream = self._streams[key] = TextStream(tokenizer, delta.start)
+            before = stream.push(unpack_ids(delta.start.out).tolist())
+        elif (found := self._streams.get(key)) is not None:
+            stream = found
+        else:
+            # It ended before its first token, or its text was begun by a process that is gone.
+            return None if delta.finish is None else delta
         if delta.finish is None:
             text, finish = stream.push(delta.ids), None
         else:
             del self._streams[key]
             text, finish = stream.end(delta.ids, delta.finish)
-        return msgspec.structs.replace(delta, text=text, finish=finish, start=None)
+        if delta.timeline is not None:
+            delta.timeline.text_done = time.monotonic()
+        return msgspec.structs.replace(delta, text=before + text, finish=finish, start=None)
 
 
 class TextStream:

@@ -49,31 +49,3 @@ def merged(news: News) -> News:
     for index, delta in news:
         found[index] = merge(found[index], delta) if index in found else delta
     return list(found.items())
-
-
-class Flight:
-    """A request between its departure to the scheduler and its final delta."""
-
-    __slots__ = ("abandoned", "held", "index", "last_at", "mailbox", "sent_at", "stream")
-
-    def __init__(self, mailbox: Mailbox, index: int, stream: bool, sent_at: float) -> None:
-        self.mailbox = mailbox
-        self.index = index
-        self.stream = stream
-        self.sent_at = sent_at
-        # When its last tokens came, 0 before the first.
-        self.last_at = 0.0
-        self.held: Delta | None = None
-        # Its consumer is gone: the rid is taken until the scheduler has let go of it.
-        self.abandoned = False
-
-    def deliver(self, delta: Delta) -> None:
-        """Pass news on; without streaming, only when it is complete."""
-        if self.abandoned:
-            return
-        if self.held is not None:
-            delta, self.held = merge(self.held, delta), None
-        if self.stream or delta.finish is not None:
-            self.mailbox.put(self.index, delta)
-        else:
-            self.held = delta

@@ -1,7 +1,7 @@
 """Which numbers the news of a step adds to the metrics. Pure bookkeeping, once for every token."""
 
 from headrace.core.messages import Delta
-from headrace.frontend.mailbox import Flight
+from headrace.frontend.flight import Flight
 from headrace.metrics.record import RequestMetrics
 
 
@@ -45,6 +45,10 @@ class StepMeasure:
         if delta.finish is None or delta.finish.type == "abort":
             metrics.aborted += 1
             return
+        if delta.finish.type == "stop":
+            metrics.stopped += 1
+        else:
+            metrics.cut_short += 1
         elapsed, decoded = self._now - flight.sent_at, delta.completion_tokens - 1
         per_token = max(0.0, elapsed - delta.first_token_time) / decoded if decoded > 0 else 0.0
         if not flight.stream:
@@ -55,5 +59,10 @@ class StepMeasure:
                 metrics.inter_token_latency.observe(per_token, decoded)
         metrics.e2e_latency.observe(elapsed)
         metrics.queue_time.observe(delta.queue_time)
+        computing = max(0.0, elapsed - delta.queue_time)
+        decoding = max(0.0, elapsed - delta.first_token_time) if delta.first_token_time else 0.0
+        metrics.inference_time.observe(computing)
+        metrics.prefill_time.observe(computing - min(decoding, computing))
+        metrics.decode_time.observe(decoding)
         metrics.prompt_length.observe(delta.prompt_tokens)
         metrics.generation_length.observe(delta.completion_tokens)

@@ -94,6 +94,7 @@ class _Body(msgspec.Struct, frozen=True):
     token_ids_logprob: list[int | list[int] | None] | None = None
     return_text_in_logprobs: bool | None = False
     return_prompt_token_ids: bool | None = False
+    return_timings: bool | None = False
     priority: int | list[int | None] | None = None
     extra_key: str | list[str | None] | None = None
     cache_salt: str | list[str | None] | None = None
@@ -203,6 +204,7 @@ def _requests(
             priority=priorities[i],
             namespace=namespace(salts[i], extra_keys[i]),
             session=_session(sessions[i]),
+            timings=bool(fields.return_timings),
         )
 
 
@@ -334,6 +336,8 @@ class NativeResult:
             meta |= self._logprobs(self._request.logprobs)
         if last.finish is not None:
             meta |= self._timings(last)
+        if last.timeline is not None:
+            meta["timings"] = last.timeline.to_wire()
         return meta
 
     def _timings(self, last: Delta) -> dict[str, Any]:

@@ -103,6 +103,8 @@ class RequestLog:
             "completion_tokens": delta.completion_tokens,
             "e2e_latency": round(time.monotonic() - found.since, 6),
         }
+        if delta.timeline is not None:
+            entry["timings"] = delta.timeline.seconds()
         if self.level >= 2:
             entry["text"] = self._cut(found.text)
         self._write("finished", delta.rid, entry)

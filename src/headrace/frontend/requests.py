@@ -1,6 +1,7 @@
 """Identities of requests: fresh ids, and the n samples of one prompt. Pure but for the dice."""
 
 import uuid
+from collections.abc import Container, Sequence
 
 import msgspec
 
@@ -41,6 +42,15 @@ def owned(request: GenerateRequest, tenant: Tenant) -> GenerateRequest:
         tenant=request.tenant or tenant.name,
         weight=request.weight if request.tenant else tenant.weight,
     )
+
+
+def check_fresh(rids: Sequence[str], taken: Container[str]) -> None:
+    """Raise BadRequest for an id that is taken, or comes twice."""
+    used = [rid for rid in rids if rid in taken]
+    if not used and len(set(rids)) < len(rids):
+        used = [rid for rid in rids if rids.count(rid) > 1]
+    if used:
+        raise BadRequest(f"rid {used[0]!r} is in use by another request", field="rid")
 
 
 def fan_out(request: GenerateRequest) -> list[GenerateRequest]:

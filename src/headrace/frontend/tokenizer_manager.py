@@ -9,24 +9,21 @@ no protocols and no processes.
 """
 
 import asyncio
-import itertools
-import random
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Any
 
 import msgspec
 
 from headrace.core.config import Config, Limits
-from headrace.core.errors import BadRequest, HeadraceError, Overloaded
+from headrace.core.errors import HeadraceError, Overloaded
 from headrace.core.messages import (
     AbortRequest,
     Control,
     ControlReply,
     Delta,
     Deltas,
-    FinishReason,
     GenerateRequest,
     Inbound,
     News,
@@ -38,22 +35,27 @@ from headrace.core.messages import (
 from headrace.core.model_info import ModelInfo
 from headrace.core.tenant import caller
 from headrace.frontend.async_tokenizer import AsyncTokenizer
-from headrace.frontend.encode import for_model, shortened
-from headrace.frontend.mailbox import Flight, Mailbox
+from headrace.frontend.flight import Flight
+from headrace.frontend.mailbox import Mailbox
 from headrace.frontend.measure import StepMeasure
+from headrace.frontend.observer import Observer
+from headrace.frontend.outlook import Outlook
 from headrace.frontend.peers import Peers
+from headrace.frontend.prepare import Preparation, Refused, RequestCheck
+from headrace.frontend.questions import Questions
 from headrace.frontend.quota import Quotas
+from headrace.frontend.recovery import Recovery
 from headrace.frontend.request_log import RequestLog
-from headrace.frontend.requests import continued, fan_out, owned
-from headrace.frontend.validate import validate
+from headrace.frontend.requests import check_fresh, owned
+from headrace.frontend.vitals import Vitals
 from headrace.ipc.address import Addresses, numbered
 from headrace.ipc.channels import Receiver, Sender
 from headrace.metrics.record import RequestMetrics
 from headrace.text.chat import TemplateManager
 from headrace.text.tokenizer import Tokenizer
 
-# Raises BadRequest for a request that a feature cannot serve.
-RequestCheck = Callable[[GenerateRequest], None]
+# How long counters of the scheduler are believed.
+_FRESH_SECONDS = 0.3
 
 
 class TokenizerManager:
@@ -80,8 +82,11 @@ class TokenizerManager:
         self.limits: Limits | None = None
         self.ready = asyncio.Event()
         self.stats = SchedulerStats()
+        self._stats_at = 0.0
         self.metrics = RequestMetrics()
         self.log = RequestLog.create(config.observe)
+        self.observer = Observer(config, self.log)
+        self.outlook = Outlook(addresses.folder)
         # For people: sizes in GiB and tokens, seconds by step of the start.
         self.memory: dict[str, float] = {}
         self.startup: dict[str, float] = {}
@@ -92,16 +97,20 @@ class TokenizerManager:
         others = set(range(1, workers + 1)) - {origin} if origin else set()
         self.peers = Peers(origin, {n: numbered(addresses.tokenizer, n) for n in others})
         self._flights: dict[str, Flight] = {}
-        self._controls: dict[int, asyncio.Future[ControlReply]] = {}
-        self._control_ids = itertools.count(1)
-        self._seeds = random.Random(config.model.random_seed)
+        self._questions = Questions(origin)
         self._texts = AsyncTokenizer(tokenizer)
-        self._checks = checks
+        self._preparation = Preparation(config, tokenizer, self._texts, checks)
         self._quotas = Quotas()
+        self.recovery = Recovery(self._flights, origin)
         self._failure: HeadraceError | None = None
         self._loop: asyncio.AbstractEventLoop
         self._sender: Sender | None = None
         self._receiver: Receiver[News] | None = None
+        self._vitals = Vitals(
+            addresses.folder,
+            config.serve.detokenizer_worker_num,
+            config.recover.watchdog_timeout,
+        )
 
     # -- life ---------------------------------------------------------------------------------
 
@@ -121,23 +130,49 @@ class TokenizerManager:
         """Nothing can be answered any more: end every request with `error`, refuse new ones."""
         self._failure = error
         self.ready.clear()
-        finish = FinishReason("abort", message=error.message, status=error.status, kind=error.kind)
-        flights, self._flights = self._flights, {}
-        for rid, flight in flights.items():
-            flight.deliver(Delta(rid, finish=finish))
-        for reply in self._controls.values():
-            if not reply.done():
-                reply.set_exception(error)
+        for rid in list(self._flights):
+            self.recovery.end(rid, error)
+        self._questions.fail(error)
+
+    def trouble(self) -> str:
+        """What keeps requests from being answered now, or ""; asks nobody."""
+        if self._failure is not None:
+            return self._failure.message
+        return self.recovery.why or self._vitals.trouble()
+
+    def suspend(self, why: str, *, scheduler: bool, batch: Mapping[int, int]) -> None:
+        """A process was lost and will be back; see `Recovery.begin`. Requests wait meanwhile."""
+        self.recovery.begin(why, self.metrics, scheduler=scheduler, batch=batch)
+        self._questions.fail(Overloaded(why))
+        if scheduler and self._sender is not None:
+            self._sender.close()
+            self._sender = None
+
+    def resume(self) -> None:
+        """All processes serve again: what is in flight goes on from where its client is."""
+        if not self.recovery.why:
+            return
+        if self._sender is None:
+            self._sender = Sender(self._addresses.scheduler)
+        if self.stats.is_paused:
+            self._send(Control(0, "pause", {"mode": "in_place"}, self._origin))
+        for message in self.recovery.messages(self.metrics):
+            self._send(message)
+        if self.stats.draining:
+            self._send(Control(0, "drain", {}, self._origin))
 
     async def close(self) -> None:
         """End every request and close the channels. May be called twice."""
         self.fail(Overloaded("The server is shutting down."))
+        self.recovery.why = ""
         self._texts.close()
         for channel in (self._receiver, self._sender):
             if channel is not None:
                 channel.close()
         self._receiver = self._sender = None
         self.peers.close()
+        self.outlook.close()
+        await asyncio.to_thread(self.observer.stop)
 
     # -- requests -----------------------------------------------------------------------------
 
@@ -161,10 +196,14 @@ class TokenizerManager:
 
         When one request is refused, none is sent.
         """
-        tenant = caller.get()
+        self._check_room()
+        began, tenant = time.monotonic(), caller.get()
         with self._quotas.admit(tenant, len(requests)) as usage:
             prepared = await self._prepare([owned(request, tenant) for request in requests])
-            with self._send_off(prepared) as mailbox:
+            with (
+                self.observer.watching(prepared, began) as marked,
+                self._send_off(marked) as mailbox,
+            ):
                 if self.log.on:
                     self.log.received(requests, prepared)
                 left = len(prepared)
@@ -175,17 +214,20 @@ class TokenizerManager:
                             usage.spend(delta)
                         yield index, delta
 
-    def fan_out(self, request: GenerateRequest) -> list[GenerateRequest]:
-        """The n samples of a request, each a request of its own."""
-        return fan_out(request)
-
     def abort(self, rid: str = "", prefix: bool = False, all: bool = False) -> None:
         """End a request, those whose rid starts with `rid`, or all; unknown ones are ignored.
 
         A tenant ends only its own.
         """
         tenant = caller.get()
-        self._send(AbortRequest(rid, prefix, all, tenant="" if tenant.admin else tenant.name))
+        message = AbortRequest(rid, prefix, all, tenant="" if tenant.admin else tenant.name)
+        if self.recovery.why:
+            self.recovery.abort(message)
+        self._send(message)
+
+    def abort_of(self, origin: int) -> None:
+        """End the requests of another frontend, which is gone."""
+        self._send(AbortRequest(all=True, origin=origin))
 
     async def control(self, verb: Verb, timeout: float = 30.0, **args: Any) -> ControlReply:
         """Ask the scheduler; `args` are those of `headrace.scheduler.control`.
@@ -194,16 +236,9 @@ class TokenizerManager:
             HeadraceError: no answer within `timeout` seconds, or the scheduler is gone.
         """
         self._check_alive()
-        message = Control(next(self._control_ids), verb, args, self._origin)
-        reply = self._controls[message.id] = self._loop.create_future()
-        try:
-            self._send(message)
-            async with asyncio.timeout(timeout):
-                return await reply
-        except TimeoutError:
-            raise HeadraceError(f"no answer to {verb} within {timeout:g} s") from None
-        finally:
-            del self._controls[message.id]
+        if self.recovery.why:
+            raise Overloaded(self.recovery.why)
+        return await self._questions.ask(self._send, verb, args, timeout)
 
     async def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. Raises BadRequest on a server without a tokenizer."""
@@ -220,45 +255,35 @@ class TokenizerManager:
     # -- the way out --------------------------------------------------------------------------
 
     async def _prepare(self, requests: Sequence[GenerateRequest]) -> list[GenerateRequest]:
-        """Tokenized and checked requests, with seeds. Samples of a group share theirs."""
+        """Tokenized and checked requests, with seeds."""
         self._check_alive()
         if self.limits is None:
             raise Overloaded("The model is still loading; try again in a moment.")
-        truncate = self.config.serve.allow_auto_truncate
-        seeds: dict[str, int] = {}
-        prepared = []
-        for request in await self._texts.with_ids(requests):
-            assert request.sampling.n == 1, "fan_out first"
-            bos = self.tokenizer.bos_token_id if self.tokenizer else None
-            special = self.tokenizer.special_ids if self.tokenizer else frozenset[int]()
-            fitting = for_model(continued(request, bos), self.info)
-            fitting = shortened(fitting, self.limits.max_request_tokens, special, truncate)
-            checked = validate(fitting, self.info.vocab_size, self.limits, truncate)
-            for check in self._checks:
-                try:
-                    await self._texts.apply(check, checked)
-                except BadRequest:
-                    self.metrics.refused += 1
-                    raise
-            if checked.sampling.seed is None:
-                seed = seeds.setdefault(checked.group or checked.rid, self._seeds.getrandbits(63))
-                sampling = msgspec.structs.replace(checked.sampling, seed=seed)
-                checked = msgspec.structs.replace(checked, sampling=sampling)
-            prepared.append(checked)
-        return prepared
+        try:
+            return await self._preparation.prepare(requests, self.info, self.limits)
+        except Refused as refusal:
+            self.metrics.refused += 1
+            raise refusal.error from None
 
     @contextmanager
     def _send_off(self, requests: Sequence[GenerateRequest]) -> Iterator[Mailbox]:
         """Send requests; on the way out, abort those that have not ended."""
         self._check_alive()
-        self._check_fresh([request.rid for request in requests])
+        if (most := self.config.schedule.max_queued_requests) is not None and self.limits:
+            self.recovery.check_room(most + self.limits.max_running_requests)
+        check_fresh([request.rid for request in requests], self._flights)
         mailbox = Mailbox(self._loop)
         now = time.monotonic()
-        flights = [Flight(mailbox, i, r.stream, now) for i, r in enumerate(requests)]
+        requests = [
+            msgspec.structs.replace(request, received=now, origin=self._origin)
+            for request in requests
+        ]
+        flights = [Flight(mailbox, i, request, now) for i, request in enumerate(requests)]
         try:
             for request, flight in zip(requests, flights, strict=True):
                 self._flights[request.rid] = flight
-                self._send(msgspec.structs.replace(request, received=now, origin=self._origin))
+                if not self.recovery.why:  # else `resume` does
+                    self._send(request)
             self.metrics.requests += len(requests)
             yield mailbox
         finally:
@@ -267,16 +292,23 @@ class TokenizerManager:
                     flight.abandoned = True
                     self._send(AbortRequest(request.rid, origin=self._origin or -1))
 
+    def _check_room(self) -> None:
+        """With a queue that was full a moment ago, refuse before any work is done.
+
+        The scheduler decides where urgent requests displace others.
+        """
+        schedule, stats = self.config.schedule, self.stats
+        most = schedule.max_queued_requests
+        if most is None or stats.waiting < most or schedule.enable_priority_scheduling:
+            return
+        if time.monotonic() - self._stats_at < _FRESH_SECONDS:
+            error = Overloaded(f"The request queue is full. It may hold {most} requests.")
+            error.retry_after = stats.retry_after
+            raise error
+
     def _check_alive(self) -> None:
         if self._failure is not None:
             raise self._failure
-
-    def _check_fresh(self, rids: Sequence[str]) -> None:
-        taken = [rid for rid in rids if rid in self._flights]
-        if not taken and len(set(rids)) < len(rids):
-            taken = [rid for rid in rids if rids.count(rid) > 1]
-        if taken:
-            raise BadRequest(f"rid {taken[0]!r} is in use by another request", field="rid")
 
     def _send(self, message: Inbound) -> None:
         if self._sender is not None:
@@ -288,14 +320,14 @@ class TokenizerManager:
         for message in messages:
             if isinstance(message, Deltas):
                 if message.stats is not None:
-                    self.stats = message.stats
+                    self.stats, self._stats_at = message.stats, time.monotonic()
                 self._deliver(message.items)
             elif isinstance(message, PeerMetrics):
                 self.peers.hear(message)
             elif isinstance(message, PeerAsk):
                 self._answer_peer(message)
-            elif (reply := self._controls.get(message.id)) is not None and not reply.done():
-                reply.set_result(message)
+            else:
+                self._questions.answer(message)
 
     def _answer_peer(self, ask: PeerAsk) -> None:
         if ask.logging is None:
@@ -308,12 +340,17 @@ class TokenizerManager:
         measure = StepMeasure(self.metrics, time.monotonic())
         for delta in deltas:
             flight = flights.get(delta.rid)
-            if flight is None:
+            if flight is None or (news := flight.accept(delta)) is None:
                 continue
+            delta = news
             if delta.finish is not None:
                 del flights[delta.rid]
             measure.add(flight, delta)
+            if delta.timeline is not None:
+                self.observer.end(delta)
             if self.log.on:
                 self.log.add(delta)
+            if delta.timeline is not None:
+                delta = self.observer.shown(delta)
             flight.deliver(delta)
         measure.close()

@@ -115,20 +115,8 @@ class GrammarGate(Feature):
 
     def on_tokens(self, request: Request, tokens: Sequence[int], extras: Sequence[Any]) -> None:
         output = self._outputs.get(request.seq)
-        if output is None:
-            return
-        try:
-            for token in tokens:
-                output.accept(token)
-        except Broken as error:
-            self._end(request, f"the grammar cannot go on: {error}", 500)
-            return
-        if output.finished(request):
-            last = request.out[-1]
-            matched = last if last in self._compiler.vocabulary.eos else None
-            self._ended.append((request, FinishReason("stop", matched=matched)))
-        else:
-            self._prepare(request, output)
+        if output is not None:
+            self._advance(request, output, tokens)
 
     def on_finish(self, request: Request) -> None:
         self._outputs.pop(request.seq, None)
@@ -178,6 +166,21 @@ class GrammarGate(Feature):
                 made.result().copy(), self._compiler.vocabulary, request.spec.reasoning_end
             )
             self._outputs[request.seq] = output
+            self._advance(request, output, request.out)
+
+    def _advance(self, request: Request, output: "Output", tokens: Sequence[int]) -> None:
+        """Take committed tokens in; then end the request, or prepare its next mask."""
+        try:
+            for token in tokens:
+                output.accept(token)
+        except Broken as error:
+            self._end(request, f"the grammar cannot go on: {error}", 500)
+            return
+        if tokens and output.finished(request):
+            last = request.out[-1]
+            matched = last if last in self._compiler.vocabulary.eos else None
+            self._ended.append((request, FinishReason("stop", matched=matched)))
+        else:
             self._prepare(request, output)
 
     def _prepare(self, request: Request, output: "Output") -> None:

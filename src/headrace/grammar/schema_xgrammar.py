@@ -272,6 +272,9 @@ def plain(tree: regex.Tree) -> str:
         return f"[{''.join(f'{_code(low)}-{_code(high)}' for low, high in tree.ranges)}]"
     if isinstance(tree, regex.Times) and isinstance(tree.inside, regex.Characters):
         return f"{plain(tree.inside)}{tree.mark}"
+    if isinstance(tree, regex.Times) and tree.mark == "?":
+        # The engine forgets the beginning of an optional group that ends with a repetition.
+        return f"(?:{plain(tree.inside)}|)"
     if isinstance(tree, regex.Times):
         return f"(?:{plain(tree.inside)}){tree.mark}"
     if isinstance(tree, regex.Sequence):

@@ -7,6 +7,7 @@ with `headrace_` in place of `sglang:`. Knows no sockets and no exposition forma
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
+from headrace.core.config import Limits
 from headrace.core.messages import SchedulerStats
 from headrace.metrics.record import MASK_SECONDS, SECONDS, Histogram, RequestMetrics
 
@@ -19,6 +20,8 @@ class Sources(NamedTuple):
 
     scheduler: SchedulerStats
     requests: RequestMetrics
+    # Not known before the model is loaded.
+    limits: Limits | None = None
 
 
 class Metric(NamedTuple):
@@ -53,6 +56,18 @@ CATALOG: tuple[Metric, ...] = (
         "counter",
         "Requests with a grammar that cannot be enforced, refused before they were sent.",
         lambda s: s.requests.refused,
+    ),
+    Metric(
+        "headrace_stopped_requests_total",
+        "counter",
+        "Requests that ended with a stop token or string.",
+        lambda s: s.requests.stopped,
+    ),
+    Metric(
+        "headrace_length_requests_total",
+        "counter",
+        "Requests that ended because they were as long as they may be.",
+        lambda s: s.requests.cut_short,
     ),
     Metric(
         "headrace_prompt_tokens_total",
@@ -103,6 +118,24 @@ CATALOG: tuple[Metric, ...] = (
         lambda s: s.requests.queue_time,
     ),
     Metric(
+        "headrace_request_prefill_time_seconds",
+        "histogram",
+        "From admission to the first token.",
+        lambda s: s.requests.prefill_time,
+    ),
+    Metric(
+        "headrace_request_decode_time_seconds",
+        "histogram",
+        "From the first token to the end of a request.",
+        lambda s: s.requests.decode_time,
+    ),
+    Metric(
+        "headrace_request_inference_time_seconds",
+        "histogram",
+        "From admission to the end of a request.",
+        lambda s: s.requests.inference_time,
+    ),
+    Metric(
         "headrace_prompt_tokens_histogram",
         "histogram",
         "Prompt length in tokens.",
@@ -113,6 +146,31 @@ CATALOG: tuple[Metric, ...] = (
         "histogram",
         "Output length in tokens.",
         lambda s: s.requests.generation_length,
+    ),
+    # lost processes
+    Metric(
+        "headrace_process_crashes_total",
+        "counter",
+        "Processes that were lost while they served; each was started again.",
+        lambda s: s.requests.crashes,
+    ),
+    Metric(
+        "headrace_recovery_time_seconds",
+        "histogram",
+        "From the loss of a process until requests go on.",
+        lambda s: s.requests.recovery,
+    ),
+    Metric(
+        "headrace_num_resumed_requests_total",
+        "counter",
+        "Times that a request went on after a process was lost.",
+        lambda s: s.requests.resumed,
+    ),
+    Metric(
+        "headrace_num_poisonous_requests_total",
+        "counter",
+        "Requests that were failed since they ended their process twice.",
+        lambda s: s.requests.poisonous,
     ),
     # the scheduler
     Metric(
@@ -149,6 +207,30 @@ CATALOG: tuple[Metric, ...] = (
         lambda s: s.scheduler.max_total_tokens,
     ),
     Metric(
+        "headrace_page_size",
+        "gauge",
+        "Tokens in a page of the KV cache.",
+        lambda s: s.limits.page_size if s.limits else 0,
+    ),
+    Metric(
+        "headrace_num_pages",
+        "gauge",
+        "Pages of the KV cache.",
+        lambda s: s.limits.max_total_tokens // s.limits.page_size if s.limits else 0,
+    ),
+    Metric(
+        "headrace_context_len",
+        "gauge",
+        "Longest sequence in tokens.",
+        lambda s: s.limits.context_length if s.limits else 0,
+    ),
+    Metric(
+        "headrace_num_paused_reqs",
+        "gauge",
+        "Running requests that a pause holds up.",
+        lambda s: s.scheduler.paused,
+    ),
+    Metric(
         "headrace_token_usage",
         "gauge",
         "Share of the KV cache in use by requests.",
@@ -183,6 +265,18 @@ CATALOG: tuple[Metric, ...] = (
         "counter",
         "Requests that the scheduler aborted.",
         lambda s: s.scheduler.aborted_total,
+    ),
+    Metric(
+        "headrace_scheduler_prompt_tokens_total",
+        "counter",
+        "Prompt tokens of admitted requests.",
+        lambda s: s.scheduler.prompt_tokens_total,
+    ),
+    Metric(
+        "headrace_scheduler_cached_tokens_total",
+        "counter",
+        "Prompt tokens of admitted requests that were found in the prefix cache.",
+        lambda s: s.scheduler.cached_tokens_total,
     ),
     Metric(
         "headrace_scheduler_generated_tokens_total",

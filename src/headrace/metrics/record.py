@@ -42,6 +42,11 @@ class RequestMetrics:
         self.requests = 0
         self.aborted = 0
         self.refused = 0
+        self.resumed = 0
+        self.poisonous = 0
+        self.crashes = 0
+        self.stopped = 0
+        self.cut_short = 0
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self.generation_tokens = 0
@@ -50,5 +55,9 @@ class RequestMetrics:
         self.time_per_output_token = Histogram(STEP_SECONDS)
         self.e2e_latency = Histogram(SECONDS)
         self.queue_time = Histogram(SECONDS)
+        self.recovery = Histogram(SECONDS)
+        self.prefill_time = Histogram(SECONDS)
+        self.decode_time = Histogram(SECONDS)
+        self.inference_time = Histogram(SECONDS)
         self.prompt_length = Histogram(TOKENS)
         self.generation_length = Histogram(TOKENS)

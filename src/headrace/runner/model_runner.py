@@ -5,6 +5,7 @@ threads or memory planning. Invariant: when `execute` returns, sampled tokens ar
 the next plan may run them.
 """
 
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import msgspec
 import numpy as np
 import torch
 
+from headrace.core import faults
 from headrace.core.config import Limits
 from headrace.core.errors import Unsupported
 from headrace.core.plan import Chunk, ChunkResult, ScoredToken, StateSpec, StepPlan, StepResult
@@ -25,6 +27,8 @@ from headrace.runner.pool import KvPool
 from headrace.runner.pooler import Pooler
 from headrace.runner.sampler import Sampler
 from headrace.runner.tables import RowTables
+
+logger = logging.getLogger(__name__)
 
 _NOT_FINITE = "the model's logits are not finite (NaN), or every token is masked"
 
@@ -122,6 +126,8 @@ class ModelRunner:
             if type(extra) not in self._halves:
                 raise Unsupported(f"nothing here handles {type(extra).__name__}")
         self.tables.apply(plan)
+        if faults.ON:
+            faults.strike("kernel", [self.tables.spec(chunk.row).seed for chunk in plan.chunks])
         self.pool.copy(plan.copies)
         results = self._run(plan.chunks, plan.extras) if plan.chunks else []
         return StepResult(chunks=results, seconds=time.perf_counter() - began)
@@ -137,14 +143,29 @@ class ModelRunner:
         for chunk, offset in zip(chunks, layout.offset.tolist(), strict=True):
             own = drawn[taken : taken + 1 + len(chunk.draft)] if chunk.samples else []
             taken += len(own)
-            result = self._answer(chunk, own)
-            if self._pooler is not None and not result.error:
-                states = hidden[offset : offset + chunk.count]
-                result = self._pooler.take(chunk, self.tables.spec(chunk.row).prompt_len, states)
-            if chunk.logprob_start >= 0 and not result.error:
-                result = self._add_prompt_scores(result, chunk, hidden, offset)
+            try:
+                result = self._finish(self._answer(chunk, own), chunk, hidden, offset)
+            except Exception as error:  # noqa: BLE001  it fails this row, not the step
+                result = ChunkResult(error=self._failed("scoring", chunk.row, error))
             results.append(result)
         return results
+
+    def _finish(
+        self, result: ChunkResult, chunk: Chunk, hidden: torch.Tensor, offset: int
+    ) -> ChunkResult:
+        """The answer with what else is made of the hidden states, from `offset` on."""
+        if self._pooler is not None and not result.error:
+            states = hidden[offset : offset + chunk.count]
+            result = self._pooler.take(chunk, self.tables.spec(chunk.row).prompt_len, states)
+        if chunk.logprob_start >= 0 and not result.error:
+            result = self._add_prompt_scores(result, chunk, hidden, offset)
+        return result
+
+    def _failed(self, what: str, row: int, error: Exception) -> str:
+        """The row can go on no more: why, for its request."""
+        logger.error("%s of row %d failed", what, row, exc_info=error)
+        self.tables.problems[row] = f"{what} failed ({type(error).__name__})"
+        return self.tables.problems[row]
 
     def _sample(self, hidden: torch.Tensor, layout: Layout, extras: Sequence[Any]) -> list[Drawn]:
         """Sample at every target of the layout, in its order, and write the tables.
@@ -154,14 +175,37 @@ class ModelRunner:
         rows, positions, places = layout.targets()
         drawn: list[Drawn] = []
         for part in slices(len(rows), self.vocab_size):
-            logits = self.graph.logits(hidden, places[part])
-            for extra in extras:
-                self._halves[type(extra)].edit(logits, rows[part], positions[part], extra)
-            tokens, valid = self.sampler.sample(logits, rows[part], positions[part])
-            scores = score_samples(logits, tokens, rows[part], self.tables)
-            self.tables.tokens[rows[part], positions[part]] = np.where(valid, tokens, 0)
-            drawn += zip(tokens.tolist(), valid.tolist(), scores, strict=True)
+            at = rows[part], positions[part], places[part]
+            try:
+                drawn += self._draw(hidden, *at, extras)
+            except Exception:  # noqa: BLE001  one after the other tells whose it is
+                for i in range(len(at[0])):
+                    row, position, place = (values[i : i + 1] for values in at)
+                    try:
+                        drawn += self._draw(hidden, row, position, place, extras)
+                    except Exception as error:  # noqa: BLE001  it fails this row, not the step
+                        self._failed("sampling", int(row[0]), error)
+                        drawn.append((0, False, None))
         return drawn
+
+    def _draw(
+        self,
+        hidden: torch.Tensor,
+        rows: np.ndarray,
+        positions: np.ndarray,
+        places: np.ndarray,
+        extras: Sequence[Any],
+    ) -> list[Drawn]:
+        """Sample for `positions` of `rows`, whose hidden states are at `places`."""
+        if faults.ON:
+            faults.strike("sample", [self.tables.spec(row).seed for row in rows.tolist()])
+        logits = self.graph.logits(hidden, places)
+        for extra in extras:
+            self._halves[type(extra)].edit(logits, rows, positions, extra)
+        tokens, valid = self.sampler.sample(logits, rows, positions)
+        scores = score_samples(logits, tokens, rows, self.tables)
+        self.tables.tokens[rows, positions] = np.where(valid, tokens, 0)
+        return list(zip(tokens.tolist(), valid.tolist(), scores, strict=True))
 
     def _answer(self, chunk: Chunk, drawn: list[Drawn]) -> ChunkResult:
         """The first token, and one more for every draft that is what sampling gave."""
@@ -186,6 +230,8 @@ class ModelRunner:
     ) -> ChunkResult:
         """Score the prompt tokens after the chunk's positions; row `offset` is `chunk.start`."""
         spec = self.tables.spec(chunk.row)
+        if faults.ON:
+            faults.strike("prompt", [spec.seed])
         first = max(chunk.start, chunk.logprob_start)
         stop = min(chunk.start + chunk.count, spec.prompt_len - 1)
         scores: list[ScoredToken] = []

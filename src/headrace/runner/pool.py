@@ -2,8 +2,9 @@
 
 Stored as `--kv-cache-dtype` says; scales of int8 lie in tensors of their own, beside the pages.
 
-Memory is reserved but not touched: pages cost nothing until they are used, and read as zeros.
-Knows nothing of who owns a page.
+Memory is reserved but not touched: pages cost nothing until they are used, and read as zeros. A
+large pool lies on huge pages where the system grants them: reading 4 kB pages is bound by finding
+them. Knows nothing of who owns a page.
 """
 
 import mmap
@@ -18,6 +19,7 @@ from headrace.core.plan import StateSpec
 from headrace.ops.meta import KV_DTYPES, KvCache, latent_cache
 
 _ALIGNMENT = 4096
+_WORTH_HUGE_PAGES = 8 << 20  # bytes of a tensor; the first page used of each costs 2 MB
 _STORED = {"kv": 2, "latent": 1}  # tensors by kind of state
 _Wanted = tuple[tuple[int, ...], torch.dtype]
 
@@ -97,6 +99,8 @@ def _untouched_zeros(wanted: list[_Wanted]) -> list[torch.Tensor]:
     sizes = [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in wanted]
     steps = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
     mapping = mmap.mmap(-1, max(sum(steps), 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if max(sizes, default=0) >= _WORTH_HUGE_PAGES:
+        mapping.madvise(mmap.MADV_HUGEPAGE)
     buffer = torch.frombuffer(mapping, dtype=torch.uint8)
     tensors, offset = [], 0
     for (shape, dtype), size, step in zip(wanted, sizes, steps, strict=True):

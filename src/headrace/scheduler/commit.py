@@ -2,7 +2,9 @@
 
 Appends sampled tokens up to the first stop, gathers logprobs, stores finished prompts as prefixes.
 Every end of a request goes through `Committer.finish`, which answers once and frees everything
-once, as soon as no plan in flight contains the request. Knows no sockets and no plans to come.
+once, as soon as no plan in flight contains the request. What goes wrong with one request ends that
+one. Knows no sockets and no
+plans to come.
 """
 
 import logging
@@ -11,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from headrace.core import faults
 from headrace.core.errors import HeadraceError
 from headrace.core.messages import Delta, FinishReason, GenerateRequest, StreamStart, pack_ids
 from headrace.core.plan import Chunk, ChunkResult, StepPlan, StepResult
@@ -41,6 +44,7 @@ class OutputRules:
     stops: Callable[[GenerateRequest], StopMatcher | None] = no_stops
     stream_interval: int = 1
     decode_log_interval: int = 40
+    log_cache_divergence: int = 0
 
 
 DEFAULT_OUTPUT = OutputRules()
@@ -93,8 +97,15 @@ class Committer:
         for chunk, outcome in zip(plan.chunks, result.chunks, strict=True):
             request = self.planner.rows[chunk.row]
             self._land(request, chunk)
+            if request.timeline is not None and request.finish is None:
+                request.timeline.ran(
+                    self.clock(), result.seconds, chunk.start, chunk.count, request.prompt_len
+                )
             if request.finish is None:
-                self._apply(request, chunk, outcome, result.extras)
+                try:
+                    self._apply(request, chunk, outcome, result.extras)
+                except Exception as error:  # noqa: BLE001  it fails this request, not the server
+                    self.finish(request, failure("taking in its tokens", error))
             elif request.inflight == 0:
                 self._release(request)
 
@@ -106,9 +117,21 @@ class Committer:
         self.aborted_total += reason.type == "abort"
         if request.cached >= 0:  # it had started
             self.pace.ended(self.clock())
-        self._send(request)
+        if (timeline := request.timeline) is not None:
+            timeline.admitted, timeline.first_token = request.admitted_at, request.first_token_at
+            timeline.finished = self.clock()
+        try:
+            self._send(request)
+        except Exception as error:  # noqa: BLE001  there is an answer in any case
+            request.finish, spec = failure("writing the answer", error), request.spec
+            self.deltas.append(
+                Delta(spec.rid, finish=request.finish, origin=spec.origin, attempt=spec.attempt)
+            )
         for feature in self.features:
-            feature.on_finish(request)
+            try:
+                feature.on_finish(request)
+            except Exception as error:  # noqa: BLE001  pages and row are freed in any case
+                failure("forgetting a request", error)
         self.planner.queue.forget(request)
         if request.row < 0:
             self.planner.queue.remove(request)
@@ -124,6 +147,8 @@ class Committer:
     def _apply(
         self, request: Request, chunk: Chunk, outcome: ChunkResult, extras: Sequence[Any]
     ) -> None:
+        if faults.ON:
+            faults.strike("commit", [request.spec.sampling.seed])
         if outcome.error:
             self.finish(request, abort(outcome.error, 500, "InternalServerError"))
             return
@@ -209,7 +234,8 @@ class Committer:
         if spec.logprobs is not None:
             scores = output_logprobs(unsent.ids, unsent.scores)
         prompt_scores = None
-        if spec.logprobs is not None and spec.logprobs.start >= 0 and not unsent.started:
+        first = not unsent.started and not spec.out
+        if spec.logprobs is not None and spec.logprobs.start >= 0 and first:
             prompt_scores = input_logprobs(request, unsent.prompt_scores)
         self.deltas.append(
             Delta(
@@ -227,6 +253,8 @@ class Committer:
                 queue_time=max(0.0, request.admitted_at - request.arrived),
                 first_token_time=max(0.0, request.first_token_at - request.arrived),
                 pooled=unsent.pooled,
+                attempt=spec.attempt,
+                timeline=None if request.finish is None else request.timeline,
             )
         )
         unsent.ids = []
@@ -244,7 +272,14 @@ def stream_start(request: Request) -> StreamStart:
         skip_special_tokens=sampling.skip_special_tokens,
         spaces_between_special_tokens=sampling.spaces_between_special_tokens,
         no_stop_trim=sampling.no_stop_trim,
+        out=request.spec.out,
     )
+
+
+def failure(doing: str, error: Exception) -> FinishReason:
+    """The reason of a request that one of our own bugs ended; the log has the traceback."""
+    logger.error("%s failed", doing, exc_info=error)
+    return abort(f"{doing} failed ({type(error).__name__})", 500, "InternalServerError")
 
 
 def abort(message: str, status: int, kind: str) -> FinishReason:

@@ -35,9 +35,11 @@ class Deadlines:
             "first": spec.first_token_within,
             "whole": spec.within,
         }
+        # Who goes on after a crash has waited before.
+        since = spec.received if spec.attempt else request.arrived
         for kind, seconds in limits.items():
             if seconds > 0.0:
-                self._push(request.arrived + seconds, kind, request)
+                self._push(since + seconds, kind, request)
 
     def expired(self, now: float) -> Iterator[tuple[Request, FinishReason]]:
         """Requests whose time is over, and what to tell them."""

@@ -222,6 +222,22 @@ class RecordedScheduler:
     def runner(self) -> Runner:
         return self.inner.runner
 
+    @property
+    def arrivals(self) -> int:
+        return self.inner.arrivals
+
+    def overview(self) -> dict[str, Any]:
+        """See `Scheduler.overview`."""
+        return self.inner.overview()
+
+    @property
+    def on_batch(self) -> Callable[[Sequence[Request]], bool]:
+        return self.inner.on_batch
+
+    @on_batch.setter
+    def on_batch(self, call: Callable[[Sequence[Request]], bool]) -> None:
+        self.inner.on_batch = call
+
     def submit(self, message: Inbound) -> None:
         """See `Scheduler.submit`."""
         self._begin()

@@ -13,6 +13,7 @@ from headrace.core.messages import pack_ids
 from headrace.core.plan import Chunk, NewRow, Pages, StepPlan
 from headrace.scheduler.admission import NewTokenRatio, needed, reserved
 from headrace.scheduler.feature import Feature
+from headrace.scheduler.questions import Questions
 from headrace.scheduler.queue import Queue
 from headrace.scheduler.request import Request
 from headrace.scheduler.space import Space, shares_prefix
@@ -60,7 +61,7 @@ class Planner:
         self.limits = limits
         self.space = space
         self.features = features
-        self.depth = depth
+        self.questions = Questions(features, depth)
         self.clock = clock
         self.queue = Queue(options, space)
         self.running: list[Request] = []
@@ -95,10 +96,7 @@ class Planner:
         self.running.remove(request)
         self.space.leave(request, keep=0)
         self.release_row(request)
-        request.computed = 0
-        request.held = False
-        request.prompt_kept = False
-        request.retractions += 1
+        request.retract(self.clock())
         self.retracted_total += 1
         self.queue.add(request)
 
@@ -133,12 +131,7 @@ class Planner:
             return False
         if request.held or request.finish is not None or not request.wants_work:
             return False
-        if not self.features:
-            return request.inflight < self.depth
-        if any(feature.holds(request) for feature in self.features):
-            return False
-        chain = min(feature.chain(request, self.depth) for feature in self.features)
-        return request.inflight < chain
+        return self.questions.may_run(request)
 
     def _append(self, request: Request, count: int, draft: Draft) -> None:
         start, end = request.computed, request.computed + count
@@ -237,12 +230,13 @@ class Planner:
 
     def _is_ready(self, request: Request, draft: Draft) -> bool:
         """Nothing in the background is missing, and the group's prompt is computed."""
-        if self._leader_computes(request):
+        if self._leader_computes(request) or self._on_trial(request):
             return False
-        return all(
-            feature.ready(request) and feature.admit(request, draft.requests)
-            for feature in self.features
-        )
+        return self.questions.may_start(request, draft.requests)
+
+    def _on_trial(self, request: Request) -> bool:
+        """Has it, like one that runs, been in several crashes? Then they run one at a time."""
+        return request.strikes > 1 and any(other.strikes > 1 for other in self.running)
 
     def _leader_computes(self, request: Request) -> bool:
         """Is the group's prompt still being computed by another sample?
@@ -322,7 +316,7 @@ class Planner:
             for request in self._rewritten
             if request.row >= 0
         ]
-        extras = [feature.attach(draft.chunks, draft.requests) for feature in self.features]
+        extras = self.questions.extras(draft.chunks, draft.requests)
         self._steps += 1
         plan = StepPlan(
             step=self._steps,
@@ -331,7 +325,7 @@ class Planner:
             new_rows=draft.new_rows,
             pages=rewritten + draft.pages,
             copies=draft.copies,
-            extras=tuple(extra for extra in extras if extra is not None),
+            extras=extras,
         )
         self._freed_rows = []
         self._rewritten = []

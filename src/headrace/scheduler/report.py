@@ -12,11 +12,16 @@ import msgspec
 
 from headrace.core.messages import SchedulerStats
 from headrace.core.plan import StepPlan
-from headrace.scheduler.commit import Committer
+from headrace.scheduler.commit import Committer, OutputRules
 from headrace.scheduler.planner import Planner
+from headrace.scheduler.request import Request
+from headrace.scheduler.space import diverged
 from headrace.scheduler.watch import STEP_FIELDS, StepLog, pages_of, tree_of
 
 logger = logging.getLogger(__name__)
+
+# The longest that a refused client is told to wait (seconds).
+_LONGEST_RETRY = 300.0
 
 
 class Reporter:
@@ -26,12 +31,13 @@ class Reporter:
         self,
         planner: Planner,
         committer: Committer,
-        decode_log_interval: int,
+        output: OutputRules,
         clock: Callable[[], float],
     ) -> None:
         self._planner = planner
         self._committer = committer
-        self._interval = decode_log_interval
+        self._interval = output.decode_log_interval
+        self._divergence = output.log_cache_divergence
         self._clock = clock
         self._started = self._window_start = clock()
         self._window_tokens = 0
@@ -47,6 +53,10 @@ class Reporter:
         prefill, cached = sum(prompts), 0
         if plan.new_rows:
             cached = self._prefilled(plan, prefill)
+            for new in plan.new_rows:
+                # One that failed in planning has left its row.
+                if (request := self._planner.rows.get(new.row)) is not None:
+                    self._diverged(request)
         age = self._clock() - self._started
         self.log.launched(self.steps, age, prefill, len(plan.chunks) - len(prompts), cached)
         if not prefill:
@@ -76,8 +86,16 @@ class Reporter:
             max_running_requests=planner.limits.max_running_requests,
             paused=len(planner.running) if planner.paused else 0,
             draining=int(planner.draining),
+            retry_after=self.retry_after,
+            is_paused=planner.paused,
             **{key: value for one in planner.features for key, value in one.stats().items()},
         )
+
+    @property
+    def retry_after(self) -> float:
+        """Seconds until half of the queue is gone, at the pace of late; 1 s to 5 min."""
+        seconds = self._committer.pace.seconds_for(len(self._planner.queue) / 2)
+        return min(max(seconds, 1.0), _LONGEST_RETRY)
 
     def watched(self, since: int, inflight: int) -> dict[str, Any]:
         """What a dashboard shows: counters, pages, tree, and the steps after number `since`."""
@@ -105,6 +123,24 @@ class Reporter:
             len(self._planner.queue),
         )
         return cached
+
+    def _diverged(self, request: Request) -> None:
+        """Tell where the prompt left one that is in the cache, if that is asked for."""
+        if request.retractions or not (self._divergence or request.timeline):
+            return
+        found = diverged(request, self._planner.space.page_size)
+        if found is None:
+            return
+        if request.timeline is not None:
+            request.timeline.diverged = found
+        if self._divergence and found.at >= self._divergence:
+            logger.info(
+                "Cache: the prompt of request %s diverged at token %d of %d from request %s",
+                request.rid,
+                found.at,
+                found.length,
+                found.rid,
+            )
 
     def _decoded(self) -> None:
         now = self._clock()

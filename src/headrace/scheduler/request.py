@@ -12,8 +12,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from headrace.core.messages import FinishReason, GenerateRequest, TokenLogprobs, unpack_ids
+from headrace.core.messages import (
+    CLEARED_AFTER,
+    FinishReason,
+    GenerateRequest,
+    TokenLogprobs,
+    unpack_ids,
+)
 from headrace.core.plan import ScoredToken
+from headrace.core.timeline import Timeline
 
 
 class StopMatcher(Protocol):
@@ -50,9 +57,10 @@ class Request:
         self.seq = seq
         self.prompt: np.ndarray = unpack_ids(spec.ids)
         self.prompt_len = len(self.prompt)
-        self.out: list[int] = []
+        # Not empty from the start if the request goes on after a crash.
+        self.out: list[int] = unpack_ids(spec.out).tolist()
         # Length of prompt + out: the tokens whose value is known.
-        self.known = self.prompt_len
+        self.known = self.prompt_len + len(self.out)
         max_new_tokens = spec.sampling.max_new_tokens
         assert max_new_tokens is not None, "the tokenizer manager fills it in"
         self.max_new_tokens = max_new_tokens
@@ -76,8 +84,10 @@ class Request:
         self.arrived = now
         self.admitted_at = 0.0
         self.first_token_at = 0.0
+        # Kept only if it is asked for.
+        self.timeline = Timeline(sent=spec.received, arrived=now) if spec.timings else None
         # Next prompt position whose logits score its successor; `prompt_len` when none is wanted.
-        start = spec.logprobs.start if spec.logprobs else -1
+        start = spec.logprobs.start if spec.logprobs and not spec.out else -1
         self.score_from = self.prompt_len if start < 0 else start
         self.unsent = Unsent()
         self.account: Payer = NOBODY
@@ -88,6 +98,12 @@ class Request:
     @property
     def rid(self) -> str:
         return self.spec.rid
+
+    @property
+    def strikes(self) -> int:
+        """Crashes it may have caused; none once it has gone on for a while."""
+        made = len(self.out) - len(self.spec.out) // 4 if self.spec.strikes else 0
+        return self.spec.strikes if made < CLEARED_AFTER else 0
 
     @property
     def total(self) -> int:
@@ -103,6 +119,15 @@ class Request:
     @property
     def priority(self) -> int:
         return self.spec.priority or 0
+
+    def retract(self, now: float) -> None:
+        """Row and pages are gone; what was computed has to be computed again."""
+        self.computed = 0
+        self.held = False
+        self.prompt_kept = False
+        self.retractions += 1
+        if self.timeline is not None:
+            self.timeline.retract(now)
 
     def append(self, token: int) -> None:
         """A sampled token has become known."""

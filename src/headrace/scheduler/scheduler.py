@@ -10,7 +10,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from typing import Any
 
+from headrace.core import faults
 from headrace.core.config import Limits, ScheduleOptions
 from headrace.core.errors import HeadraceError
 from headrace.core.messages import (
@@ -23,13 +25,15 @@ from headrace.core.messages import (
     Outbound,
 )
 from headrace.core.plan import StepPlan, StepResult
-from headrace.scheduler.commit import DEFAULT_OUTPUT, Committer, OutputRules, abort
+from headrace.scheduler.commit import DEFAULT_OUTPUT, Committer, OutputRules, abort, failure
 from headrace.scheduler.control import answer
 from headrace.scheduler.deadlines import Deadlines
+from headrace.scheduler.entry import Entry
 from headrace.scheduler.feature import Feature, Runner
+from headrace.scheduler.overview import overview
 from headrace.scheduler.planner import Planner
 from headrace.scheduler.report import Reporter
-from headrace.scheduler.request import Request
+from headrace.scheduler.request import Request, StopMatcher
 from headrace.scheduler.sessions import Sessions
 from headrace.scheduler.space import Space
 from headrace.scheduler.trace import Trace
@@ -38,8 +42,6 @@ logger = logging.getLogger(__name__)
 
 # Counters are sent along with deltas at most this often (seconds).
 _STATS_INTERVAL = 0.1
-# The longest that a refused client is told to wait (seconds).
-_LONGEST_RETRY = 300.0
 # Verbs that change counters though no delta comes of them.
 _CHANGING = ("pause", "continue", "flush_cache", "drain")
 
@@ -69,17 +71,23 @@ class Scheduler:
         self.sessions = Sessions(options.max_sessions, options.session_timeout, clock)
         watchers = (*features, self.sessions)
         self.committer = Committer(self.planner, space, watchers, output, clock)
-        self.reporter = Reporter(self.planner, self.committer, output.decode_log_interval, clock)
+        self.reporter = Reporter(self.planner, self.committer, output, clock)
+        self.entry = Entry(options, limits, self.planner, self.committer, self.reporter)
         self.deadlines = Deadlines(options)
         self.trace = Trace(clock)
         # Seconds to sleep after each step, to make a slow server for tests of clients.
         self.slow_down = 0.0
+        # Told who is about to be computed whenever that changes; while it returns True, each time.
+        self.on_batch: Callable[[Sequence[Request]], bool] = lambda requests: False
+        self._watching = False
         self._stops = output.stops
         self._inflight: deque[tuple[StepPlan, Future[StepResult]]] = deque()
         self._replies: list[ControlReply] = []
         self._arrivals = 0
         self._stats_sent = 0.0
         self._stats_due = False
+        # Idle when it was last asked for news.
+        self._rested = True
 
     @property
     def idle(self) -> bool:
@@ -114,6 +122,20 @@ class Scheduler:
         """Steps that were launched and not committed."""
         return len(self._inflight)
 
+    @property
+    def plans(self) -> list[StepPlan]:
+        """Those steps, oldest first."""
+        return [plan for plan, _ in self._inflight]
+
+    @property
+    def arrivals(self) -> int:
+        """Requests that have come so far."""
+        return self._arrivals
+
+    def overview(self) -> dict[str, Any]:
+        """What an operator sees of it."""
+        return overview(self)
+
     def drain(self) -> None:
         """Wait for the plans in flight and commit them."""
         while self._inflight:
@@ -138,14 +160,17 @@ class Scheduler:
         """Everything to send since the last call."""
         out: list[Outbound] = list(self._replies)
         self._replies = []
-        deltas, due = self.committer.deltas, self._stats_due
+        deltas, idle = self.committer.deltas, self.idle
+        # The last word before a rest is true: nobody will correct it.
+        due = self._stats_due or (idle and not self._rested)
         if deltas or due:
             now = self.clock()
             stats = None
-            if due or self.idle or now - self._stats_sent >= _STATS_INTERVAL:
+            if due or now - self._stats_sent >= _STATS_INTERVAL:
                 stats, self._stats_sent, self._stats_due = self.reporter.stats(), now, False
             out.append(Deltas(items=deltas, stats=stats))
             self.committer.deltas = []
+        self._rested = idle
         return out
 
     def check(self) -> None:
@@ -162,18 +187,43 @@ class Scheduler:
 
     def _accept(self, spec: GenerateRequest) -> None:
         reason = None
+        if spec.attempt:
+            self._supersede(spec)
         if spec.session is not None:
             spec, reason = self._go_on(spec)
         request = Request(spec, self._arrivals, self.clock(), None)
         self._arrivals += 1
-        reason = reason or self._refusal(request)
+        try:
+            if faults.ON:
+                faults.strike("accept", [spec.sampling.seed])
+            reason = reason or self.entry.refusal(request)
+            if reason is None:
+                request.stop = self._resumed_stop(request)
+        except HeadraceError as error:
+            reason = abort(error.message, error.status, error.kind)
+        except Exception as error:  # noqa: BLE001  it fails this request, not the server
+            reason = failure("accepting the request", error)
         self.planner.queue.shares.join(request)
         self.planner.queue.add(request)
         if reason is not None:
             self.committer.finish(request, reason)
             return
-        request.stop = self._stops(spec)
         self.deadlines.watch(request)
+
+    def _supersede(self, spec: GenerateRequest) -> None:
+        """An earlier attempt of the same request may still be here: its answer was lost."""
+        for other in [*self.planner.queue.waiting, *self.planner.running]:
+            if (other.spec.rid, other.spec.origin) == (spec.rid, spec.origin):
+                reason = FinishReason("abort", message="Begun anew.", status=499, kind="Cancelled")
+                self.committer.finish(other, reason)
+
+    def _resumed_stop(self, request: Request) -> StopMatcher | None:
+        """What watches for its stops, when it has seen the output so far."""
+        stop = self._stops(request.spec)
+        if stop is not None:
+            for token in request.out:
+                stop.push(token)
+        return stop
 
     def _go_on(self, spec: GenerateRequest) -> tuple[GenerateRequest, FinishReason | None]:
         """The request with what came before it in its session; what it replaces ends."""
@@ -183,73 +233,6 @@ class Scheduler:
             return self.sessions.extend(spec, self.limits.max_request_tokens), None
         except HeadraceError as error:
             return spec, abort(error.message, error.status, error.kind)
-
-    def _refusal(self, request: Request) -> FinishReason | None:
-        """Why the request cannot be taken, if so."""
-        longest = self.limits.max_request_tokens
-        if request.prompt_len == 0:
-            return abort("The prompt is empty.", 400, "BadRequestError")
-        if request.limit > longest:
-            return abort(
-                f"The request needs {request.limit} tokens ({request.prompt_len} of prompt and "
-                f"{request.max_new_tokens} of output); the server holds {longest}.",
-                400,
-                "BadRequestError",
-            )
-        if self.planner.draining:
-            return self._busy("The server takes no more requests: it finishes those it has.")
-        options = self.options
-        if (
-            request.spec.priority is not None
-            and options.abort_on_priority_when_disabled
-            and not options.enable_priority_scheduling
-        ):
-            return abort(
-                "Using priority is disabled for this server.", 503, "ServiceUnavailableError"
-            )
-        if request.spec.origin and self._in_use(request.rid):
-            return abort(
-                f"rid {request.rid!r} is in use by another request", 400, "BadRequestError"
-            )
-        for feature in self.features:
-            error = feature.check(request)
-            if error is not None:
-                return abort(error, 400, "BadRequestError")
-        return self._full(request)
-
-    def _in_use(self, rid: str) -> bool:
-        """One frontend knows its own requests; of several only the scheduler knows all."""
-        everything = (self.planner.queue.waiting, self.planner.running)
-        return any(other.rid == rid for some in everything for other in some)
-
-    def _full(self, request: Request) -> FinishReason | None:
-        """With a full queue, refuse this request or, if it is more urgent, evict another."""
-        options, queue = self.options, self.planner.queue
-        most, tokens = options.max_queued_requests, options.max_queued_tokens
-        if most is not None and len(queue) >= most:
-            limit = f"{most} requests (--max-queued-requests)"
-        elif tokens is not None and len(queue) and queue.tokens + request.prompt_len > tokens:
-            limit = f"{tokens} prompt tokens (--max-queued-tokens)"
-        else:
-            return None
-        last = queue.last()
-        if queue.urgency(request) <= queue.urgency(last):
-            return self._busy(f"The request queue is full. It may hold {limit}.")
-        self.committer.finish(
-            last, self._busy("The request is aborted by a higher priority request.")
-        )
-        return None
-
-    def _busy(self, message: str) -> FinishReason:
-        """An end that tells when half of the queue will be gone, at the pace of late."""
-        seconds = self.committer.pace.seconds_for(len(self.planner.queue) / 2)
-        return FinishReason(
-            "abort",
-            message=message,
-            status=503,
-            kind="ServiceUnavailableError",
-            retry_after=min(max(seconds, 1.0), _LONGEST_RETRY),
-        )
 
     def _abort(self, message: AbortRequest) -> None:
         everything = [*self.planner.queue.waiting, *self.planner.running]
@@ -273,10 +256,15 @@ class Scheduler:
     def _launch(self) -> bool:
         began = self.trace.mark()
         plan = None if self.planner.paused else self.planner.plan()
+        while self.planner.questions.broken:
+            request, error = self.planner.questions.broken.pop()
+            self.committer.finish(request, failure("planning", error))
         if plan is None:
             return False
         self.trace.add("plan", began)
         self.reporter.planned(plan)
+        if self._watching or plan.new_rows or plan.freed_rows:
+            self._watching = self.on_batch(self.planner.running)
         began = self.trace.mark()
         future = self.runner.launch(plan)
         self.trace.add("launch", began)

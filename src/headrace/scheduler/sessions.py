@@ -131,6 +131,8 @@ class Sessions(Feature):
         """
         asked = _params(spec)
         session = self._get(asked.id, "session_params")
+        if spec.attempt and spec.rid in session.nodes:
+            self._tokens -= _size(session.nodes.pop(spec.rid))
         dropped = session.below(asked.rid) if asked.replace else []
         before = self._before(session, asked)
         new = unpack_ids(spec.ids)

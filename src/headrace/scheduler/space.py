@@ -11,8 +11,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from headrace.cache.divergence import divergence
 from headrace.cache.pages import PagePool
 from headrace.cache.prefix import PrefixCache
+from headrace.cache.radix import Node
+from headrace.core.timeline import Divergence
 from headrace.scheduler.request import Request
 
 
@@ -101,7 +104,7 @@ class Space:
         whole = length // size
         tokens = request.tokens()[: whole * size]
         prefix = self.cache.insert(
-            self.namespace(request), tokens, request.pages[:whole], request.priority
+            self.namespace(request), tokens, request.pages[:whole], request.priority, request.rid
         )
         if prefix.node is None:
             return False
@@ -143,6 +146,19 @@ class Space:
         limit = max(0, min(request.known - 1, request.score_from))
         prefix = self.cache.match(self.namespace(request), request.tokens()[:limit], use=False)
         return request.known - len(prefix.pages) * self.page_size
+
+
+def diverged(request: Request, page_size: int) -> Divergence | None:
+    """Where the prompt of a request that was just admitted left a stored one, of which it shares at
+    least a page."""
+    node, cached = request.node, request.shared * page_size
+    if not isinstance(node, Node) or not cached:
+        return None
+    found = divergence(node, request.prompt[cached:])
+    if found is None:
+        return None
+    shared, owner = found
+    return Divergence(cached + shared, request.prompt_len, owner)
 
 
 def shares_prefix(request: Request, other: Request, at_least: int) -> bool:

@@ -32,25 +32,35 @@ class StepLog:
         """The step before the last `behind` ones has ended; steps end in order."""
         self._steps[-1 - behind][2] = seconds
 
+    def last(self, inflight: int) -> dict[str, float]:
+        """The newest ended step by `STEP_FIELDS`; empty before the first."""
+        number = len(self._steps) - 1 - inflight
+        return dict(zip(STEP_FIELDS, self._steps[number], strict=True)) if number >= 0 else {}
+
     def since(self, step: int, inflight: int) -> list[list[float]]:
         """Ended steps with a number above `step`, in order of `STEP_FIELDS`."""
         ended = list(self._steps)[: len(self._steps) - inflight]
         return [record for record in ended if record[0] > step]
 
 
-def pages_of(space: Space) -> dict[str, int]:
-    """KV pages by use. All but `shared`, a part of `locked` and `private`, add up to `total`."""
+def page_use(space: Space) -> dict[str, int]:
+    """KV pages by use; all kinds add up to `total`. Costs nothing."""
     pool, cache = space.pool, space.cache
-    shared = shared_pages(cache) if isinstance(cache, RadixCache) else 0
     return {
         "total": pool.count,
         "free": pool.free,
         "unused": cache.evictable,
         "locked": cache.held - cache.evictable,
         "private": pool.count - pool.free - cache.held,
-        "shared": shared + pool.shared,
         "size": pool.page_size,
     }
+
+
+def pages_of(space: Space) -> dict[str, int]:
+    """`page_use`, and `shared`: a part of `locked` and `private`. Walks the prefix tree."""
+    cache = space.cache
+    shared = shared_pages(cache) if isinstance(cache, RadixCache) else 0
+    return {**page_use(space), "shared": shared + space.pool.shared}
 
 
 def tree_of(space: Space) -> list[list[Any]]:

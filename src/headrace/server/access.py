@@ -29,7 +29,7 @@ class Role(Enum):
     ADMIN = "admin"
 
 
-_OPEN = "/ /health /health_generate /ready /ping /metrics /ui /ui/static/{name}"
+_OPEN = "/ /health /health_generate /livez /readyz /ready /ping /metrics /ui /ui/static/{name}"
 _USER = """
 /generate /encode /classify /rerank /tokenize /detokenize /invocations /abort_request
 /open_session /close_session /parse_function_call /separate_reasoning
@@ -45,7 +45,7 @@ _USER = """
 """
 _ADMIN = """
 /flush_cache /pause_generation /continue_generation /drain /start_profile /stop_profile
-/configure_logging /freeze_gc /slow_down /ui/events
+/configure_logging /freeze_gc /slow_down /ui/events /debug/scheduler
 /init_weights_send_group_for_remote_instance /send_weights_to_remote_instance
 """
 ROLES: dict[str, Role] = {

@@ -6,7 +6,6 @@ Only /health_generate generates. Reads the manager's counters, keeps none of its
 import asyncio
 import time
 import uuid
-from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -22,6 +21,7 @@ from headrace.frontend.native import WEIGHT_VERSION
 from headrace.metrics.catalog import PREFIX, Sources
 from headrace.metrics.prometheus import CONTENT_TYPE, Exporter
 from headrace.server.context import Context
+from headrace.server.errors import RETRY_AFTER_SECONDS
 from headrace.server.generation import read_body
 from headrace.server.ignored import warnings
 from headrace.server.schemas import AbortBody, body_of, ignored_fields, read
@@ -36,7 +36,7 @@ LOAD_SECTIONS = ("core", "memory", "queues", "all")
 def routes(context: Context) -> APIRouter:
     """Health, information, load and control."""
     router = APIRouter()
-    for add in (_add_health, _add_information, _add_loads, _add_control):
+    for add in (_add_health, _add_information, _add_loads, _add_metrics, _add_control):
         add(router, context)
     return router
 
@@ -47,38 +47,56 @@ def _add_health(router: APIRouter, context: Context) -> None:
     async def root() -> Response:
         return PlainTextResponse("headrace is running")
 
-    @router.get("/ready")
-    async def ready() -> Response:
-        """200 while requests are taken; asks nobody."""
-        takes = context.manager.ready.is_set() and not context.manager.stats.draining
-        return Response(status_code=200 if takes else 503)
+    @router.get("/livez")
+    async def livez() -> Response:
+        """503 when only a restart can help: for the probe that ends a container. A server that
+        loads, drains, is busy or brings a lost process back is alive."""
+        manager = context.manager
+        return _well("" if manager.recovery.why else manager.trouble())
+
+    @router.get("/ready", include_in_schema=False)
+    @router.get("/readyz")
+    async def readyz() -> Response:
+        """503 when requests should go elsewhere, with the reason; asks nobody."""
+        stats = context.manager.stats
+        paused = "Generation is paused." if stats.is_paused else ""
+        draining = "The server finishes what it has." if stats.draining else ""
+        return _well(_unready(context) or paused or draining)
 
     @router.get("/ping", include_in_schema=False)
     @router.get("/health")
     async def health() -> Response:
-        """200 when the scheduler answers; adds nothing to its batch."""
-        return await _alive(context, _ping)
+        """200 when requests are answered, also while generation is paused; asks nobody."""
+        return _well(_unready(context))
 
     @router.get("/health_generate")
     async def health_generate() -> Response:
         """200 when a token comes back through scheduler, model and detokenizer."""
-        return await _alive(context, _one_token)
+        if reason := _unready(context):
+            return _well(reason)
+        try:
+            async with asyncio.timeout(PROBE_SECONDS):
+                await _one_token(context)
+        except TimeoutError:
+            return _well(f"No token came back within {PROBE_SECONDS:g} s.")
+        except HeadraceError as error:
+            return _well(error.message)
+        return _well("")
 
 
-async def _alive(context: Context, probe: Callable[[Context], Awaitable[None]]) -> Response:
-    """200 if `probe` succeeds in time, else 503."""
-    if not context.manager.ready.is_set():
-        return Response(status_code=503)
-    try:
-        async with asyncio.timeout(PROBE_SECONDS):
-            await probe(context)
-    except (TimeoutError, HeadraceError):
-        return Response(status_code=503)
-    return Response(status_code=200)
+def _unready(context: Context) -> str:
+    """Why no requests are answered, or ""."""
+    if reason := context.manager.trouble():
+        return reason
+    return "" if context.manager.ready.is_set() else "The server is starting or ending."
 
 
-async def _ping(context: Context) -> None:
-    await context.manager.control("ping", timeout=PROBE_SECONDS)
+def _well(reason: str) -> Response:
+    """200, or 503 with the reason."""
+    if not reason:
+        return Response(status_code=200)
+    retry = {"retry-after": str(RETRY_AFTER_SECONDS)}
+    return PlainTextResponse(reason + "\n", status_code=503, headers=retry)
 
 
 async def _one_token(context: Context) -> None:
@@ -170,12 +188,18 @@ def _server_info(context: Context) -> dict[str, Any]:
     return {
         **context.config.public(),
         **sizes,
-        "status": "ready" if manager.ready.is_set() else "starting",
+        "status": _status(context),
         "startup": manager.startup,
         "internal_states": [state],
         "version": __version__,
         "frontend": "python",
     }
+
+
+def _status(context: Context) -> str:
+    if context.manager.recovery.why:
+        return "recovering"
+    return "ready" if context.manager.ready.is_set() else "starting"
 
 
 def _add_loads(router: APIRouter, context: Context) -> None:
@@ -206,17 +230,6 @@ def _add_loads(router: APIRouter, context: Context) -> None:
             }
         )
 
-    manager = context.manager
-
-    @router.get("/metrics")
-    async def metrics() -> Response:
-        """Counters and histograms in Prometheus' text format."""
-        if not context.config.observe.enable_metrics:
-            raise NotFound("Metrics are off; start the server with --enable-metrics.")
-        sources = Sources(manager.stats, await manager.peers.metrics(manager.metrics))
-        exporter = Exporter(lambda: sources, {"model_name": context.model_name})
-        return Response(exporter.render(), media_type=CONTENT_TYPE)
-
     @router.get("/get_load")
     async def load() -> Response:
         """The older, shorter form of /v1/loads."""
@@ -231,6 +244,27 @@ def _add_loads(router: APIRouter, context: Context) -> None:
                 }
             ]
         )
+
+
+def _add_metrics(router: APIRouter, context: Context) -> None:
+    manager = context.manager
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        """Counters and histograms in Prometheus' text format."""
+        if not context.config.observe.enable_metrics:
+            raise NotFound("Metrics are off; start the server with --enable-metrics.")
+        requests = await manager.peers.metrics(manager.metrics)
+        sources = Sources(manager.stats, requests, manager.limits)
+        names = context.config.observe.metrics_compat
+        exporter = Exporter(lambda: sources, {"model_name": context.model_name}, names)
+        return Response(exporter.render(), media_type=CONTENT_TYPE)
+
+    @router.get("/debug/scheduler")
+    async def debug_scheduler() -> Response:
+        """What the scheduler runs and what waits, with the age of that picture in seconds. Asks
+        nobody: it answers while the scheduler hangs."""
+        return json_response(manager.outlook.look())
 
 
 def _load(stats: SchedulerStats, wanted: list[str]) -> dict[str, Any]:

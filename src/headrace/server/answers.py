@@ -14,7 +14,7 @@ from typing import Any, Literal
 import msgspec
 import orjson
 
-from headrace.core.errors import BadRequest
+from headrace.core.errors import BadRequest, TooLong
 from headrace.core.messages import Delta, GenerateRequest, SamplingParams, unpack_ids
 from headrace.frontend.sampling import read_sampling
 from headrace.server.context import Context
@@ -62,7 +62,14 @@ def prompt_ids(chat: Chat, context: Context) -> list[int]:
 
     Raises:
         BadRequest: the template cannot take these messages; names the message.
+        TooLong: there are more messages than tokens in the context.
     """
+    if len(chat.messages) > context.context_length:
+        raise TooLong(
+            f"messages: {len(chat.messages)} messages do not fit into the context of "
+            f"{context.context_length} tokens",
+            field="messages",
+        )
     tokenizer = context.tokenizer("messages")
     prompt = context.templates.render(
         chat.messages,

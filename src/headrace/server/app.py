@@ -1,7 +1,7 @@
 """The HTTP server's application: routes of every protocol around one TokenizerManager.
 
-Order of the layers, outermost first: CORS, access, routes. Errors of all routes have one shape
-(`errors`). Starts no processes and opens no sockets.
+Order of the layers, outermost first: timings, CORS, access, deadlines, routes. Errors of all routes
+have one shape (`errors`). Starts no processes and opens no sockets.
 """
 
 import time
@@ -44,6 +44,7 @@ from headrace.server.deadlines import ReadDeadlines
 from headrace.server.ollama_input import ChatBody, GenerateBody, NameBody
 from headrace.server.responses_input import ResponsesRequest
 from headrace.server.schemas import SCHEMA_PATH, all_schemas
+from headrace.server.timings import HEADER, Timings
 
 # Bodies that `schemas` does not know, for the OpenAPI document.
 # Every folder of routes. Files and batches are added apart: they have work to do beside.
@@ -109,8 +110,9 @@ def build_app(manager: TokenizerManager, config: Config, info: ModelInfo) -> Fas
         **allowed_origins(config.serve.allow_origins),
         allow_methods=["*"],
         allow_headers=["*"],
-        expose_headers=["x-headrace-ignored", "x-request-id", "retry-after"],
+        expose_headers=["x-headrace-ignored", "x-request-id", "retry-after", HEADER],
     )
+    app.add_middleware(Timings, observer=manager.observer)
     _describe_bodies(app)
     return app
 

@@ -66,12 +66,16 @@ class Gathered:
 
 
 def finish_fields(delta: Delta) -> dict[str, Any]:
-    """`finish_reason` and `matched_stop` of a choice, both null while it runs."""
+    """`finish_reason` and `matched_stop` of a choice, both null while it runs; `timings` at its end
+    if they were asked for."""
     finish = delta.finish
-    return {
+    fields: dict[str, Any] = {
         "finish_reason": finish.type if finish else None,
         "matched_stop": finish.matched if finish else None,
     }
+    if delta.timeline is not None:
+        fields["timings"] = delta.timeline.to_wire()
+    return fields
 
 
 def _lists(found: TokenLogprobs) -> tuple[list[Any], list[Any], list[Any], list[Any]]:

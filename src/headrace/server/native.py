@@ -29,6 +29,7 @@ HONORED = frozenset(
         "token_ids_logprob",
         "return_text_in_logprobs",
         "return_prompt_token_ids",
+        "return_timings",
         "priority",
         "extra_key",
         "cache_salt",

@@ -103,6 +103,7 @@ def _request(body: ChatRequest, ids: list[int], rid: str, context: Context) -> G
         logprobs=LogprobSpec(top=body.top_logprobs or 0) if body.logprobs else None,
         priority=body.priority,
         namespace=namespace_of(body),
+        timings=bool(body.return_timings),
     )
 
 

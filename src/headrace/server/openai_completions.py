@@ -106,6 +106,7 @@ def _request(
         logprobs=logprobs,
         priority=body.priority,
         namespace=namespace_of(body),
+        timings=bool(body.return_timings),
     )
 
 

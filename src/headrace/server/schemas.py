@@ -107,6 +107,7 @@ class CommonFields(BaseModel):
     cache_salt: str | None = None
     priority: Int64 | None = None
     return_token_ids: bool | None = None
+    return_timings: bool | None = None
 
 
 class CompletionRequest(CommonFields):

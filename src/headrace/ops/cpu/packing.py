@@ -1,12 +1,13 @@
 """pack and embedding_packed: weights in panels (csrc/kernels/linear_*.cpp).
 
-Panels lie in memory of their own, on huge pages where the system grants them: a decode step reads
-every byte of every weight once.
+Panels lie side by side on huge pages, where the system grants them: a decode step reads every byte
+of every weight once.
 """
 
 import ctypes
 import math
 import mmap
+import threading
 from ctypes import Structure, c_int32, c_int64, c_void_p
 
 import torch
@@ -27,6 +28,7 @@ from headrace.ops.packed import (
 )
 
 _HUGE_PAGE = 2 << 20
+_SLAB = 32 << 20
 _BLOCK = 1 << 18  # elements looked at together
 _PANEL = 32  # HR_PANEL
 _DTYPES = {name: DTYPES[dtype] for name, dtype in FLOAT_FORMATS.items()} | {
@@ -151,7 +153,7 @@ def _new(shape: tuple[int, ...], format: str, group: int = 0, variant: int = 0) 
     """Memory for a weight [out, in] and, where kernels want them apart, for its scales."""
     out_size, in_size = shape
     asked = Weight(None, None, out_size, in_size, _dtype(format, group), group, variant)
-    data = _memory(native().hr_weight_bytes(ctypes.byref(asked)))
+    data = reserve(native().hr_weight_bytes(ctypes.byref(asked)))
     scales = None
     if kernel_of(format, group) in ("int8", "fp8"):
         groups = -(-in_size // group) if group else 1
@@ -208,9 +210,25 @@ def _was_bf16(weight: Tensor) -> bool:
     return not any(bool((block & 0xFFFF).any()) for block in blocks)
 
 
-def _memory(size: int) -> Tensor:
-    """uint8 [size]; the mapping goes when the tensor does. A page more than asked for, as slack."""
-    memory = mmap.mmap(-1, size + mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if size >= _HUGE_PAGE:
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8, count=size)
+class _Slab(threading.local):
+    """Memory in which weights lie side by side: alone, each would have both ends on small pages."""
+
+    memory: mmap.mmap | None = None
+    used = size = 0
+
+
+_slab = _Slab()
+
+
+def reserve(size: int) -> Tensor:
+    """uint8 [size]; its slab goes with the last tensor. A page more than asked for, as slack."""
+    taken = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE + mmap.PAGESIZE
+    if _slab.memory is None or _slab.used + taken > _slab.size:
+        _slab.size = max(taken, _SLAB) + _HUGE_PAGE
+        _slab.memory = mmap.mmap(-1, _slab.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        _slab.memory.madvise(mmap.MADV_HUGEPAGE)
+        address = torch.frombuffer(_slab.memory, dtype=torch.uint8, count=1).data_ptr()
+        _slab.used = -address % _HUGE_PAGE
+    memory = torch.frombuffer(_slab.memory, dtype=torch.uint8, count=size, offset=_slab.used)
+    _slab.used += taken
+    return memory

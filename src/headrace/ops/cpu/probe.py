@@ -16,7 +16,7 @@ from headrace.ops.cpu import library
 from headrace.ops.cpu.attention import paged_attention, step_of
 from headrace.ops.cpu.library import Operator, Step
 from headrace.ops.cpu.matmul import linear_packed
-from headrace.ops.cpu.packing import pack
+from headrace.ops.cpu.packing import pack, reserve
 from headrace.ops.cpu.record import Arena, Program, recording
 from headrace.ops.meta import KV_DTYPES, AttentionMeta, KvCache
 from headrace.ops.packed import FLOAT_FORMATS
@@ -64,7 +64,7 @@ def best_seconds(work: Callable[[], object], budget: float) -> float:
 
 def read_bandwidth(budget: float = 0.5) -> float:
     """Bytes per second from memory, all threads."""
-    data = torch.ones(_READ_TOTAL, dtype=torch.uint8)
+    data = reserve(_READ_TOTAL).fill_(1)  # on huge pages, as weights are
     pieces = _READ_AT_ONCE // _READ_BYTES
     sink = torch.zeros(pieces)
     probe, place = Operator("probe_read", _Args), 0

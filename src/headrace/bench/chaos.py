@@ -1,0 +1,190 @@
+"""`headrace bench chaos`: kills processes of an engine while it streams, and compares the answers.
+
+Every round runs the same mixed requests (greedy and sampled, grammars, n > 1, logprobs, stops,
+penalties), ends one process at a random moment, and wants of each request bit by bit what the quiet
+run gave. The time until news comes again is what clients notice of it.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import statistics
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from headrace.bench import report
+from headrace.bench.flags import positive_float, positive_int
+from headrace.core.errors import HeadraceError
+from headrace.engine.engine import Engine
+
+SIGNALS = ("KILL", "SEGV", "ABRT", "STOP")
+ROLES = ("scheduler", "detokenizer")
+SCHEMA = (
+    '{"type":"object","properties":{"place":{"type":"string"},"depth":{"type":"integer"}},'
+    '"required":["place","depth"],"additionalProperties":false}'
+)
+# What must agree beside text and tokens.
+_KEPT = ("finish_reason", "prompt_tokens", "completion_tokens")
+
+Call = dict[str, Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags."""
+    parser.add_argument("--rounds", type=positive_int, default=200, help="default: 200")
+    parser.add_argument("--streams", type=positive_int, default=32, help="requests of a round")
+    parser.add_argument(
+        "--signal", choices=SIGNALS, default="KILL", help="what a process gets (default: KILL)"
+    )
+    parser.add_argument("--role", choices=ROLES, help="always this process (default: a random one)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and processes")
+    parser.add_argument("--model-path", default="", help="default: the demo model")
+    parser.add_argument("--weight-cache", default="", help="as of the server")
+    parser.add_argument("--standby", action="store_true", help="as of the server")
+    parser.add_argument(
+        "--pause", type=float, default=0.0, help="seconds between rounds (default: 0)"
+    )
+    parser.add_argument(
+        "--watchdog", type=positive_float, default=1.0, help="--watchdog-timeout with STOP"
+    )
+    report.add_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run and report; 1 when an answer differed.
+
+    Raises:
+        HeadraceError: the engine could not be started.
+    """
+    # A short window, so that rounds do not add up to longer and longer pauses.
+    options = {
+        "model_path": args.model_path,
+        "weight_cache": args.weight_cache,
+        "standby": args.standby,
+        "restart_window": 1,
+    }
+    if args.signal == "STOP":
+        options["watchdog_timeout"] = args.watchdog
+    roles = (args.role,) if args.role else ROLES
+    with Engine(**options) as engine:
+        chaos = Chaos(engine, calls(args.streams), args.signal, args.seed)
+        for number in range(args.rounds):
+            time.sleep(max(0.0, args.pause))
+            wrong = chaos.round(roles)
+            report.note(f"round {number + 1} of {args.rounds}: {len(wrong)} answers differ")
+    result = chaos.summary()
+    report.emit(args, result, "\n".join(f"{name:<24}{value}" for name, value in result.items()))
+    return 1 if chaos.wrong else 0
+
+
+def calls(count: int) -> list[Call]:
+    """Arguments of `Engine.async_generate`, of every kind."""
+    found = []
+    for i in range(count):
+        sampling: dict[str, Any] = {
+            "max_new_tokens": 40 + i * 5 % 120,
+            "temperature": 0.9 if i % 2 else 0.0,
+            "sampling_seed": i,
+            "ignore_eos": True,
+            "stream_interval": 1 + i % 3,
+        }
+        call: Call = {"prompt": f"Report {i} of the wheel: the water" * (1 + i % 3)}
+        if i % 4 == 0:
+            call |= {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 2}
+        if i % 8 == 3:
+            sampling |= {"json_schema": SCHEMA, "ignore_eos": False}
+        if i % 8 == 5:
+            sampling["n"] = 2
+        if i % 8 == 6:
+            sampling |= {"frequency_penalty": 0.5, "min_new_tokens": 20, "ignore_eos": False}
+        if i % 8 == 7:
+            sampling["stop"] = ["e th"]
+        found.append(call | {"sampling_params": sampling, "stream": i % 5 != 4})
+    return found
+
+
+class Chaos:
+    """Rounds against one engine; `wrong` are the numbers of calls whose answers differed."""
+
+    def __init__(self, engine: Engine, calls: Sequence[Call], name: str, seed: int) -> None:
+        self.wrong: list[int] = []
+        self.silences: list[float] = []
+        self.seconds: list[float] = []
+        self._engine = engine
+        self._calls = calls
+        self._signal = signal.Signals[f"SIG{name}"]
+        self._random = random.Random(seed)
+        began = time.perf_counter()
+        self.quiet = asyncio.run(self._answers())
+        self._length = time.perf_counter() - began
+
+    def round(self, roles: Sequence[str]) -> list[int]:
+        """Kill one of `roles` while the calls run; returns whose answers differ."""
+        role = self._random.choice(roles)
+        moment = self._random.uniform(0.0, 0.7 * self._length)
+        began = time.perf_counter()
+        answers = asyncio.run(self._answers(role, moment))
+        self.seconds.append(time.perf_counter() - began)
+        wrong = [
+            i
+            for i, (found, right) in enumerate(zip(answers, self.quiet, strict=True))
+            if found != right
+        ]
+        self.wrong += wrong
+        return wrong
+
+    def summary(self) -> dict[str, Any]:
+        """Plain data; seconds."""
+        silences = sorted(self.silences)
+        return {
+            "rounds": len(self.seconds),
+            "streams": len(self._calls),
+            "signal": self._signal.name,
+            "wrong_answers": len(self.wrong),
+            "quiet_seconds": round(self._length, 3),
+            "round_seconds_median": round(statistics.median(self.seconds), 3),
+            "silence_seconds_median": round(statistics.median(silences), 3),
+            "silence_seconds_p99": round(silences[int(0.99 * (len(silences) - 1))], 3),
+            "silence_seconds_max": round(silences[-1], 3),
+        }
+
+    async def _answers(self, role: str = "", moment: float = 0.0) -> list[Any]:
+        """The answer to each call, or its error."""
+        news: list[float] = [time.perf_counter()]
+        tasks = [asyncio.create_task(self._answer(call, news)) for call in self._calls]
+        if role:
+            await asyncio.sleep(moment)
+            pid = self._engine.get_all_child_pids()[ROLES.index(role)]
+            killed = time.perf_counter()
+            with contextlib.suppress(ProcessLookupError):  # it is being started again already
+                os.kill(pid, self._signal)
+        answers = await asyncio.gather(*tasks)
+        if role:
+            after = [killed, *(at for at in news if at > killed)]
+            self.silences.append(max((b - a for a, b in pairwise(after)), default=0.0))
+        return answers
+
+    async def _answer(self, call: Call, news: list[float]) -> Any:
+        parts: dict[int, Any] = {}
+        try:
+            result = await self._engine.async_generate(**call)
+            if call["stream"]:
+                async for part in result:
+                    news.append(time.perf_counter())
+                    parts[part.get("index", 0)] = part
+                result = [parts[index] for index in sorted(parts)]
+        except HeadraceError as error:
+            return error.message
+        return [_essence(one) for one in (result if isinstance(result, list) else [result])]
+
+
+def _essence(result: dict[str, Any]) -> tuple[Any, ...]:
+    """What must be the same in every run."""
+    meta = result["meta_info"]
+    kept = {name: meta[name] for name in meta if name in _KEPT or "logprobs" in name}
+    return result["text"], result["output_ids"], kept
