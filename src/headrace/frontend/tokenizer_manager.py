@@ -172,7 +172,7 @@ class TokenizerManager:
         self._receiver = self._sender = None
         self.peers.close()
         self.outlook.close()
-        await asyncio.to_thread(self.observer.stop)
+        self.observer.stop()  # waits for the last spans; nothing else is left to do
 
     # -- requests -----------------------------------------------------------------------------
 
