@@ -27,8 +27,8 @@ def server(tmp_path_factory):
         yield running.wait_ready()
 
 
-# They make whoever comes next wait, as they should: fuzzed alone, after all others.
-SLOWING = ("/pause_generation", "/slow_down")
+# They make whoever comes next wait or go, as they should: fuzzed alone, after all others.
+SLOWING = ("/pause_generation", "/slow_down", "/drain")
 
 
 def fuzz(server, *paths: str) -> None:
