@@ -15,6 +15,7 @@ from headrace.core.config import Config
 from headrace.core.errors import BadRequest, LoadError, RateLimited
 from headrace.core.secret import Secret
 from headrace.core.tenant import ANYONE, Tenant, caller, is_mine, new_id, own, read_keys, tag_of
+from headrace.engine.server import check_exposure
 from headrace.frontend.quota import Bucket, Quotas
 from headrace.server import access
 from headrace.server.access import ROLES, Role, check_roles, role_of
@@ -140,6 +141,13 @@ def test_wrong_key_files_are_explained(tmp_path, entries, text):
     with pytest.raises(LoadError, match=text) as caught:
         read_keys(key_file(tmp_path, entries))
     assert "12345678" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["api_key_file", "ssl_certfile"])
+def test_missing_files_are_told_before_anything_starts(name):
+    flag = "--" + name.replace("_", "-")
+    with pytest.raises(LoadError, match=f"{flag} /no/file: "):
+        check_exposure(Config.from_flat({name: "/no/file"}).serve)
 
 
 def test_a_key_may_be_kept_as_its_digest(tmp_path):

@@ -64,10 +64,17 @@ def bounded(config: Config) -> Config:
 
 
 def check_exposure(serve: ServeOptions) -> None:
-    """Say what others can reach, and what they can read."""
-    from headrace.core.tenant import readable_by_others
-    from headrace.engine.door import is_local
+    """Say what others can reach, and what they can read.
 
+    Raises:
+        LoadError: a file of keys or certificates is wrong. Told before anything starts.
+    """
+    from headrace.core.tenant import read_keys, readable_by_others
+    from headrace.engine.door import is_local, tls_options
+
+    tls_options(serve)
+    if serve.api_key_file:
+        read_keys(serve.api_key_file)
     if not is_local(serve.host) and not (serve.api_key or serve.api_key_file):
         logger.warning("Everybody who reaches %s may use this server: set --api-key", serve.host)
     if serve.api_key_file and readable_by_others(serve.api_key_file):
