@@ -5,7 +5,7 @@ containers only, and this file asks for nothing else; a file is first checked to
 without compression whose parts lie inside it, so its size bounds what reading can take.
 """
 
-import pickle
+import pickle  # for the name of the error that torch raises
 import struct
 import zipfile
 from collections.abc import Iterator
