@@ -63,9 +63,10 @@ class Moody(Feature):
         return self._random.random() < 0.2
 
     def poll(self):
-        alive = [r for r in self._known if r.finish is None]
-        if alive and self._random.random() < 0.02:
-            return [(self._random.choice(alive), FinishReason("abort", message="x", status=500))]
+        # Some of this comes too late: a thread does not know who has ended meanwhile.
+        if self._known and self._random.random() < 0.1:
+            late = self._random.choice(self._known)
+            return [(late, FinishReason("abort", message="x", status=500))]
         return ()
 
 

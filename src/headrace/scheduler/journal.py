@@ -308,7 +308,8 @@ class HeardFeature(Feature):
 
     def poll(self) -> Sequence[tuple[Request, FinishReason]]:
         """See `Feature.poll`."""
-        found = self._inner.poll()
+        # Who ended meanwhile for a reason of its own is no news, here as for the scheduler.
+        found = [news for news in self._inner.poll() if news[0].finish is None]
         self._recorder.answers.append([(request.seq, reason) for request, reason in found])
         return found
 

@@ -99,7 +99,6 @@ class Stage:
         self.answers: deque[Any] = deque()
         self.results: deque[StepResult] = deque()
         self._plans: deque[bytes] = deque()
-        self._requests: dict[int, Request] = {}
         self._outcome = outcome
         self._wanted = wanted
         self.scheduler = Scheduler(
