@@ -16,6 +16,8 @@ from headrace.bench.process import ServerProcess, free_port, serve_command
 from headrace.bench.wire import Wire, get
 
 _PATIENCE = 30.0
+# So small that a warm-up has touched all of it: memory that grows later is lost.
+_POOL = ("--max-total-tokens", "8192")
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Site:
     def __init__(self, *options: str, token: str = "") -> None:
         self.port = free_port()
         self.token = token
-        command = serve_command(self.port, ["--log-level", "warning", *options])
+        command = serve_command(self.port, ["--log-level", "warning", *_POOL, *options])
         self.process = ServerProcess(command, self.port, 120.0)
 
     async def __aenter__(self) -> "Site":

@@ -13,7 +13,7 @@ from types import FrameType
 from headrace.core.errors import WorkerLost
 from headrace.engine import parts
 from headrace.engine.boot import Boot, Fail, Order, Resume, Serve, Suspend
-from headrace.engine.http import HttpServer, uvicorn_config
+from headrace.engine.http import HttpServer, favor_the_loop, uvicorn_config
 from headrace.frontend.tokenizer_manager import TokenizerManager
 from headrace.server.app import build_app
 
@@ -35,6 +35,7 @@ async def serve(
 ) -> None:
     """Answer HTTP until told to end. `next_order` blocks; `ready` reports to the parent."""
     config = boot.config
+    favor_the_loop()
     tokenizer = parts.load_tokenizer_of(config)
     manager = TokenizerManager(
         config,

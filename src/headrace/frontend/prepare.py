@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from headrace.core.config import Config, Limits
-from headrace.core.errors import BadRequest
+from headrace.core.errors import BadRequest, TooLong
 from headrace.core.messages import GenerateRequest
 from headrace.core.model_info import ModelInfo
 from headrace.frontend.async_tokenizer import AsyncTokenizer
@@ -41,6 +41,7 @@ class Preparation:
         checks: Sequence[RequestCheck],
     ) -> None:
         self._truncate = config.serve.allow_auto_truncate
+        self._tokenizer = tokenizer
         self._bos = tokenizer.bos_token_id if tokenizer else None
         self._special = tokenizer.special_ids if tokenizer else frozenset[int]()
         self._texts = texts
@@ -57,6 +58,8 @@ class Preparation:
         """
         seeds: dict[str, int] = {}
         prepared = []
+        for request in requests:
+            self._refuse_huge(request, limits.context_length)
         for request in await self._texts.with_ids(requests):
             assert request.sampling.n == 1, "fan_out first"
             checked = self._check(request, info, limits)
@@ -71,6 +74,19 @@ class Preparation:
                 checked = msgspec.structs.replace(checked, sampling=sampling)
             prepared.append(checked)
         return prepared
+
+    def _refuse_huge(self, request: GenerateRequest, most: int) -> None:
+        """Spend no time on a text of which the length says that it has too many tokens."""
+        cut = self._truncate or (request.pool is not None and request.pool.cut)
+        if self._tokenizer is None or request.text is None or cut or len(request.text) <= most:
+            return
+        fewest = self._tokenizer.fewest_tokens(len(request.text))
+        if fewest > most:
+            raise TooLong(
+                f"The input (at least {fewest} tokens) is longer than the model's context length "
+                f"({most} tokens).",
+                field="text",
+            )
 
     def _check(self, request: GenerateRequest, info: ModelInfo, limits: Limits) -> GenerateRequest:
         fitting = for_model(continued(request, self._bos), info)

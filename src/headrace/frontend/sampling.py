@@ -13,6 +13,7 @@ from headrace.core.config import ServeOptions
 from headrace.core.errors import BadRequest, Unsupported
 from headrace.core.messages import GRAMMAR_FIELDS, SamplingParams
 from headrace.core.model_info import ModelInfo
+from headrace.frontend.validate import MAX_LOGIT_BIAS, check_size
 
 _TYPES = get_type_hints(SamplingParams)
 _ALIASES = {"sampling_seed": "seed"}
@@ -76,6 +77,8 @@ def _typed(name: str, field: str, value: Any) -> Any:
         value = (value,)
     if field in ("json_schema", "structural_tag") and isinstance(value, dict):
         return json_text(value)
+    if field == "logit_bias":  # before it is read: keys of JSON are costly
+        check_size(name, value, MAX_LOGIT_BIAS)
     try:
         # JSON has only text keys: logit_bias {"5": 1.0}.
         return msgspec.convert(value, _TYPES[field], str_keys=True)

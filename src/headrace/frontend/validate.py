@@ -6,7 +6,8 @@ cutting. Pure.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sized
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -111,6 +112,7 @@ def check_tokens(ids: np.ndarray, vocab_size: int) -> None:
 
 def check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
     """Raise BadRequest for a field of the wrong type or out of its bounds."""
+    _check_sizes(sampling)
     _check_types(sampling, _decode_sampling)
     for name, (low, high) in _BOUNDS.items():
         _within(name, getattr(sampling, name), low, high)
@@ -130,8 +132,8 @@ def check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
         _within("stream_interval", sampling.stream_interval, 1, _INT32[1])
     check_grammars(sampling)
     validate_stops(sampling.stop, sampling.stop_regex)
-    _check_ids("stop_token_ids", sampling.stop_token_ids, MAX_STOP_TOKENS, None)
-    _check_ids("logit_bias", tuple(sampling.logit_bias), MAX_LOGIT_BIAS, vocab_size)
+    _check_ids("stop_token_ids", sampling.stop_token_ids, None)
+    _check_ids("logit_bias", tuple(sampling.logit_bias), vocab_size)
     for token, bias in sampling.logit_bias.items():
         _within(f"logit_bias[{token}]", bias, -_LARGEST, _LARGEST)
 
@@ -161,7 +163,8 @@ def check_logprobs(spec: LogprobSpec, prompt_len: int, vocab_size: int) -> None:
             field="logprob_start_len",
         )
     _within("top_logprobs_num", spec.top, 0, min(MAX_TOP_LOGPROBS, vocab_size))
-    _check_ids("token_ids_logprob", spec.ids, MAX_LOGPROB_IDS, vocab_size)
+    check_size("token_ids_logprob", spec.ids, MAX_LOGPROB_IDS)
+    _check_ids("token_ids_logprob", spec.ids, vocab_size)
 
 
 def fit(
@@ -247,9 +250,19 @@ def _unwritable(value: SamplingParams | LogprobSpec) -> str:
     return "sampling_params"
 
 
-def _check_ids(name: str, ids: tuple[int, ...], most: int, vocab_size: int | None) -> None:
-    if len(ids) > most:
+def _check_sizes(sampling: SamplingParams) -> None:
+    """First of all, so that nothing is spent on what is far too much; types are looked at later."""
+    check_size("stop_token_ids", sampling.stop_token_ids, MAX_STOP_TOKENS)
+    check_size("logit_bias", sampling.logit_bias, MAX_LOGIT_BIAS)
+
+
+def check_size(name: str, ids: Any, most: int) -> None:
+    """Raise BadRequest for more than `most` token ids; of a wrong type others complain."""
+    if isinstance(ids, Sized) and len(ids) > most:
         raise BadRequest(f"{name} has {len(ids)} token ids; the limit is {most}", field=name)
+
+
+def _check_ids(name: str, ids: tuple[int, ...], vocab_size: int | None) -> None:
     high = _INT32[1] if vocab_size is None else vocab_size - 1
     for token in ids:
         _within(name, token, 0, high)

@@ -14,7 +14,7 @@ from typing import TypeVar
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from headrace.core.errors import BadRequest
+from headrace.core.errors import BadRequest, HeadraceError
 from headrace.server import native, openai_chat, openai_completions
 from headrace.server.context import Context, Job, Stamp
 from headrace.server.errors import TooLarge
@@ -85,7 +85,16 @@ async def take(
                 return parse(raw)
         except TakesLong:
             pass
-    return await asyncio.to_thread(parse, raw)
+    return await asyncio.to_thread(parsed_apart, parse, raw)
+
+
+def parsed_apart(parse: Callable[[bytes], T], raw: bytes) -> T:
+    """In a thread: what a refused body was read into is freed here, not on the event loop."""
+    try:
+        return parse(raw)
+    except HeadraceError as error:
+        error.__context__ = None
+        raise error.with_traceback(None) from None
 
 
 async def send(http: Request, context: Context, job: Job) -> Response:

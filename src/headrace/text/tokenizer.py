@@ -13,6 +13,7 @@ special tokens; we keep the ids the model was trained with.
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from headrace.core.errors import BadRequest, LoadError
+from headrace.text.bounds import longest_piece
 from headrace.text.special_tokens import (
     configured_ids,
     named_special_tokens,
@@ -69,6 +71,8 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self._decoders = _decoder_types(backend)
+        # Made when the first long text comes: it takes a look at every token.
+        self._longest_piece: int | None = None
         self._pieces: dict[int, bytes] = {}
         self._first_pieces: dict[int, bytes] = {}
         # Any ordinary token: what it precedes is not at the start of the text.
@@ -92,6 +96,12 @@ class Tokenizer:
         except TypeError as error:
             raise BadRequest("text holds half of a surrogate pair", field="text") from error
         return [encoding.ids for encoding in encodings]
+
+    def fewest_tokens(self, length: int) -> int:
+        """How many tokens a text of `length` characters has at least; 0 where nobody can say."""
+        if self._longest_piece is None:
+            self._longest_piece = longest_piece(self.backend) or sys.maxsize
+        return length // self._longest_piece
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], int]]:
         """(token ids of both texts, where the second one begins by its token types, else 0)."""
