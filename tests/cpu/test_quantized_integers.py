@@ -144,7 +144,7 @@ def nan(tensor: Tensor) -> Tensor:
 
 BAD: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "scales": (nan, "down_proj.scales holds a scale that is no finite"),
-    "g_idx": (lambda g: g + 100, r"down_proj.g_idx names groups 10\d to 10\d of 4"),
+    "g_idx": (lambda g: g + 100, "down_proj.g_idx names a group that is none of 4"),
     "qweight": (lambda w: w[:-1].contiguous(), "down_proj.qweight has shape"),
     "qzeros": (lambda w: w.float(), "down_proj.qzeros has dtype float32"),
 }
