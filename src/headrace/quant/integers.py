@@ -13,7 +13,7 @@ from torch import Tensor
 from headrace.ops.packed import Quantized
 from headrace.quant.act_order import Integers as Scattered
 from headrace.quant.act_order import in_groups
-from headrace.quant.bits import outside
+from headrace.quant.bits import outside, unpack_columns, unpack_rows
 from headrace.quant.local import Window
 from headrace.quant.stored import Axis, Stored, wrong_scale
 
@@ -105,7 +105,7 @@ class Integers:
     def _values(self, tensors: Mapping[str, Tensor], columns: int) -> Tensor:
         """uint8 [rows, columns], 0 .. 2 ** bits"""
         if self.packed:
-            return unpacked(tensors["weight_packed"], self.bits)[:, :columns].contiguous()
+            return unpack_columns(tensors["weight_packed"], self.bits)[:, :columns].contiguous()
         return self._unsigned(tensors["weight"])
 
     def _zeros(self, tensors: Mapping[str, Tensor], rows: int, scales: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class Integers:
             return torch.full(scales.shape, 1 << (self.bits - 1), dtype=torch.uint8)
         zeros = tensors["weight_zero_point"]
         if self.packed:
-            return unpacked(zeros.T, self.bits).T[:rows]
+            return unpack_rows(zeros, self.bits)[:rows]
         return self._unsigned(zeros.reshape(-1, scales.shape[1])).expand(scales.shape)
 
     def _unsigned(self, signed: Tensor) -> Tensor:
