@@ -122,7 +122,8 @@ def _quantization(found: Any, path: Path) -> dict[str, Any]:
             f"{path}: quantization.qformat_weight must be fp8_e4m3, not {format!r}",
             field="quantization",
         )
-    return {"quant_method": "fp8", "activation_scheme": "static"}
+    usual = {"quant_method": "fp8", "activation_scheme": "static"}
+    return usual | {"modules_to_not_convert": ["lm_head"]}
 
 
 def _write_tokenizer(folder: Path, made: Path) -> None:
