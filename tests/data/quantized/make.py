@@ -53,7 +53,7 @@ AUTO_ROUND: dict[str, dict[str, Any]] = {
 }
 
 
-def make_base(folder: Path, **changes: Any) -> None:
+def make_base(folder: Path, dtype: torch.dtype = torch.float16, **changes: Any) -> None:
     """A model whose attention is far from uniform, with a tokenizer, as some tools want one."""
     experts = changes.pop("experts", False)
     own = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
@@ -66,7 +66,7 @@ def make_base(folder: Path, **changes: Any) -> None:
     for weight in model.parameters():
         if weight.dim() > 1:
             torch.nn.init.normal_(weight, std=1.6 / weight.shape[-1] ** 0.5)
-    model.to(torch.bfloat16 if changes else torch.float16).save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
     tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(
@@ -130,7 +130,7 @@ def read_by_gptqmodel(folder: Path, awq: bool) -> dict[str, torch.Tensor]:
 
 
 def bitsandbytes(folder: Path) -> None:
-    make_base(folder / "base", intermediate_size=96, num_key_value_heads=2)
+    make_base(folder / "base", torch.bfloat16, intermediate_size=96, num_key_value_heads=2)
     for name, fields in chosen(BITSANDBYTES):
         model = transformers.LlamaForCausalLM.from_pretrained(
             folder / "base",
@@ -188,10 +188,8 @@ def llmcompressor_recipe(fields: dict[str, Any]) -> Any:
         kv = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}
         own = {"kv_cache_scheme": kv | {"dynamic": False}} if fields.get("kv") else {}
         return QuantizationModifier(**usual, scheme=fields["scheme"], **own)
-    own = {key: value for key, value in fields.items() if key not in ("bits", "actorder")}
+    own = {key: value for key, value in fields.items() if key != "bits"}
     weights = {"num_bits": fields["bits"], "type": "int", **own}
-    if "actorder" in fields:
-        weights["actorder"] = fields["actorder"]
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
     return GPTQModifier(config_groups=groups, ignore=["lm_head"])
 
