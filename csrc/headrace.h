@@ -61,7 +61,7 @@ typedef struct {
 
 // ---- library ------------------------------------------------------------------------------------
 
-#define HR_ABI 8  // changes whenever a struct or a function here does
+#define HR_ABI 9  // changes whenever a struct or a function here does
 
 // What level HR_AMX needs, in the order in which it is looked for.
 typedef enum {
@@ -352,6 +352,7 @@ typedef struct {
 // expert is gated_linear, then linear with `down`, each rounded to x's dtype; weights are of any dtype
 // that a linear_* operator reads. With `on_input` x is multiplied with the weight instead, and
 // rounded, before the expert sees it. `experts` are here, from number `first` on; others add nothing.
+// `orders`: which of its inputs, in which order, a matrix that is not of floats takes (act-order).
 typedef struct {
   hr_rows x;
   hr_rows y;
@@ -362,6 +363,7 @@ typedef struct {
   const hr_weight* downs;
   const float* gate_up_bias;  // [experts, gate | up] or null
   const float* down_bias;     // [experts, hidden] or null
+  const int64_t* const* orders;  // [gates | ups | downs], each [in] or null; null: all in order
   int64_t experts;
   int64_t inner;
   int64_t top_k;

@@ -128,11 +128,30 @@ struct Sorted {
   Expert* experts;
   int32_t *order, *place;
   // Of x's dtype: [rows, inner], [rows, hidden]; where not all weights are floats, or weights of
-  // choices are on the input, x itself [rows, hidden], and in the first case [rows, gate | up].
-  char *inner, *outer, *x, *gate_up;
+  // choices are on the input, x itself [rows, hidden], and in the first case [rows, gate | up] and
+  // the inputs of a matrix in its own order.
+  char *inner, *outer, *x, *gate_up, *ordered;
 };
 
 static int64_t lined_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// The order of inputs of matrix e of the gates (0), ups (1) or downs (2); null: as they are.
+static const int64_t* order_of(const hr_moe_args& args, int64_t kind, int64_t e) {
+  return args.orders ? args.orders[kind * args.experts + e] : nullptr;
+}
+
+// The most inputs that any matrix takes in an order of its own.
+static int64_t widest_order(const hr_moe_args& args) {
+  const hr_weight* const all[] = {args.gates, args.ups, args.downs};
+  int64_t widest = 0;
+  for (int64_t kind = 0; kind < 3; ++kind) {
+    for (int64_t e = 0; e < args.experts; ++e) {
+      const int64_t in = order_of(args, kind, e) ? all[kind][e].in : 0;
+      widest = in > widest ? in : widest;
+    }
+  }
+  return widest;
+}
 
 static Sorted memory(const hr_moe_args& args, int64_t rows, bool floats) {
   const int64_t size = args.x.dtype == HR_F32 ? 4 : 2;
@@ -140,13 +159,14 @@ static Sorted memory(const hr_moe_args& args, int64_t rows, bool floats) {
   const int64_t index = lined_up(rows * 4), inner = lined_up(rows * args.inner * size);
   const int64_t outer = lined_up(rows * args.y.columns * size);
   const int64_t x = floats && !args.on_input ? 0 : lined_up(rows * args.x.columns * size);
-  const int64_t all = experts + 2 * index + inner + outer + x + (floats ? 0 : 2 * inner);
+  const int64_t gate_up = floats ? 0 : 2 * inner, ordered = rows * widest_order(args) * size;
+  const int64_t all = experts + 2 * index + inner + outer + x + gate_up + ordered;
   char* at = static_cast<char*>(hr::scratch(static_cast<size_t>(all), 3));
   char* const order = at + experts;
   char* const first = order + 2 * index;
   return {reinterpret_cast<Expert*>(at), reinterpret_cast<int32_t*>(order),
           reinterpret_cast<int32_t*>(order + index), first, first + inner, first + inner + outer,
-          first + inner + outer + x};
+          first + inner + outer + x, first + inner + outer + x + gate_up};
 }
 
 static void sort(const hr_moe_args& args, int64_t token, int64_t tokens, const Sorted& sorted) {
@@ -308,18 +328,30 @@ static hr_rows rows_from(const hr_rows& rows, int64_t first) {
           rows.dtype};
 }
 
+// x with the columns that matrix e of a kind takes.
+static hr_rows taken(const hr_moe_args& args, int64_t kind, int64_t e, int64_t in, const hr_rows& x,
+                     const hr_step& step, const Sorted& sorted) {
+  const int64_t* order = order_of(args, kind, e);
+  if (!order) return x;
+  const hr_columns_args columns{x, {sorted.ordered, in, in, x.dtype}, order};
+  hr::kernel_of(hr_operator("columns", sizeof columns))(&columns, step);
+  return columns.y;
+}
+
 // One product of all experts, each with its sorted rows; biases lie `apart` from expert to expert.
-static void each_expert(const hr_moe_args& args, const hr_weight* weights, const float* biases,
-                        int64_t apart, const hr_rows& x, const hr_rows& y,
-                        const Expert* experts) {
+static void each_expert(const hr_moe_args& args, int64_t kind, const float* biases, int64_t apart,
+                        const hr_rows& x, const hr_rows& y, const Sorted& sorted) {
+  const hr_weight* const all[] = {args.gates, args.ups, args.downs};
   for (int64_t e = 0; e < args.experts; ++e) {
-    if (experts[e].rows == 0) continue;
-    const hr_linear_args linear{rows_from(x, experts[e].begin), rows_from(y, experts[e].begin),
-                                weights[e], bias_of(biases, e, apart), HR_F32, HR_TOKENS,
-                                hr_rows{}};
+    const Expert& expert = sorted.experts[e];
+    if (expert.rows == 0) continue;
+    const hr_weight& weight = all[kind][e];
     hr_step step{};
-    step.tokens = experts[e].rows;
-    linear_of(weights[e])(&linear, step);
+    step.tokens = expert.rows;
+    const hr_rows own = taken(args, kind, e, weight.in, rows_from(x, expert.begin), step, sorted);
+    const hr_linear_args linear{own,    rows_from(y, expert.begin), weight, bias_of(biases, e, apart),
+                                HR_F32, HR_TOKENS,                  hr_rows{}};
+    linear_of(weight)(&linear, step);
   }
 }
 
@@ -331,13 +363,13 @@ static void single_experts(const hr_moe_args& args, int64_t rows, const Sorted& 
   const hr_rows gate{sorted.gate_up, 2 * width, width, args.x.dtype};
   const hr_rows up{sorted.gate_up + width * size, 2 * width, width, args.x.dtype};
   const float* up_bias = args.gate_up_bias ? args.gate_up_bias + width : nullptr;
-  each_expert(args, args.gates, args.gate_up_bias, 2 * width, x, gate, sorted.experts);
-  each_expert(args, args.ups, up_bias, 2 * width, x, up, sorted.experts);
+  each_expert(args, 0, args.gate_up_bias, 2 * width, x, gate, sorted);
+  each_expert(args, 1, up_bias, 2 * width, x, up, sorted);
   const hr_gated_args gated{gate_up, inner, args.activation, args.alpha, args.limit};
   hr_step step{};
   step.tokens = rows;
   hr::kernel_of(hr_operator("gated", sizeof gated))(&gated, step);
-  each_expert(args, args.downs, args.down_bias, outer.columns, inner, outer, sorted.experts);
+  each_expert(args, 2, args.down_bias, outer.columns, inner, outer, sorted);
 }
 
 static bool all_floats(const hr_moe_args& args) {

@@ -35,6 +35,7 @@ from headrace.quant.base import Matrix
 from headrace.text.tokenizer import Tokenizer, load_tokenizer
 from tests.support.checkpoints import make_case
 from tests.support.paged import run_all
+from tests.support.quantized import fp8_tensor, rewrite
 
 IDS = [[5, 9, 33, 70, 21, 8]]
 
@@ -406,7 +407,8 @@ def as_mistral(source: Path, target: Path, case: str) -> None:
             ("model.embed_tokens", "tok_embeddings"), ("lm_head", "output"), ("model.", ""),
             ("self_attn", "attention"), ("block_sparse_moe", "feed_forward"),
             ("mlp", "feed_forward"), ("input_layernorm", "attention_norm"),
-            ("post_attention_layernorm", "ffn_norm"), *short.items(),
+            ("post_attention_layernorm", "ffn_norm"), ("weight_scale", "qscale_weight"),
+            ("input_scale", "qscale_act"), *short.items(),
         ):  # fmt: skip
             name = name.replace(theirs, ours)
         native[name] = tensor
@@ -421,6 +423,8 @@ def as_mistral(source: Path, target: Path, case: str) -> None:
         "vocab_size": config["vocab_size"],
         "rope_theta": 10000.0,
     }
+    if "quantization_config" in config:
+        params["quantization"] = {"qformat_weight": "fp8_e4m3", "qscheme_act": "TENSOR"}
     if case == "mixtral":
         params["moe"] = {"num_experts": 5, "num_experts_per_tok": 2}
     target.mkdir()
@@ -486,6 +490,16 @@ def test_mistral_folders_load(tmp_path: Path, case: str, monkeypatch: pytest.Mon
     assert torch.equal(logits(both, "mistral"), found)
 
 
+def test_mistral_folders_of_fp8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    make_case(tmp_path / "usual", "mistral", rope_theta=10000.0)
+    config = {"quant_method": "fp8", "activation_scheme": "static"}
+    rewrite(tmp_path / "usual", config, fp8_tensor(static=True))
+    as_mistral(tmp_path / "usual", tmp_path / "native", "mistral")
+    native = resolve_model_path(str(tmp_path / "native"))
+    assert torch.equal(logits(native), logits(tmp_path / "usual"))
+
+
 @pytest.mark.parametrize(
     ("params", "message"),
     [
@@ -493,6 +507,7 @@ def test_mistral_folders_load(tmp_path: Path, case: str, monkeypatch: pytest.Mon
         ("{", "cannot be read"),
         ('{"dim": 4}', "n_layers must be a positive integer"),
         ('{"dim": "4"}', "dim must be"),
+        ('{"quantization": {"qformat_weight": "int4"}}', "qformat_weight must be fp8_e4m3"),
         ('{"dim": 4, "vision_encoder": {"a": 1}}', "vision_encoder.* not supported"),
     ],
 )

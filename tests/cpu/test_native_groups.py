@@ -128,6 +128,36 @@ def test_experts_of_any_format(format: str, level: str) -> None:
         assert torch.equal(alone, y[one])
 
 
+def test_experts_whose_matrices_take_inputs_in_their_own_order(level: str) -> None:
+    """As if x were put in order before; some take more inputs than there are (act-order)."""
+    orders, stored = [], []
+    for shape in ((40, 96), (40, 96), (72, 48)):
+        width = 72 if shape[1] == 96 else 40
+        order = [torch.randint(0, width, (shape[1],)) for _ in range(4)]
+        orders += order
+        stored.append([torch.randn(shape) / 6 for _ in range(4)])
+    ids = torch.rand(30, 4).argsort(1)[:, :2].int().contiguous()
+    x, weights = torch.randn(30, 72), torch.rand(30, 2)
+    gates, ups, downs = (tuple(cpu.pack(w, "int4", 16) for w in part) for part in stored)
+    ours = PackedExperts(gates, ups, downs, orders=tuple(orders))
+    y, expected = cpu.moe_packed(x, ours, ids, weights, "silu"), torch.zeros(30, 72)
+    for token, chosen in enumerate(ids.tolist()):
+        for place, e in enumerate(chosen):
+            one = x[token : token + 1]
+            gate, up = (
+                cpu.linear_packed(one[:, orders[kind * 4 + e]].contiguous(), part[e], None)
+                for kind, part in enumerate((gates, ups))
+            )
+            inner = cpu.gated(torch.cat([gate, up], 1), "silu")
+            down = cpu.linear_packed(inner[:, orders[8 + e]].contiguous(), downs[e], None)
+            expected[token] += weights[token, place] * down[0]
+    close(y, expected, 1e-6)
+    definition = PackedExperts(
+        *(tuple(ref.pack(w, "int4", 16) for w in part) for part in stored), orders=tuple(orders)
+    )
+    close(y, ref.moe_packed(x, definition, ids, weights, "silu"), 2e-2)
+
+
 def test_experts_with_biases(level: str) -> None:
     gate_up, down = torch.randn(5, 80, 72) / 6, torch.randn(5, 72, 40) / 6
     biases = torch.randn(5, 80), torch.randn(5, 72)

@@ -1,12 +1,11 @@
-"""AWQ and GPTQ: checkpoints that GPTQModel wrote (tests/data/quantized/make.py), value by value.
-
-Beside each lie two matrices as GPTQModel dequantizes them.
-"""
+"""Checkpoints that GPTQModel, llm-compressor and AutoRound wrote (tests/data/quantized/make.py),
+value by value: beside each lie matrices as these tools dequantize them."""
 
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +29,11 @@ from tests.support.threads import run_ranks
 DATA = Path(__file__).parents[1] / "data" / "quantized"
 CASES = {"gptq-4-act-order": "int4", "gptq-4-v2": "int4", "gptq-8": "int8", "gptq-3": "int4",
          "awq": "int4"}  # fmt: skip
+# What other tools wrote, and experts: in which format they are multiplied.
+TOOLS = {"llmc-w4": "int4", "llmc-w8-groups": "int8", "llmc-w8a8": "int8", "llmc-fp8-blocks": "fp8",
+         "llmc-fp8-kv": "fp8", "autoround-gptq": "int4", "autoround-awq": "int4",
+         "gptq-experts": "int4"}  # fmt: skip
+ORDERED = ("gptq-4-act-order", "gptq-experts")
 
 
 @pytest.fixture(autouse=True)
@@ -54,18 +58,37 @@ def values(weights: Weights) -> Tensor:
     return whole.index_add_(1, order, found)  # inputs taken twice weigh nothing the second time
 
 
-@pytest.mark.parametrize("case", CASES)
+def weights_of(model: Decoder, name: str) -> Weights:
+    """Of the linear layer whose first rows are this matrix of the checkpoint's first layer."""
+    layer: Any = model.layers[0]
+    if ".experts." in name:
+        found: Weights = layer.mlp.experts[0].weights[name.split(".experts.")[1]]
+        return found
+    linear = layer.attention.qkv if name.endswith("q_proj") else layer.mlp.down
+    return linear.weights
+
+
+@pytest.mark.parametrize("case", [*CASES, *TOOLS])
 def test_every_value_is_the_tools(case: str) -> None:
     model, theirs = load(DATA / case), load_file(DATA / f"{case}.safetensors")
-    layer = model.layers[0]
-    matrices = {"self_attn.q_proj": layer.attention.qkv, "mlp.down_proj": layer.mlp.down}
-    for name, linear in matrices.items():
-        assert linear.weights["packed"].format == CASES[case]
-        assert ("order" in linear.weights) == (case == "gptq-4-act-order")
-        expected = theirs[f"model.layers.0.{name}"]
-        ours = values(linear.weights)[: len(expected)]
-        # Theirs is rounded to f16; ours is exact.
-        torch.testing.assert_close(ours, expected.float(), rtol=2**-10, atol=1e-7)
+    assert len(theirs) > 1
+    for name, their in theirs.items():
+        weights = weights_of(model, name)
+        assert weights["packed"].format == (CASES | TOOLS)[case]
+        assert ("order" in weights) == (case in ORDERED)
+        ours = values(weights)[: len(their), : their.shape[1]]
+        # Theirs is rounded to f16 or bf16; ours is exact.
+        rounding = 2**-8 if their.dtype == torch.bfloat16 else 2**-10
+        torch.testing.assert_close(ours, their.float(), rtol=rounding, atol=1e-7)
+
+
+def test_scales_of_the_cache_are_the_tools() -> None:
+    """llm-compressor measured them: one of the keys and one of the values of the layer."""
+    stored = load_file(DATA / "llmc-fp8-kv" / "model.safetensors")
+    place = "model.layers.0.self_attn."
+    scales = tuple(float(stored[f"{place}{kind}_scale"]) for kind in "kv")
+    assert load(DATA / "llmc-fp8-kv").kv_scales() == [scales]
+    assert all(0 < scale < 1 for scale in scales)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -144,7 +167,7 @@ def nan(tensor: Tensor) -> Tensor:
 
 BAD: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "scales": (nan, "down_proj.scales holds a scale that is no finite"),
-    "g_idx": (lambda g: g + 100, r"down_proj.g_idx names groups 10\d to 10\d of 4"),
+    "g_idx": (lambda g: g + 100, "down_proj.g_idx names a group that is none of 4"),
     "qweight": (lambda w: w[:-1].contiguous(), "down_proj.qweight has shape"),
     "qzeros": (lambda w: w.float(), "down_proj.qzeros has dtype float32"),
 }

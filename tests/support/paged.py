@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from headrace.layers.batch import ForwardBatch
+from headrace.loader.kv_scales import HasKvScales
 from headrace.models import Model
 from headrace.ops.meta import AttentionMeta
 from headrace.runner.pool import KvPool
@@ -36,7 +37,8 @@ class PagedRun:
         pages = width * len(sequences) + 1
         order = torch.randperm(pages - 1, generator=torch.Generator().manual_seed(7)) + 1
         self.table = order.view(width, len(sequences)).t().int().contiguous()
-        self.caches = KvPool(model.state_specs(), pages, page_size, dtype).caches
+        scales = model.kv_scales() if isinstance(model, HasKvScales) else ()
+        self.caches = KvPool(model.state_specs(), pages, page_size, dtype, scales).caches
         for tensor in (tensor for cache in self.caches for tensor in cache.tensors()):
             if tensor.dtype == torch.int8:
                 tensor.fill_(127)

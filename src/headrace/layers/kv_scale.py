@@ -13,7 +13,7 @@ from headrace.quant.stored import wrong_scale
 
 logger = logging.getLogger(__name__)
 
-_PLACES = r"(?:\.attn|\.qkv_proj|\.attention)?"
+_PLACES = r"(?:\.attn|\.qkv_proj|\.attention|\.attn_mqa|(?:\.mla_attn){1,2})?"
 _NAMES = (
     (re.compile(rf"\.self_attn{_PLACES}\.([kv])_scale$"), r".self_attn.\1_scale"),
     (re.compile(r"\.self_attn\.([kv])_proj\.\1_scale$"), r".self_attn.\1_scale"),

@@ -17,6 +17,7 @@ from headrace.core.plan import StateSpec
 from headrace.dist.topology import Cut, split_heads, whole
 from headrace.layers.batch import ForwardBatch
 from headrace.layers.build import Build
+from headrace.layers.kv_scale import scale_targets
 from headrace.layers.linear import ColumnLinear, row_linear
 from headrace.layers.norm import Norm, NormSpec
 from headrace.ops.meta import KvCache
@@ -76,6 +77,8 @@ class LatentAttention:
         self.up = LatentUp(spec, heads.q_cut(spec.plain_dim + spec.value_dim), build)
         out = heads.q_cut(spec.value_dim)
         self.out = row_linear("o_proj", out, spec.hidden_size, build, bias=spec.bias)
+        # As `Attention` has them; what is kept is the key, so the scale of values does not count.
+        self.kv_scale = torch.ones(2)
 
     def __call__(self, x: Tensor, cos_sin: Tensor, batch: ForwardBatch, cache: KvCache) -> Tensor:
         spec = self.spec
@@ -103,14 +106,16 @@ class LatentAttention:
         return StateSpec(kind="latent", kv_heads=1, head_dim=dim, value_dim=self.spec.rank)
 
     def kv_scales(self) -> tuple[float, float]:
-        """As `Attention.kv_scales`: none that is not 1 has a place here."""
-        return 1.0, 1.0
+        """What a stored 1 means in an fp8 cache: one scale, as a value is a part of its key."""
+        scale = float(self.kv_scale[0])
+        return scale, scale
 
     def set_kv_scale(self, scale: float) -> None:
-        raise LoadError("latent attention takes no scales of its cache", field="kv_cache_dtype")
+        self.kv_scale.fill_(scale)
 
     def targets(self, prefix: str) -> Targets:
         found = self.down.targets(prefix) | self.out.targets(prefix)
+        found |= scale_targets(prefix, self.kv_scale)
         if self.q_norm is not None and self.q_up is not None:
             found |= self.q_norm.targets(f"{prefix}q_a_layernorm") | self.q_up.targets(prefix)
         return found | self.kv_norm.targets(f"{prefix}kv_a_layernorm") | self.up.targets(prefix)

@@ -130,16 +130,39 @@ def _packed(
     ups: Sequence[PackedWeight],
     downs: Sequence[PackedWeight],
     biases: ExpertBiases | None,
+    orders: tuple[Tensor | None, ...] = (),
 ) -> PackedExperts:
     given = (biases.gate_up, biases.down) if biases else (None, None)
-    return PackedExperts(tuple(gates), tuple(ups), tuple(downs), *given)
+    return PackedExperts(tuple(gates), tuple(ups), tuple(downs), *given, orders)
+
+
+def _stacks(prefix: str, single: Targets, count: int) -> Targets:
+    """One tensor of all experts' gates and ups, one of their downs, out of those of each."""
+
+    def pour(*parts: str) -> WeightTarget:
+        names = tuple(f"{prefix}{i}.{part}.weight" for i in range(count) for part in parts)
+        rows, columns = single[names[0]].shape
+
+        def copy(source: Tensor) -> None:
+            pieces = source.reshape(-1, rows, columns)
+            for name, piece in zip(names, pieces, strict=True):
+                single[name].copy(piece)
+
+        return WeightTarget((count, len(parts) * rows, columns), copy, covers=names)
+
+    return {
+        f"{prefix}gate_up_proj": pour(*_PARTS[:2]),
+        f"{prefix}down_proj": pour(_PARTS[2]),
+    }
 
 
 class SingleExperts:
-    """Experts of which each matrix is stored as the checkpoint says, and packed as it comes."""
+    """Experts of which each matrix is stored, or quantized on load, by its own method, and packed
+    as it comes."""
 
     def __init__(self, hidden_size: int, spec: MoESpec, build: Build, dealt: Dealt) -> None:
         self.first, self.dealt, self.dtype = dealt.first, dealt, build.dtype
+        self.count = spec.experts
         inner, hidden = even(spec.inner_size, dealt.part), whole(hidden_size)
         self.methods: dict[str, QuantMethod] = {}
         self.shapes: dict[str, LinearShape] = {}
@@ -166,6 +189,8 @@ class SingleExperts:
                 found |= {key: replace(target, copy=_ignore) for key, target in targets.items()}
             else:
                 found |= when_filled(targets, partial(method.process_after_loading, weights))
+        if f"{prefix}0.{_PARTS[0]}.weight" in found:
+            found |= _stacks(prefix, found, self.count)
         return found | (self.biases.targets(prefix) if self.biases else {})
 
     @property
@@ -176,8 +201,13 @@ class SingleExperts:
             gates, ups, downs = (
                 [self._matrix(index, part) for index in numbers] for part in _PARTS
             )
-            self._packed = _packed(gates, ups, downs, self.biases)
+            self._packed = _packed(gates, ups, downs, self.biases, self._orders(numbers))
         return self._packed
+
+    def _orders(self, numbers: range) -> tuple[Tensor | None, ...]:
+        names = [f"{index}.{part}" for part in _PARTS for index in numbers]
+        orders = tuple(self.weights.get(name, {}).get("order") for name in names)
+        return orders if any(order is not None for order in orders) else ()
 
     def _matrix(self, index: int, part: str) -> PackedWeight:
         """Zeros behind the last expert: nobody takes those."""
@@ -213,7 +243,7 @@ class Experts:
             found[f"{own}down_proj.weight"] = self._target(index, 2)
         found = when_filled(found, self._pack)
         biases = self.biases.targets(prefix) if self.biases else {}
-        return found | self._stacks(prefix, found) | biases
+        return found | _stacks(prefix, found, self.count) | biases
 
     def _target(self, index: int, which: int) -> WeightTarget:
         place = index - self.first
@@ -228,31 +258,6 @@ class Experts:
                 whole(self.hidden),
             )
         return target if 0 <= place < self.here else replace(target, copy=_ignore)
-
-    def _stacks(self, prefix: str, single: Targets) -> Targets:
-        """One tensor of all experts' gates and ups, one of their downs."""
-        inner, hidden = self.inner.full, self.hidden
-
-        def names(*parts: str) -> tuple[str, ...]:
-            return tuple(
-                f"{prefix}{i}.{part}_proj.weight" for i in range(self.count) for part in parts
-            )
-
-        def pour(members: tuple[str, ...], rows: int) -> WeightTarget:
-            def copy(source: Tensor) -> None:
-                pieces = source.reshape(-1, rows, source.shape[-1])
-                for name, piece in zip(members, pieces, strict=True):
-                    single[name].copy(piece)
-
-            columns = hidden if rows == inner else inner
-            per_expert = len(members) // self.count
-            shape = (self.count, per_expert * rows, columns)
-            return WeightTarget(shape=shape, copy=copy, covers=members)
-
-        return {
-            f"{prefix}gate_up_proj": pour(names("gate", "up"), inner),
-            f"{prefix}down_proj": pour(names("down"), hidden),
-        }
 
     def _open(self, source: torch.dtype) -> tuple[Tensor, Tensor]:
         if self._gate_up is None or self._down is None:

@@ -22,6 +22,8 @@ _RENAMES = (
     (r"\.feed_forward\.w3\.", ".mlp.up_proj."),
     (r"\.attention_norm\.", ".input_layernorm."),
     (r"\.ffn_norm\.", ".post_attention_layernorm."),
+    (r"\.qscale_weight$", ".weight_scale"),
+    (r"\.qscale_act$", ".input_scale"),
 )
 
 

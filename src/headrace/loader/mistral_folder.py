@@ -74,7 +74,8 @@ def config_of(params: dict[str, Any], path: Path) -> dict[str, Any]:
     Raises:
         LoadError: a field is missing, has a wrong type, or is one that is not supported.
     """
-    known = {*_FIELDS, *_BEHIND, *_IGNORED, "rope_theta", "sliding_window", "max_seq_len", "moe"}
+    own = {"rope_theta", "sliding_window", "max_seq_len", "moe", "quantization"}
+    known = {*_FIELDS, *_BEHIND, *_IGNORED, *own}
     for name, value in params.items():
         if name not in known and value not in (None, False, {}, []):
             raise LoadError(f"{path}: field {name!r} is not supported", field=name)
@@ -94,6 +95,8 @@ def config_of(params: dict[str, Any], path: Path) -> dict[str, Any]:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
+    if params.get("quantization"):
+        config["quantization_config"] = _quantization(params["quantization"], path)
     for theirs, ours in _FIELDS.items():
         value = params.get(theirs)
         if theirs == "head_dim" and value is None and isinstance(params.get("dim"), int):
@@ -110,6 +113,17 @@ def config_of(params: dict[str, Any], path: Path) -> dict[str, Any]:
             "num_experts_per_tok": moe.get("num_experts_per_tok"),
         }
     return config
+
+
+def _quantization(found: Any, path: Path) -> dict[str, Any]:
+    format = found.get("qformat_weight") if isinstance(found, dict) else found
+    if format != "fp8_e4m3":
+        raise LoadError(
+            f"{path}: quantization.qformat_weight must be fp8_e4m3, not {format!r}",
+            field="quantization",
+        )
+    usual = {"quant_method": "fp8", "activation_scheme": "static"}
+    return usual | {"modules_to_not_convert": ["lm_head"]}
 
 
 def _write_tokenizer(folder: Path, made: Path) -> None:

@@ -4,14 +4,13 @@ from dataclasses import replace
 
 from headrace.core.model_info import ModelInfo
 from headrace.layers.latent import LatentSpec
-from headrace.layers.moe import MoESpec
 from headrace.layers.names import Layout
 from headrace.layers.norm import NormSpec
 from headrace.layers.rope_scaling import latent_scale, read_rope
 from headrace.models.decoder import Decoder
 from headrace.models.family import decoder, ignored_layers, size
 from headrace.models.llama import MiniCPMForCausalLM
-from headrace.models.moe import COUNTS, sparse
+from headrace.models.moe import shared_experts_of, sigmoid_router, sparse
 from headrace.models.spec import DecoderSpec
 from headrace.ops.experts import RouterSpec
 
@@ -38,17 +37,8 @@ class DeepseekV3ForCausalLM(Decoder):
 
     @staticmethod
     def describe(info: ModelInfo) -> DecoderSpec:
-        hf = info.text
-        router = RouterSpec(
-            top_k=size(hf, "num_experts_per_tok"),
-            renormalize=bool(hf.get("norm_topk_prob", True)),
-            sigmoid=True,
-            groups=int(hf.get("n_group") or 1),
-            top_groups=int(hf.get("topk_group") or 1),
-            group_best=2,
-            scale=float(hf.get("routed_scaling_factor", 1.0)),
-        )
-        return _deepseek(info, router, interleaved=bool(hf.get("rope_interleave", True)))
+        turned = bool(info.text.get("rope_interleave", True))
+        return _deepseek(info, sigmoid_router(info.text), interleaved=turned)
 
 
 class MiniCPM3ForCausalLM(Decoder):
@@ -61,15 +51,7 @@ class MiniCPM3ForCausalLM(Decoder):
 
 def _deepseek(info: ModelInfo, router: RouterSpec, *, interleaved: bool) -> DecoderSpec:
     hf = info.text
-    inner = size(hf, "moe_intermediate_size")
-    moe = MoESpec(
-        experts=size(hf, *COUNTS),
-        inner_size=inner,
-        activation=str(hf.get("hidden_act", "silu")),
-        router=router,
-        bias=router.sigmoid,
-        shared=inner * int(hf.get("n_shared_experts") or 0),
-    )
+    moe = shared_experts_of(info, router, "n_shared_experts")
     layout = Layout(
         renames=((r"\.shared_experts\.", ".shared_expert."),), ignored=ignored_layers(info)
     )

@@ -131,24 +131,7 @@ class Glm4MoeForCausalLM(Decoder):
                 ignored=ignored_layers(info),
             ),
         )
-        router = RouterSpec(
-            top_k=size(hf, "num_experts_per_tok"),
-            renormalize=bool(hf.get("norm_topk_prob", True)),
-            sigmoid=True,
-            groups=int(hf.get("n_group") or 1),
-            top_groups=int(hf.get("topk_group") or 1),
-            group_best=2,
-            scale=float(hf.get("routed_scaling_factor", 1.0)),
-        )
-        inner = size(hf, "moe_intermediate_size")
-        moe = MoESpec(
-            experts=size(hf, *COUNTS),
-            inner_size=inner,
-            activation=str(hf.get("hidden_act", "silu")),
-            router=router,
-            bias=True,
-            shared=inner * int(hf.get("n_shared_experts") or 0),
-        )
+        moe = shared_experts_of(info, sigmoid_router(hf), "n_shared_experts")
         return sparse(spec, moe, dense=int(hf.get("first_k_dense_replace") or 0))
 
 
@@ -178,15 +161,8 @@ class Ernie4_5_MoeForCausalLM(Decoder):
                 ignored=(r"\.mtp_",),
             ),
         )
-        inner = size(hf, "moe_intermediate_size")
-        moe = MoESpec(
-            experts=size(hf, *COUNTS),
-            inner_size=inner,
-            activation=str(hf.get("hidden_act", "silu")),
-            router=RouterSpec(size(hf, "moe_k", "num_experts_per_tok")),
-            bias=True,
-            shared=inner * int(hf.get("moe_num_shared_experts") or 0),
-        )
+        router = RouterSpec(size(hf, "moe_k", "num_experts_per_tok"))
+        moe = replace(shared_experts_of(info, router, "moe_num_shared_experts"), bias=True)
         first = int(hf.get("moe_layer_start_index", 1))
         last = int(hf.get("moe_layer_end_index", -1)) % info.num_layers
         step = int(hf.get("moe_layer_interval", 1))
@@ -216,14 +192,8 @@ class MiniMaxM2ForCausalLM(Decoder):
                 ),
             ),
         )
-        moe = MoESpec(
-            experts=size(hf, *COUNTS),
-            inner_size=size(hf, "intermediate_size"),
-            activation=str(hf.get("hidden_act", "silu")),
-            router=RouterSpec(size(hf, "num_experts_per_tok"), sigmoid=True),
-            bias=True,
-        )
-        return sparse(spec, moe)
+        router = RouterSpec(size(hf, "num_experts_per_tok"), sigmoid=True)
+        return sparse(spec, experts_of(info, inner="intermediate_size", router=router, bias=True))
 
 
 class DbrxForCausalLM(Decoder):
@@ -300,7 +270,7 @@ class PhimoeForCausalLM(Decoder):
         router = RouterSpec(
             size(hf, "num_experts_per_tok"), jitter=float(hf.get("router_jitter_noise", 0.01))
         )
-        return sparse(spec, replace(experts_of(info), router=router))
+        return sparse(spec, experts_of(info, router=router))
 
 
 class Llama4ForCausalLM(Decoder):
@@ -325,8 +295,8 @@ class Llama4ForCausalLM(Decoder):
         )
         router = RouterSpec(size(hf, "num_experts_per_tok"), renormalize=False, sigmoid=True)
         inner = size(hf, "intermediate_size")
-        moe = replace(
-            experts_of(info), router=router, inner_size=inner, shared=inner, on_input=True
+        moe = experts_of(
+            info, inner="intermediate_size", router=router, shared=inner, on_input=True
         )
         step = int(hf.get("interleave_moe_layer_step") or 1)
         chosen = hf.get("moe_layers")
@@ -382,8 +352,10 @@ def experts_of(
     *,
     inner: str = "",
     renormalize: bool = True,
+    router: RouterSpec | None = None,
     **fields: Any,
 ) -> MoESpec:
+    """What configurations of all families say alike; softmax routers without a `router`."""
     hf = info.text
     own = "moe_intermediate_size" in hf
     width = inner or ("moe_intermediate_size" if own else "intermediate_size")
@@ -391,9 +363,29 @@ def experts_of(
         experts=size(hf, *COUNTS),
         inner_size=size(hf, width),
         activation=str(hf.get("hidden_act", "silu")),
-        router=RouterSpec(size(hf, "num_experts_per_tok"), renormalize),
+        router=router or RouterSpec(size(hf, "num_experts_per_tok"), renormalize),
         **fields,
     )
+
+
+def sigmoid_router(hf: Fields) -> RouterSpec:
+    """That of DeepSeek-V3 (arXiv 2412.19437): a bias chooses, among the best groups."""
+    return RouterSpec(
+        top_k=size(hf, "num_experts_per_tok"),
+        renormalize=bool(hf.get("norm_topk_prob", True)),
+        sigmoid=True,
+        groups=int(hf.get("n_group") or 1),
+        top_groups=int(hf.get("topk_group") or 1),
+        group_best=2,
+        scale=float(hf.get("routed_scaling_factor", 1.0)),
+    )
+
+
+def shared_experts_of(info: ModelInfo, router: RouterSpec, count: str) -> MoESpec:
+    """Experts of which each token takes `count` always, stored as one block."""
+    width = "moe_intermediate_size"
+    shared = size(info.text, width) * int(info.text.get(count) or 0)
+    return experts_of(info, inner=width, router=router, bias=router.sigmoid, shared=shared)
 
 
 def sparse(spec: DecoderSpec, moe: MoESpec, dense: int = 0) -> DecoderSpec:

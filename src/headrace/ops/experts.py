@@ -46,8 +46,9 @@ class ClampedSwiglu:
 class PackedExperts:
     """Each expert's gate and up [inner, hidden] and down [hidden, inner], each of its own format.
 
-    Biases are fp32, [experts, gate | up] and [experts, hidden]. `handles`: what implementations
-    keep beside them.
+    Biases are fp32, [experts, gate | up] and [experts, hidden]. `orders`: which inputs each of
+    gates, ups and downs, in a row, takes in which order, None for all as they are; none where that
+    is so of every matrix. `handles`: what implementations keep beside them.
     """
 
     gates: tuple[PackedWeight, ...]
@@ -55,4 +56,5 @@ class PackedExperts:
     downs: tuple[PackedWeight, ...]
     gate_up_bias: Tensor | None = None
     down_bias: Tensor | None = None
+    orders: tuple[Tensor | None, ...] = ()
     handles: dict[str, Any] = field(default_factory=dict, repr=False)

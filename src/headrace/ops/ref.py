@@ -332,6 +332,8 @@ def moe_packed(
     first: int = 0,
 ) -> Tensor:
     chosen = x.new_zeros(*ids.shape, experts.downs[0].out_size)
+    count = len(experts.gates)
+    orders = experts.orders or (None,) * 3 * count
     for index, (gate, up, down) in enumerate(
         zip(experts.gates, experts.ups, experts.downs, strict=True)
     ):
@@ -343,14 +345,22 @@ def moe_packed(
             given = (weights[tokens, place, None] * given).to(x.dtype)
         biases = experts.gate_up_bias, experts.down_bias
         before, after = (None if bias is None else bias[index].to(x.dtype) for bias in biases)
-        inner = gated(linear_parts(given, (gate, up), before), activation)
-        chosen[tokens, place] = linear_packed(inner, down, after)
+        gate_order, up_order, down_order = orders[index::count]
+        halves = (None, None) if before is None else before.chunk(2)
+        pair = ((gate, gate_order, halves[0]), (up, up_order, halves[1]))
+        made = [linear_packed(_taken(given, order), weight, bias) for weight, order, bias in pair]
+        inner = gated(torch.cat(made, dim=1), activation)
+        chosen[tokens, place] = linear_packed(_taken(inner, down_order), down, after)
     if on_input:
         weights = torch.ones_like(weights)
     y = torch.zeros(chosen.shape[::2])
     for weight, output in zip(weights.unbind(1), chosen.unbind(1), strict=True):
         y += weight[:, None] * output
     return y.to(x.dtype)
+
+
+def _taken(x: Tensor, order: Tensor | None) -> Tensor:
+    return x if order is None else columns(x, order)
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -52,16 +52,22 @@ class Integers:
     def quantized(self, size: int) -> Quantized:
         """As kernels take it, where every run of `size` inputs is of one group."""
         runs = self.group_of[::size]
-        scales, zeros = self.scales[:, runs], self.zeros[:, runs].float()
-        if self.bits <= 4:
-            return Quantized("int4", self.values, scales, size, scales * zeros)
-        values = (self.values ^ 128).view(torch.int8)
-        return Quantized("int8", values, scales, size, scales * (zeros - 128))
+        return in_groups(self.values, self.scales[:, runs], self.zeros[:, runs], self.bits, size)
 
     def floats(self) -> Tensor:
         """fp32 [out, in]"""
         scales, zeros = self.scales[:, self.group_of], self.zeros[:, self.group_of]
         return (self.values.float() - zeros.float()) * scales
+
+
+def in_groups(values: Tensor, scales: Tensor, zeros: Tensor, bits: int, group: int) -> Quantized:
+    """The same integers; `group` inputs that follow each other share a scale, 0: all."""
+    zeros = zeros.float()
+    if bits <= 4:
+        return Quantized("int4", values, scales, group, scales * zeros)
+    offsets = scales * (zeros - 128)
+    signed = (values ^ 128).view(torch.int8)
+    return Quantized("int8", signed, scales, group, offsets if bool(offsets.any()) else None)
 
 
 def in_runs(parts: Sequence[Integers]) -> tuple[Quantized, Tensor | None] | None:

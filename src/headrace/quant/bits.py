@@ -3,6 +3,8 @@
 Pure functions of tensors; know no checkpoints' names and no layers.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -49,7 +51,23 @@ def _unpack_stream(words: Tensor, bits: int) -> Tensor:
     return (both >> shift & (1 << bits) - 1).to(torch.uint8)
 
 
+def not_zero(bias: Tensor) -> str:
+    """What is wrong with a bias that no module has a place for, "" for nothing."""
+    return "is not zero, and the model has no bias there" if bool(bias.any()) else ""
+
+
 def not_finite(scales: Tensor) -> str:
     """What is wrong with scales, "" for nothing."""
     finite = bool(torch.isfinite(scales.float()).all())
     return "" if finite else "holds a scale that is no finite number"
+
+
+def outside(groups: int) -> Callable[[Tensor], str]:
+    """What is wrong with the groups that inputs are said to be of."""
+
+    def wrong(group_of: Tensor) -> str:
+        if not group_of.numel() or 0 <= int(group_of.min()) <= int(group_of.max()) < groups:
+            return ""
+        return f"names a group that is none of {groups}"
+
+    return wrong

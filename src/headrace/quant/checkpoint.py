@@ -45,7 +45,12 @@ _ALIASES: dict[str, tuple[str, ...]] = {
 """What else --quantization may say for a `quant_method`."""
 
 
-_MODELOPT = "hf_quant_config.json"
+_FILES = {
+    "hf_quant_config.json": "modelopt",
+    "quantize_config.json": "gptq",  # of AutoGPTQ
+    "quant_config.json": "awq",  # of AutoAWQ
+}
+"""What tools wrote beside config.json -> the `quant_method` that it means where it says none."""
 
 
 def method_names(method: str) -> tuple[str, ...]:
@@ -66,16 +71,20 @@ def stored_config(info: ModelInfo) -> dict[str, Any] | None:
                 raise LoadError(f"{key} must be an object, not {found!r}", field=key)
             if found:
                 return dict(found)
-    path = Path(info.path) / _MODELOPT
-    if not path.is_file():
-        return None
+    for name, method in _FILES.items():
+        if (Path(info.path) / name).is_file():
+            return {"quant_method": method} | _read(Path(info.path) / name)
+    return None
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise LoadError(f"{path} cannot be read: {error}") from error
     if not isinstance(found, dict):
         raise LoadError(f"{path} holds {type(found).__name__}, not an object")
-    return {"quant_method": "modelopt"} | found
+    return found
 
 
 def from_checkpoint(config: Config, info: ModelInfo, stored: Iterable[str]) -> "FromCheckpoint":
@@ -123,8 +132,8 @@ class FromCheckpoint:
         small = kind in ("router", "head", "embedding")
         if small and self.stored and f"{module}.{storage.marker}" not in self._names:
             return AS_IS
-        # Experts are multiplied by one operator, which takes x as it is.
-        return StoredWeights(storage, self.wide, reorders=kind != "expert")
+        # Others are multiplied by operators that take x as it is.
+        return StoredWeights(storage, self.wide, reorders=kind in ("linear", "expert"))
 
     def _raw(self, module: str) -> str | None:
         """The checkpoint's name of a module, None if it is not there under this name."""

@@ -60,7 +60,7 @@ AS_IS = Dense()
 class OnLoad:
     """Floats of a checkpoint, quantized while they are loaded: linear layers, and tables of tokens.
 
-    Routers stay: an error in them takes another expert. So do experts.
+    Routers stay: an error in them takes another expert.
     """
 
     name: str
@@ -68,7 +68,7 @@ class OnLoad:
     table: Dense = AS_IS
 
     def method(self, modules: Sequence[str], kind: Kind, stacked: str = "") -> QuantMethod:
-        if kind == "linear":
+        if kind in ("linear", "expert"):
             return self.linear
         return self.table if kind in ("embedding", "head") else AS_IS
 

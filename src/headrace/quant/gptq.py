@@ -17,9 +17,9 @@ from torch import Tensor
 
 from headrace.core.errors import LoadError
 from headrace.ops.packed import Quantized
-from headrace.quant.act_order import Integers
+from headrace.quant.act_order import Integers, in_groups
 from headrace.quant.base import Kind
-from headrace.quant.bits import not_finite, unpack_columns, unpack_rows
+from headrace.quant.bits import not_finite, not_zero, outside, unpack_columns, unpack_rows
 from headrace.quant.local import Window
 from headrace.quant.scheme import Config, Scheme, group_size
 from headrace.quant.stored import Axis, Storage, Stored
@@ -81,6 +81,8 @@ def _storage(config: Mapping[str, Any]) -> "Gptq":
             f"quantization_config.bits of GPTQ must be one of {_BITS}, not {bits!r}", field="bits"
         )
     format = str(config.get("checkpoint_format") or config.get("format") or "gptq")
+    if config.get("is_marlin_format"):
+        format = "marlin"
     if format not in _FORMATS:
         raise LoadError(
             f"quantization_config.checkpoint_format of GPTQ must be one of "
@@ -130,8 +132,10 @@ class Gptq:
             ),
             "scales": Stored(((groups, rows),), rows=Axis(1), wrong=not_finite),
             "g_idx": Stored(
-                ((columns,),), (torch.int32, torch.int64), columns=Axis(0), wrong=_outside(groups)
+                ((columns,),), (torch.int32, torch.int64), columns=Axis(0), wrong=outside(groups)
             ),
+            # AutoGPTQ gave one to every module; where the model has none it does not get here.
+            "bias": Stored(((rows,),), wrong=not_zero, unused=True),
         }
 
     def read(self, tensors: Mapping[str, Tensor], window: Window) -> Quantized | Integers:
@@ -146,23 +150,5 @@ class Gptq:
         group = self.group or columns[1]
         if not torch.equal(group_of, torch.arange(*columns) // group):
             return found
-        groups = slice(columns[0] // group, -(-columns[1] // group))
-        return _in_order(found, groups, self.group)
-
-
-def _in_order(matrix: Integers, groups: slice, group: int) -> Quantized:
-    scales, zeros = matrix.scales[:, groups], matrix.zeros[:, groups].float()
-    if matrix.bits <= 4:
-        return Quantized("int4", matrix.values, scales, group, scales * zeros)
-    signed = (matrix.values ^ 128).view(torch.int8)
-    offsets = scales * (zeros - 128)
-    return Quantized("int8", signed, scales, group, offsets if bool(offsets.any()) else None)
-
-
-def _outside(groups: int) -> Any:
-    def wrong(group_of: Tensor) -> str:
-        low, high = int(group_of.min()), int(group_of.max())
-        outside = low < 0 or high >= groups
-        return f"names groups {low} to {high} of {groups}" if outside else ""
-
-    return wrong
+        here = slice(columns[0] // group, -(-columns[1] // group))
+        return in_groups(found.values, scales[:, here], found.zeros[:, here], self.bits, self.group)

@@ -1,7 +1,6 @@
 """Matrices that compressed-tensors stores as integers, with a scale per tensor, output or group.
 
-4 bits (and 2, which are among them) go to the int4 kernel, 8 bits with a scale per output to the
-int8 one. 8 bits in groups or with zero points, and groups of scattered inputs, become floats.
+4 bits (and 2, which are among them) go to the int4 kernel, 8 bits to the int8 ones.
 """
 
 import math
@@ -12,6 +11,9 @@ import torch
 from torch import Tensor
 
 from headrace.ops.packed import Quantized
+from headrace.quant.act_order import Integers as Scattered
+from headrace.quant.act_order import in_groups
+from headrace.quant.bits import outside, unpack_columns, unpack_rows
 from headrace.quant.local import Window
 from headrace.quant.stored import Axis, Stored, wrong_scale
 
@@ -70,12 +72,11 @@ class Integers:
         else:
             zeros = Stored(shapes, (torch.int8,), Axis(0), groups, unused=self.symmetric)
         found["weight_zero_point"] = zeros
-        known = range(columns // self.group) if self.shuffled else range(0)
         found["weight_g_idx"] = Stored(
             ((columns,),),
             (torch.int32, torch.int64),
             columns=Axis(0),
-            wrong=lambda index: _wrong_index(index, len(known)),
+            wrong=outside(columns // self.group) if self.shuffled else None,
             unused=not self.shuffled,
         )
         usual = (torch.int64, torch.int32)
@@ -90,62 +91,35 @@ class Integers:
             return ((rows, columns // self.group),)
         return ((rows, 1), (rows,), (1,), (1, 1), ())
 
-    def read(self, tensors: Mapping[str, Tensor], window: Window) -> Quantized | Tensor:
+    def read(self, tensors: Mapping[str, Tensor], window: Window) -> Quantized | Scattered:
         rows, columns = window.shape
-        middle = 1 << (self.bits - 1)
-        values = self._values(tensors, columns)  # 0 .. 2 ** bits
+        values = self._values(tensors, columns)
         scales = tensors["weight_scale"].float()
         scales = scales if scales.dim() == 2 and self.group else scales.reshape(-1, 1)
         scales = scales.expand(rows, -1)
         zeros = self._zeros(tensors, rows, scales)
-        plain = self.symmetric or bool((zeros == middle).all())
-        native = self.bits <= 4 or (plain and not self.group)
-        if self.shuffled or not native:
-            return self._floats(tensors, values, scales, zeros)
-        if self.bits == 8:
-            return Quantized("int8", (values.to(torch.int16) - middle).to(torch.int8), scales)
-        usual = self.symmetric and self.bits == 4
-        return Quantized("int4", values, scales, self.group, None if usual else zeros * scales)
+        if self.shuffled:
+            return Scattered(values, scales, zeros, tensors["weight_g_idx"].long(), self.bits)
+        return in_groups(values, scales, zeros, self.bits, self.group)
 
     def _values(self, tensors: Mapping[str, Tensor], columns: int) -> Tensor:
-        """uint8 [rows, columns]"""
+        """uint8 [rows, columns], 0 .. 2 ** bits"""
         if self.packed:
-            return unpacked(tensors["weight_packed"], self.bits)[:, :columns].contiguous()
-        return (tensors["weight"].to(torch.int16) + (1 << (self.bits - 1))).to(torch.uint8)
+            return unpack_columns(tensors["weight_packed"], self.bits)[:, :columns].contiguous()
+        return self._unsigned(tensors["weight"])
 
     def _zeros(self, tensors: Mapping[str, Tensor], rows: int, scales: Tensor) -> Tensor:
-        """fp32, as the scales"""
-        middle = 1 << (self.bits - 1)
+        """uint8, as many as scales"""
         if self.symmetric:
-            return torch.full_like(scales, middle)
+            return torch.full(scales.shape, 1 << (self.bits - 1), dtype=torch.uint8)
         zeros = tensors["weight_zero_point"]
         if self.packed:
-            return unpacked(zeros.T, self.bits).T[:rows].float()
-        return zeros.reshape(-1, scales.shape[1]).float().expand(scales.shape) + middle
+            return unpack_rows(zeros, self.bits)[:rows]
+        return self._unsigned(zeros.reshape(-1, scales.shape[1])).expand(scales.shape)
 
-    def _floats(
-        self, tensors: Mapping[str, Tensor], values: Tensor, scales: Tensor, zeros: Tensor
-    ) -> Tensor:
-        columns = values.shape[1]
-        if self.shuffled:
-            index = tensors["weight_g_idx"].long()
-        else:
-            index = torch.arange(columns) // (self.group or columns)
-        return (values.float() - zeros[:, index]) * scales[:, index]
-
-
-def unpacked(words: Tensor, bits: int) -> Tensor:
-    """int32 [n, m] -> uint8 [n, m * 32 / bits], the lowest bits first."""
-    if not words.shape[1]:
-        return torch.empty(len(words), 0, dtype=torch.uint8)
-    octets = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
-    if bits == 8:
-        return octets
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
-    return (octets[:, :, None] >> shifts & ((1 << bits) - 1)).flatten(1)
-
-
-def _wrong_index(index: Tensor, groups: int) -> str:
-    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < groups:
-        return f"names a group that is none of {groups}"
-    return ""
+    def _unsigned(self, signed: Tensor) -> Tensor:
+        middle = 1 << (self.bits - 1)
+        for value in signed.aminmax() if signed.numel() else ():
+            if not -middle <= int(value) < middle:
+                raise ValueError(f"an int{self.bits} value is {int(value)}")
+        return (signed.to(torch.int16) + middle).to(torch.uint8)

@@ -204,11 +204,11 @@ class _Reader:
 
     def _taker(self, suffix: str, stored: Stored) -> Callable[[Tensor], None]:
         def take(source: Tensor) -> None:
-            if stored.unused:
-                return
             wrong = stored.wrong(source) if stored.wrong else ""
             if wrong:
                 raise LoadError(f"tensor {self.name}.{suffix} {wrong}")
+            if stored.unused:
+                return
             window = self._window()
             source = _within(source, stored.rows, window.rows, self.part.rows.full)
             source = _within(source, stored.columns, window.columns, self.columns.full)

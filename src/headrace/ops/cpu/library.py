@@ -44,7 +44,7 @@ DTYPES = {
 }
 """hr_dtype of torch's."""
 
-ABI = 8
+ABI = 9
 """HR_ABI: also names the layouts of packed weights."""
 _FILE = Path(__file__).parent.parent / "_native" / "libheadrace.so"
 _FUNCTIONS: dict[str, tuple[type[Any] | None, list[Any]]] = {

@@ -45,6 +45,7 @@ class _MoeArgs(Structure):
         ("downs", c_void_p),
         ("gate_up_bias", c_void_p),
         ("down_bias", c_void_p),
+        ("orders", c_void_p),
         ("experts", c_int64),
         ("inner", c_int64),
         ("top_k", c_int64),
@@ -99,10 +100,15 @@ def pack_experts(gate_up: Tensor, down: Tensor) -> PackedExperts:
 
 
 def _mirrors(experts: PackedExperts) -> list[Any]:
-    """Arrays of hr_weight for gates, ups and downs, which live as long as the experts."""
+    """Arrays of hr_weight for gates, ups and downs, and of orders, which live as long as the
+    experts."""
     if "cpu" not in experts.handles:
         groups = (experts.gates, experts.ups, experts.downs)
-        experts.handles["cpu"] = [(Weight * len(g))(*map(mirror, g)) for g in groups]
+        orders = [None if order is None else order.data_ptr() for order in experts.orders]
+        experts.handles["cpu"] = [
+            *((Weight * len(g))(*map(mirror, g)) for g in groups),
+            (c_void_p * len(orders))(*orders) if orders else None,
+        ]
     found: list[Any] = experts.handles["cpu"]
     return found
 
@@ -125,20 +131,22 @@ def moe_packed(
     on_input: bool = False,
     first: int = 0,
 ) -> Tensor:
-    if x.shape[1] != experts.gates[0].in_size:
+    if not experts.orders and x.shape[1] != experts.gates[0].in_size:
         raise ValueError(f"x has {x.shape[1]} columns, experts {experts.gates[0].in_size} inputs")
     if ids.dtype != torch.int32 or not ids.is_contiguous():
         raise ValueError("ids must be int32 [tokens, top_k], without gaps")
     y = empty((len(x), experts.downs[0].out_size), x.dtype)
+    *matrices, orders = _mirrors(experts)
     args = _MoeArgs(
         rows(x),
         rows(y),
         rows(weights),
         ids.data_ptr(),
-        *map(ctypes.addressof, _mirrors(experts)),
+        *map(ctypes.addressof, matrices),
         *(None if b is None else b.data_ptr() for b in (experts.gate_up_bias, experts.down_bias)),
+        None if orders is None else ctypes.addressof(orders),
         len(experts.gates),
-        experts.downs[0].in_size,
+        experts.gates[0].out_size,
         ids.shape[1],
         *activation_args(activation),
         on_input,
