@@ -11,5 +11,5 @@ API_KEY = "test-key"
 
 @pytest.fixture(scope="session")
 def demo_server() -> Iterator[Runtime]:
-    with Runtime(api_key=API_KEY, max_running_requests=16) as runtime:
+    with Runtime(api_key=API_KEY, max_running_requests=16, random_seed=1) as runtime:
         yield runtime

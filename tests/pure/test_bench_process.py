@@ -16,8 +16,9 @@ import psutil
 import pytest
 
 from headrace.bench import control, startup
-from headrace.bench.process import ServerProcess, free_port, serve_command
+from headrace.bench.process import ServerProcess, serve_command
 from headrace.core.errors import HeadraceError
+from headrace.core.ports import free_port
 
 SCRIPT = """
 import json, signal, subprocess, sys, time
