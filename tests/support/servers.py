@@ -13,8 +13,6 @@ from typing import Any
 import psutil
 
 from headrace.core.ports import free_port
-from headrace.ipc.ports import free_port
-
 
 PATIENCE = 30.0
 """Seconds that no test should need: machines may be slow and busy."""
