@@ -69,11 +69,11 @@ $(SDK)/installed: .venv/installed-test tests/sdk/requirements.txt tests/sdk/node
 test-sdk: $(SDK)/installed
 	LITELLM_LOCAL_MODEL_COST_MAP=True $(SDK)/bin/python -m pytest $(PARALLEL) 2 --dist loadfile tests/sdk
 
+# The rules of the house are tests: tests/pure/test_architecture.py, test_docs.py.
 check: install-test
 	$(BIN)/ruff check src tests tools
 	$(BIN)/ruff format --check src tests tools
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/pure/test_architecture.py tests/pure/test_docs.py
 
 # Shows that the measurements run; the numbers of a busy machine mean nothing.
 bench-smoke: install-test
