@@ -108,7 +108,7 @@ def test_orphans_of_a_dead_server_are_found(script: Path) -> None:
         server.wait_health()
         main, child = server.tree()
         main.kill()
-        main.wait(5)
+        main.wait(30)
         server.stop()
         assert server.leftovers == [f"process {child.pid} (scheduler)"]
 
