@@ -46,13 +46,14 @@ NEEDS := import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["p
 demo: install
 	$(BIN)/headrace demo
 
-# The fastest first. Tests that start servers wait more than they compute: two at a time, and those
-# of a file one after the other on the servers that they share.
-PARALLEL := -q --durations 15 -n logical --maxprocesses
+# The fastest first. Tests that start servers wait more than they compute: two files at a time, each
+# in its order, with servers that its tests share.
+PARALLEL := -q --durations 15 -n logical --maxprocesses 4 --dist worksteal
+SERVERS := -q --durations 15 -n 2 --dist loadfile --no-loadscope-reorder
 test: install-test
-	$(BIN)/python -m pytest $(PARALLEL) 4 --dist worksteal tests/pure
-	$(BIN)/python -m pytest $(PARALLEL) 4 --dist worksteal tests/cpu
-	$(BIN)/python -m pytest $(PARALLEL) 2 --dist loadfile tests/e2e
+	$(BIN)/python -m pytest $(PARALLEL) tests/pure
+	$(BIN)/python -m pytest $(PARALLEL) tests/cpu
+	$(BIN)/python -m pytest $(SERVERS) tests/e2e
 
 install-sdk: $(SDK)/installed
 
@@ -65,9 +66,11 @@ $(SDK)/installed: .venv/installed-test tests/sdk/requirements.txt tests/sdk/node
 	PATH="$(CURDIR)/$(SDK)/bin:$$PATH" npm ci --prefix tests/sdk/node --ignore-scripts --no-audit --no-fund --silent
 	@touch $@
 
-# Real client packages against a real server: LangChain, LiteLLM, instructor, lm-eval, Node.
+# Real client packages against a real server: LangChain, LiteLLM, instructor, lm-eval, Node. The
+# longest file first.
 test-sdk: $(SDK)/installed
-	LITELLM_LOCAL_MODEL_COST_MAP=True $(SDK)/bin/python -m pytest $(PARALLEL) 2 --dist loadfile tests/sdk
+	LITELLM_LOCAL_MODEL_COST_MAP=True $(SDK)/bin/python -m pytest $(SERVERS) \
+	  tests/sdk/test_openapi.py tests/sdk
 
 # The rules of the house are tests: tests/pure/test_architecture.py, test_docs.py.
 check: install-test
