@@ -194,6 +194,6 @@ def test_hostile_grammars_harm_nobody_else(client):
             assert other() == want
             slowest = max(slowest, time.monotonic() - began)
         took = [job.result() for job in attacks]
-    assert max(took) < 30, took
-    assert slowest < 10
+    assert max(took) < 100, took
+    assert slowest < 30
     assert other() == want
