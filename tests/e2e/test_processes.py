@@ -94,15 +94,6 @@ def test_sigterm_lets_running_requests_finish(tmp_path, everyone):
         assert_nothing_is_left(server, children)
 
 
-def test_sigkill_leaves_nothing(tmp_path):
-    with Server(tmp_path, "--runner", "fake") as server:
-        server.wait_ready()
-        children = server.children().values()
-        server.process.kill()
-        server.process.wait()
-        assert_nothing_is_left(server, children)
-
-
 def test_the_signal_of_a_lost_parent_may_come_many_times(tmp_path):
     """The kernel sends it once for each thread of the parent that dies."""
     with Server(tmp_path, "--runner", "fake", "--on-crash", "exit") as server:
