@@ -177,10 +177,16 @@ def test_every_schedule_gives_the_oracle(checkpoint, setting):
     scheduler.runner.close()
 
 
+# One case of each architecture, and the ropes that depend on how much of a sequence has been seen;
+# test_models_parity has all cases, in chunks too.
+FAMILIES = {architecture: case for case, (architecture, _) in CASES.items()}.values()
+LENGTHS = ("llama-dynamic", "llama-dynamic-long", "llama-longrope-short", "llama-longrope-long")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", sorted(CASES))
-def test_every_configuration(case, tmp_path):
-    """All rope scalings, biases and head layouts, with prefix hits and chunks."""
+@pytest.mark.parametrize("case", sorted({*FAMILIES, *LENGTHS}))
+def test_every_architecture(case, tmp_path):
+    """All head layouts and kinds of state, with prefix hits and chunks."""
     torch.set_num_threads(1)
     oracle = Oracle(make_case(tmp_path, case, eos_token_id=None))
     scheduler = build(
