@@ -32,6 +32,7 @@ class Server:
     """`headrace serve` with its sockets under `base`; ended by its own pid."""
 
     def __init__(self, base: Path, *arguments: str, **environment: str) -> None:
+        assert len(str(base)) <= 64, "too long for sockets, which would go elsewhere"
         self.base = base
         self.port = free_port("127.0.0.1")
         self.url = f"http://127.0.0.1:{self.port}"
