@@ -70,7 +70,7 @@ def test_reads_what_the_writer_wrote(tmp_path: Path) -> None:
     assert np.array_equal(file.values(file.tensors["q"]), expected)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_damaged_files_are_refused_or_read(tmp_path: Path, data: st.DataObject) -> None:
     """Cut anywhere, with bytes of the header changed: an error that names the file, or values."""

@@ -257,7 +257,7 @@ def test_what_takes_long_is_refused_or_quick():
     for text in texts.values():
         began = time.monotonic()
         made.compile("json_schema", json.dumps(text)).exception()
-        assert time.monotonic() - began < 20
+        assert time.monotonic() - began < 60
     made.close()
 
 

@@ -149,10 +149,10 @@ def test_a_failed_step_is_a_result_and_the_next_one_runs(folder, caplog):
 def test_launch_returns_before_the_step_is_done(folder, monkeypatch):
     worker = make_worker(folder)
     release = threading.Event()
-    monkeypatch.setattr(worker.runner, "execute", lambda plan: release.wait(10))
+    monkeypatch.setattr(worker.runner, "execute", lambda plan: release.wait(60))
     began = time.perf_counter()
     futures = [worker.launch(StepPlan(step, [])) for step in range(10)]
-    assert time.perf_counter() - began < 0.5
+    assert time.perf_counter() - began < 30
     assert not any(future.done() for future in futures)
     release.set()
     assert all(future.result() for future in futures)

@@ -103,20 +103,42 @@ def make_requests(vocab: int, most: int) -> list[GenerateRequest]:
     return found
 
 
-def check(oracle, request: GenerateRequest, answer: Answer, most: int) -> None:
-    prompt = np.frombuffer(request.ids, np.int32).tolist()
-    with torch.inference_mode():
-        # As a server would be asked: the prompt in one pass, then token by token.
-        out = oracle.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            max_new_tokens=most,
-            min_new_tokens=most,
-            do_sample=False,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-        want = torch.log_softmax(torch.cat(out.logits).float(), -1)
+class Oracle:
+    """What transformers makes of a prompt; each is asked once."""
+
+    def __init__(self, model: transformers.PreTrainedModel) -> None:
+        self.model = model
+        self._generated: dict[tuple[bytes, int], torch.Tensor] = {}
+        self._scored: dict[bytes, torch.Tensor] = {}
+
+    def generated(self, ids: bytes, most: int) -> torch.Tensor:
+        """Logprobs [most, vocab], as a server would be asked: the prompt, then token by token."""
+        if (ids, most) not in self._generated:
+            prompt = torch.frombuffer(bytearray(ids), dtype=torch.int32).long()[None]
+            with torch.inference_mode():
+                out = self.model.generate(
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    max_new_tokens=most,
+                    min_new_tokens=most,
+                    do_sample=False,
+                    return_dict_in_generate=True,
+                    output_logits=True,
+                )
+            self._generated[ids, most] = torch.log_softmax(torch.cat(out.logits).float(), -1)
+        return self._generated[ids, most]
+
+    def scored(self, ids: bytes) -> torch.Tensor:
+        """Logprobs [tokens, vocab] of what follows each token of the prompt."""
+        if ids not in self._scored:
+            prompt = torch.frombuffer(bytearray(ids), dtype=torch.int32).long()[None]
+            with torch.inference_mode():
+                self._scored[ids] = torch.log_softmax(self.model(prompt).logits[0].float(), -1)
+        return self._scored[ids]
+
+
+def check(oracle: Oracle, request: GenerateRequest, answer: Answer, most: int) -> None:
+    want = oracle.generated(request.ids, most)
     assert answer.ids == want.argmax(-1).tolist()
     values = torch.tensor(answer.values)
     assert (values - want[torch.arange(most), answer.ids]).abs().max() < 1e-4
@@ -125,9 +147,8 @@ def check(oracle, request: GenerateRequest, answer: Answer, most: int) -> None:
         assert [token for token, _ in pairs] == top.indices.tolist()
         assert np.allclose([value for _, value in pairs], top.values, atol=1e-4)
     if answer.prompt is not None:
-        with torch.inference_mode():
-            logits = oracle(torch.tensor([prompt])).logits[0].float()
-        scores = torch.log_softmax(logits, -1)[2:-1].gather(-1, torch.tensor(prompt[3:])[:, None])
+        prompt = np.frombuffer(request.ids, np.int32).tolist()
+        scores = oracle.scored(request.ids)[2:-1].gather(-1, torch.tensor(prompt[3:])[:, None])
         assert answer.prompt.tokens == prompt[2:] and answer.prompt.values[0] is None
         assert np.allclose(answer.prompt.values[1:], scores[:, 0], atol=1e-4)
 
@@ -136,7 +157,7 @@ def check(oracle, request: GenerateRequest, answer: Answer, most: int) -> None:
 def checkpoint(request, tmp_path_factory):
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp(request.param)
-    return make_case(folder, request.param, eos_token_id=None), folder
+    return Oracle(make_case(folder, request.param, eos_token_id=None)), folder
 
 
 @pytest.mark.parametrize("setting", sorted(SETTINGS))
@@ -156,12 +177,18 @@ def test_every_schedule_gives_the_oracle(checkpoint, setting):
     scheduler.runner.close()
 
 
+# One case of each architecture, and the ropes that depend on how much of a sequence has been seen;
+# test_models_parity has all cases, in chunks too.
+FAMILIES = {architecture: case for case, (architecture, _) in CASES.items()}.values()
+LENGTHS = ("llama-dynamic", "llama-dynamic-long", "llama-longrope-short", "llama-longrope-long")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", sorted(CASES))
-def test_every_configuration(case, tmp_path):
-    """All rope scalings, biases and head layouts, with prefix hits and chunks."""
+@pytest.mark.parametrize("case", sorted({*FAMILIES, *LENGTHS}))
+def test_every_architecture(case, tmp_path):
+    """All head layouts and kinds of state, with prefix hits and chunks."""
     torch.set_num_threads(1)
-    oracle = make_case(tmp_path, case, eos_token_id=None)
+    oracle = Oracle(make_case(tmp_path, case, eos_token_id=None))
     scheduler = build(
         tmp_path, page_size=4, chunked_prefill_size=9, context_length=min(256, _context(tmp_path))
     )
@@ -183,8 +210,9 @@ def _context(folder) -> int:
 def test_the_demo_model(tmp_path):
     torch.set_num_threads(1)
     folder = demo_model_path()
-    oracle = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    oracle.generation_config.eos_token_id = None
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
+    oracle = Oracle(model)
     scheduler = build(folder, chunked_prefill_size=16)
     requests = make_requests(read_model_info(folder).vocab_size, 24)
     answers = run(scheduler, requests)

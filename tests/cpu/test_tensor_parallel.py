@@ -88,7 +88,7 @@ def test_gloo_collectives(dtype: torch.dtype) -> None:
     results: dict[int, tuple[Tensor, Tensor]] = {}
 
     def one(rank: int) -> None:
-        group = GlooGroup(Shard(rank, 3), store, "g", timeout=timedelta(seconds=30))
+        group = GlooGroup(Shard(rank, 3), store, "g", timeout=timedelta(seconds=120))
         part = torch.full((2, 2), float(rank + 1), dtype=dtype)
         gathered = group.all_gather(part.T, even(6, Shard(rank, 3)))
         results[rank] = (group.all_reduce(part.clone()), gathered)

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 def checks(*arguments: str) -> dict[str, dict]:
     """The checks of some suites by name."""
     command = [sys.executable, "-m", "headrace", "bench", "abuse", *arguments, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     found = json.loads(done.stdout)["suites"]
     return {check["what"]: check for suite in found.values() for check in suite}
 

@@ -31,6 +31,11 @@ STREAMS = [
 ]
 
 
+def slow_down(engine, seconds):
+    """With slow steps no stream can end before it is paused, however slow the test is."""
+    engine._thread.run(engine._manager.control("slow_down", seconds=seconds))
+
+
 @pytest.mark.parametrize("mode", ["retract", "in_place"])
 def test_a_pause_changes_no_token(engine, mode):
     def start(sampling, **fields):
@@ -38,6 +43,7 @@ def test_a_pause_changes_no_token(engine, mode):
         return engine.generate("The mill wheel", sampling, **fields)
 
     alone = [start(sampling) for sampling in STREAMS]
+    slow_down(engine, 0.02)
     streams = [start(sampling, stream=True) for sampling in STREAMS]
     begun = [next(stream) for stream in streams]
     engine.pause_generation(mode)
@@ -46,9 +52,10 @@ def test_a_pause_changes_no_token(engine, mode):
     thread.start()
     thread.join(0.3)
     assert thread.is_alive() and not late
+    slow_down(engine, 0.0)
     engine.continue_generation()
     ends = [[first, *stream][-1] for first, stream in zip(begun, streams, strict=True)]
-    thread.join(20)
+    thread.join()
     assert max(end["meta_info"]["num_retractions"] for end in ends) == (mode == "retract")
     for end, whole in zip(ends, alone, strict=True):
         assert end["output_ids"] == whole["output_ids"] and end["text"] == whole["text"]
@@ -58,9 +65,11 @@ def test_a_pause_changes_no_token(engine, mode):
 
 
 def test_a_pause_may_end_everything(engine):
+    slow_down(engine, 0.02)
     stream = engine.generate("The mill wheel", GREEDY | {"max_new_tokens": 400}, stream=True)
     next(stream)
     engine.pause_generation()
+    slow_down(engine, 0.0)
     assert [item for item in stream][-1]["meta_info"]["finish_reason"]["type"] == "abort"
     engine.continue_generation()
     assert engine.flush_cache()

@@ -267,7 +267,7 @@ def run_script(text, **options):
         [sys.executable, "-c", textwrap.dedent(text)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         env=environment,
         **options,
     )

@@ -15,6 +15,19 @@ pytestmark = pytest.mark.slow
 LONG = {"max_new_tokens": 400, "ignore_eos": True, "temperature": 0.0}
 
 
+async def sleep_after_steps(http: aiohttp.ClientSession, seconds: float) -> None:
+    async with http.post("/slow_down", json={"forward_sleep_time": seconds}) as answer:
+        assert answer.status == 200
+
+
+@pytest.fixture
+async def slow(http):
+    """LONG takes 8 s or more: it does not end by itself before a test has done something to it."""
+    await sleep_after_steps(http, 0.02)
+    yield
+    await sleep_after_steps(http, 0.0)
+
+
 @pytest.fixture
 async def http(demo_server):
     headers = {"Authorization": f"Bearer {API_KEY}"}
@@ -87,21 +100,21 @@ async def test_tokenize_is_what_generate_sees(http):
         assert (await answer.json())["text"] == "Hello wheel"
 
 
-async def test_vanished_client_frees_its_request_at_once(http):
-    await wait_idle(http, 10)
+async def test_vanished_client_frees_its_request_at_once(http, slow):
+    await wait_idle(http, 60)
     body = {"text": "Tell me a story", "sampling_params": LONG, "stream": True}
     async with http.post("/generate", json=body) as answer:
         async for event in events(answer):
             if event["meta_info"]["completion_tokens"] >= 2:
                 break
-    await wait_idle(http, 2)
+    await wait_idle(http, 6)
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.3):
             await generate(http, text="Tell me a story", sampling_params=LONG)
-    await wait_idle(http, 2)
+    await wait_idle(http, 6)
 
 
-async def test_abort_request_ends_a_stream(http):
+async def test_abort_request_ends_a_stream(http, slow):
     body = {"text": "Tell me", "rid": "to-end", "sampling_params": LONG, "stream": True}
     last = {}
     async with http.post("/generate", json=body) as answer:
@@ -133,17 +146,17 @@ async def test_many_streams_with_random_disconnects_leave_nothing(http):
 
     done = await asyncio.gather(*(client(number) for number in range(64)))
     assert all(done[::2])
-    await wait_idle(http, 5)
+    await wait_idle(http, 60)
     async with http.post("/flush_cache") as answer:
         assert answer.status == 200, "something is still held"
     assert (await load(http))["num_used_tokens"] == 0
 
 
-async def test_health_while_busy(http):
+async def test_health_while_busy(http, slow):
     body = {"text": "Tell me", "sampling_params": LONG, "stream": True}
     async with http.post("/generate", json=body) as busy:
         await anext(events(busy))
         for path in ("/health", "/health_generate", "/ready"):
             async with http.get(path) as answer:
                 assert answer.status == 200
-    await wait_idle(http, 2)
+    await wait_idle(http, 6)

@@ -38,7 +38,7 @@ def test_weights_come_from_a_running_server(
         seed.wait_ready()
         body = {"text": PROMPT, "sampling_params": GREEDY, "return_logprob": True}
         own = httpx.post(
-            f"{seed.url}/generate", json=body, headers={"Authorization": "Bearer key"}, timeout=60
+            f"{seed.url}/generate", json=body, headers={"Authorization": "Bearer key"}, timeout=120
         ).json()
         where = {f"{SEED}_ip": "127.0.0.1", f"{SEED}_service_port": seed.port}
         with Engine(model_path=str(folder), load_format="remote_instance", **where) as engine:

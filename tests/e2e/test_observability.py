@@ -82,7 +82,7 @@ def server(tmp_path_factory, collector):
 
 
 def get(server, path):
-    with urllib.request.urlopen(server.url + path, timeout=10) as response:
+    with urllib.request.urlopen(server.url + path, timeout=120) as response:
         return response.read().decode()
 
 
@@ -101,7 +101,7 @@ def test_a_request_leaves_the_spans_of_all_processes(server, collector):
             "traceparent": f"00-{TRACE}-{PARENT}-01",
         },
     )
-    with urllib.request.urlopen(request, timeout=30) as response:
+    with urllib.request.urlopen(request, timeout=120) as response:
         timings = json.load(response)["meta_info"]["timings"]
     assert [chunk["tokens"] for chunk in timings["prefill_chunks"]] == [64, 64, 22]
 
@@ -128,7 +128,7 @@ def test_a_request_leaves_the_spans_of_all_processes(server, collector):
         assert root.start_time_unix_nano <= span.start_time_unix_nano
         assert span.end_time_unix_nano <= root.end_time_unix_nano
     length = (root.end_time_unix_nano - root.start_time_unix_nano) / 1e9
-    assert timings["total"] <= length < timings["total"] + 1
+    assert timings["total"] <= length < timings["total"] + 10
 
 
 def test_the_log_tells_the_time_and_no_prompt(server):
@@ -166,6 +166,7 @@ def test_debug_scheduler_answers_while_the_scheduler_is_stopped(server):
         "stream": True,
         "sampling_params": {"max_new_tokens": 400, "ignore_eos": True},
     }
+    server.post("/slow_down", {"forward_sleep_time": 0.02}).close()
     with server.post("/generate", body) as response, futures.ThreadPoolExecutor(1) as reader:
         response.readline()
         os.kill(scheduler.pid, signal.SIGSTOP)
@@ -179,6 +180,7 @@ def test_debug_scheduler_answers_while_the_scheduler_is_stopped(server):
             assert found["pages"]["private"] > 0 and found["steps"] > 0
         finally:
             os.kill(scheduler.pid, signal.SIGCONT)
+        server.post("/slow_down", {"forward_sleep_time": 0}).close()
         reader.submit(response.read).result(60)
     idle = wait_for(lambda: not json.loads(get(server, "/debug/scheduler"))["running"])
     assert idle

@@ -14,7 +14,7 @@ HELLO = [{"role": "user", "content": "Hello! How are you?"}]
 @pytest.fixture(scope="module")
 def client(demo_server):
     with openai.OpenAI(
-        base_url=f"{demo_server.url}/v1", api_key=API_KEY, max_retries=0, timeout=60
+        base_url=f"{demo_server.url}/v1", api_key=API_KEY, max_retries=0, timeout=120
     ) as found:
         yield found
 

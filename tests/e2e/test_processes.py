@@ -28,9 +28,16 @@ def gone(processes):
 
 
 def assert_nothing_is_left(server, children):
-    wait_for(lambda: gone(children), 5)
-    wait_for(lambda: not server.folders(), 5)
+    wait_for(lambda: gone(children))
+    wait_for(lambda: not server.folders())
     assert server.status() == 0
+
+
+def seconds_of_work(processes):
+    """What they compute in a second."""
+    before = sum(sum(p.cpu_times()[:2]) for p in processes)
+    time.sleep(1.0)
+    return sum(sum(p.cpu_times()[:2]) for p in processes) - before
 
 
 def stream(server, tokens, rid="r"):
@@ -53,20 +60,18 @@ def test_life_of_a_server(tmp_path):
             statuses.append(server.status())
             return statuses[-1] == 200
 
-        wait_for(ready, 60)
+        wait_for(ready)
         assert set(statuses) <= {0, 503, 200}
         children = server.children()
         assert set(children) == {SCHEDULER, DETOKENIZER}
         assert len(server.folders()) == 1
         assert "The server is ready at" in server.text and "start-up took" in server.text
 
-        busy = [psutil.Process(server.process.pid), *children.values()]
-        before = sum(sum(p.cpu_times()[:2]) for p in busy)
-        time.sleep(1.0)
-        assert sum(sum(p.cpu_times()[:2]) for p in busy) - before <= 0.1
+        family = [psutil.Process(server.process.pid), *children.values()]
+        wait_for(lambda: seconds_of_work(family) <= 0.1)
 
         server.process.terminate()
-        assert server.process.wait(10) == 0, server.text
+        assert server.process.wait(60) == 0, server.text
         assert_nothing_is_left(server, children.values())
 
 
@@ -85,16 +90,7 @@ def test_sigterm_lets_running_requests_finish(tmp_path, everyone):
         assert lines[-1] == b"data: [DONE]\n"
         last = json.loads(lines[-2].removeprefix(b"data: "))
         assert last["meta_info"]["completion_tokens"] == 900
-        assert server.process.wait(10) == 0, server.text
-        assert_nothing_is_left(server, children)
-
-
-def test_sigkill_leaves_nothing(tmp_path):
-    with Server(tmp_path, "--runner", "fake") as server:
-        server.wait_ready()
-        children = server.children().values()
-        server.process.kill()
-        server.process.wait()
+        assert server.process.wait(60) == 0, server.text
         assert_nothing_is_left(server, children)
 
 
@@ -106,8 +102,8 @@ def test_the_signal_of_a_lost_parent_may_come_many_times(tmp_path):
         with contextlib.suppress(ProcessLookupError):
             for _ in range(100_000):
                 os.kill(detokenizer.pid, signal.SIGUSR1)
-        wait_for(lambda: gone([detokenizer]), 5)
-        assert server.process.wait(10) == 1
+        wait_for(lambda: gone([detokenizer]))
+        assert server.process.wait(60) == 1
 
 
 def test_sigkill_of_a_busy_server_leaves_nothing(tmp_path):
@@ -135,7 +131,7 @@ def test_a_lost_child_ends_the_server_with_an_error_if_asked_to(tmp_path, role):
         body = {"text": "Hello", "sampling_params": {"max_new_tokens": 900}}
 
         def ask():
-            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=120)
             headers = {"Content-Type": "application/json"}
             connection.request("POST", "/generate", json.dumps(body), headers)
             response = connection.getresponse()
@@ -146,8 +142,8 @@ def test_a_lost_child_ends_the_server_with_an_error_if_asked_to(tmp_path, role):
         time.sleep(0.3)
         began = time.monotonic()
         children[role].kill()
-        assert server.process.wait(10) == 1
-        assert time.monotonic() - began < 5
+        assert server.process.wait(60) == 1
+        assert time.monotonic() - began < 20
         asking.join()
         ((status, error),) = answer
         name = role.removeprefix("headrace::")
@@ -177,7 +173,7 @@ def test_the_port_must_be_free(tmp_path):
     with Server(tmp_path / "first", "--runner", "fake") as first:
         wait_for(lambda: first.status() != 0)
         with Server(tmp_path / "second", "--runner", "fake", "--port", str(first.port)) as second:
-            assert second.process.wait(20) == 1
+            assert second.process.wait(60) == 1
             assert f"cannot listen on 127.0.0.1:{first.port}: Address already in use" in second.text
             assert not second.folders()
 
@@ -266,8 +262,8 @@ def test_a_killed_script_leaves_no_engine(tmp_path):
     script.kill()
     script.wait()
     script.stdout.close()
-    wait_for(lambda: gone(children), 5)
-    wait_for(lambda: not list(tmp_path.glob("headrace-*")), 5)
+    wait_for(lambda: gone(children))
+    wait_for(lambda: not list(tmp_path.glob("headrace-*")))
 
 
 def test_a_killed_script_leaves_no_runtime(tmp_path):
@@ -288,8 +284,8 @@ def test_a_killed_script_leaves_no_runtime(tmp_path):
     script.kill()
     script.wait()
     script.stdout.close()
-    wait_for(lambda: gone(family), 10)
-    wait_for(lambda: not list(tmp_path.glob("headrace-*")), 5)
+    wait_for(lambda: gone(family))
+    wait_for(lambda: not list(tmp_path.glob("headrace-*")))
 
 
 def test_runtime_is_the_engine_over_http():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from headrace.bench.process import free_port
+from headrace.core.ports import free_port
 from tests.e2e.conftest import API_KEY
 from tests.support.servers import wait_for
 

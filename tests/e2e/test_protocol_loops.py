@@ -39,7 +39,7 @@ class GetWeather(BaseModel, extra="forbid"):
 @pytest.fixture(scope="module")
 def client(demo_server):
     with openai.OpenAI(
-        base_url=f"{demo_server.url}/v1", api_key=API_KEY, max_retries=0, timeout=60
+        base_url=f"{demo_server.url}/v1", api_key=API_KEY, max_retries=0, timeout=120
     ) as found:
         yield found
 
@@ -48,7 +48,7 @@ def test_anthropic(demo_server):
     tool = {"name": "get_weather", "description": ABOUT, "input_schema": CITY}
     ask = {"model": MODEL, "max_tokens": 60, "tools": [tool], "extra_body": {"temperature": 0}}
     with anthropic.Anthropic(
-        base_url=demo_server.url, api_key=API_KEY, max_retries=0, timeout=60
+        base_url=demo_server.url, api_key=API_KEY, max_retries=0, timeout=120
     ) as client:
         with client.messages.stream(**ask, messages=ASK) as stream:
             pieces = [event.partial_json for event in stream if event.type == "input_json"]
@@ -85,7 +85,9 @@ def test_ollama(demo_server):
     assert [call.function.arguments for call in calls] == [{"city": "Rome"}]
     result = {"role": "tool", "content": RESULT, "tool_name": "get_weather"}
     assert "21" in client.chat(**ask, messages=[*ASK, message, result]).message.content
-    shaped = client.chat(model=MODEL, messages=ASK, format=Wheel.model_json_schema())
+    shaped = client.chat(
+        model=MODEL, messages=ASK, format=Wheel.model_json_schema(), options={"seed": 1}
+    )
     assert Wheel.model_validate_json(shaped.message.content)
 
 
@@ -100,7 +102,9 @@ def test_responses(client):
     result = {"type": "function_call_output", "call_id": call.call_id, "output": RESULT}
     answer = client.responses.create(**ask, input=[*ASK, *final.output, result])
     assert "21" in answer.output_text
-    parsed = client.responses.parse(model=MODEL, input=ASK, text_format=Wheel, temperature=1.2)
+    parsed = client.responses.parse(
+        model=MODEL, input=ASK, text_format=Wheel, temperature=1.2, extra_body={"seed": 1}
+    )
     assert isinstance(parsed.output_parsed, Wheel)
 
 
@@ -120,6 +124,7 @@ def test_allowed_tools(client):
         model=MODEL,
         messages=ASK,
         tools=tools,
+        temperature=0,
         max_tokens=60,
         tool_choice={
             "type": "allowed_tools",

@@ -17,7 +17,7 @@ LENGTH = 24
 @pytest.fixture(scope="module")
 def openai_client(demo_server):
     with openai.OpenAI(
-        base_url=f"{demo_server.url}/v1", api_key=API_KEY, max_retries=0, timeout=60
+        base_url=f"{demo_server.url}/v1", api_key=API_KEY, max_retries=0, timeout=120
     ) as found:
         yield found
 
@@ -36,7 +36,7 @@ def test_anthropic(demo_server, expected):
     ask = {"model": MODEL, "max_tokens": LENGTH, "messages": HELLO}
     greedy = {"temperature": 0}
     with anthropic.Anthropic(
-        base_url=demo_server.url, api_key=API_KEY, max_retries=0, timeout=60
+        base_url=demo_server.url, api_key=API_KEY, max_retries=0, timeout=120
     ) as client:
         whole = client.messages.create(**ask, extra_body=greedy)
         with client.messages.stream(**ask, extra_body=greedy) as stream:

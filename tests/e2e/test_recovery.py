@@ -116,8 +116,9 @@ def test_a_stopped_scheduler_is_noticed_killed_and_replaced(tmp_path):
         for path in ("/livez", "/readyz", "/health", "/health_generate"):
             assert server.status(path) == 200
         server.children()[SCHEDULER].suspend()
-        wait_for(lambda: server.status("/livez") == 503, 6)
-        assert server.status("/readyz") == server.status("/health") == 503
+        wait_for(
+            lambda: {server.status(path) for path in ("/livez", "/readyz", "/health")} == {503}
+        )
         wait_for(lambda: "scheduler back after" in server.text)
         assert server.status("/livez") == server.status("/readyz") == 200
         (report,) = crashes.iterdir()
@@ -188,8 +189,8 @@ def test_a_scheduler_in_waiting_takes_over(tmp_path):
             assert json.load(answer)["meta_info"]["completion_tokens"] == 4
         children = list(server.children().values())
         server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(10) == 0
-        wait_for(lambda: not any(child.is_running() for child in children), 5)
+        assert server.process.wait(60) == 0
+        wait_for(lambda: not any(child.is_running() for child in children))
 
 
 def test_a_server_that_cannot_stay_up_ends(tmp_path):
@@ -198,5 +199,5 @@ def test_a_server_that_cannot_stay_up_ends(tmp_path):
         server.children()[DETOKENIZER].kill()
         wait_for(lambda: "detokenizer back after" in server.text)
         server.children()[DETOKENIZER].kill()
-        assert server.process.wait(10) == 1
+        assert server.process.wait(60) == 1
         assert "one too many (--restart-limit)" in server.text

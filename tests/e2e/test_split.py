@@ -49,7 +49,7 @@ def test_two_ranks_on_the_command_line(tmp_path, alone):
         assert "rank-1" in server.text
         children |= server.children()
         server.process.terminate()
-        assert server.process.wait(20) == 0
+        assert server.process.wait(60) == 0
         assert_nothing_is_left(server, children.values())
 
 

@@ -16,8 +16,9 @@ import psutil
 import pytest
 
 from headrace.bench import control, startup
-from headrace.bench.process import ServerProcess, free_port, serve_command
+from headrace.bench.process import ServerProcess, serve_command
 from headrace.core.errors import HeadraceError
+from headrace.core.ports import free_port
 
 SCRIPT = """
 import json, signal, subprocess, sys, time
@@ -107,7 +108,7 @@ def test_orphans_of_a_dead_server_are_found(script: Path) -> None:
         server.wait_health()
         main, child = server.tree()
         main.kill()
-        main.wait(5)
+        main.wait(30)
         server.stop()
         assert server.leftovers == [f"process {child.pid} (scheduler)"]
 

@@ -124,7 +124,7 @@ def server() -> Iterator[tuple[FakeServer, str]]:
     yield fake, f"http://127.0.0.1:{port}"
     asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(10)
     loop.call_soon_threadsafe(loop.stop)
-    thread.join(10)
+    thread.join(30)
     loop.close()
 
 

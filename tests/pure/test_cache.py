@@ -32,7 +32,7 @@ def test_common_length(a, b):
 
 
 @given(st.data(), st.sampled_from([1, 2, 4]))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_radix_against_a_dictionary(data, page_size):
     """Whatever is inserted and locked: the longest stored prefix is found, no page lost."""
     pool, cache = PagePool(400, page_size), RadixCache(page_size)

@@ -35,7 +35,7 @@ def door(**options) -> Iterator[tuple[int, uvicorn.Server]]:
         yield listener.getsockname()[1], server
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(30)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,9 @@ def test_https_and_renewed_certificates(authority, tmp_path, monkeypatch):
             (tmp_path / "cert.pem").write_bytes(b"half a file")
             await asyncio.sleep(0.1)
             issue(authority, tmp_path)
-            await asyncio.sleep(0.3)
+            async with asyncio.timeout(30):
+                while await asyncio.to_thread(serial, port, trusting) == before:
+                    await asyncio.sleep(0.02)
             task.cancel()
 
         asyncio.run(renew())

@@ -117,7 +117,7 @@ async def test_frontends_ask_each_other(tmp_path, monkeypatch):
     assert (await made[0].peers.metrics(made[0].metrics)).requests == 3
     assert (await made[1].peers.metrics(made[1].metrics)).requests == 3
     made[0].peers.tell_logging({"log_requests": True, "log_requests_level": 0})
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not made[1].log.on:
             await asyncio.sleep(0.005)
     monkeypatch.setattr(peers, "_PATIENCE", 0.05)

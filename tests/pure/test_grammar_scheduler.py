@@ -113,7 +113,7 @@ class Client:
             time.sleep(0.0005)
         self.pump()
 
-    def run(self, seconds: float = 20.0) -> "Client":
+    def run(self, seconds: float = 60.0) -> "Client":
         until = time.monotonic() + seconds
         while not self.scheduler.idle:
             assert time.monotonic() < until, "the scheduler does not come to rest"
@@ -214,48 +214,48 @@ def test_bad_grammars_fail_alone(compiler):
 
 def test_a_slow_compilation_times_out():
     """It keeps its thread, and nobody else waits for it."""
-    release = ThreadPoolExecutor(1)
-    vocabulary = release.submit(time.sleep, 0.5)
-    compiler = Compiler(lambda: vocabulary.result() or VOCABULARY, {})
+    go = threading.Event()
+    compiler = Compiler(lambda: go.wait(60) and VOCABULARY, {})
     scheduler = make_scheduler(GrammarGate(compiler, compile_seconds=0.05))
     scheduler.submit(spec("slow", {"regex": "abc"}))
     scheduler.submit(spec("free", {}))
-    client = Client(scheduler).run(5)
+    client = Client(scheduler).run()
     assert client.finish["slow"].status == 400
     assert "longer than" in client.finish["slow"].message
     stats = scheduler.reporter.stats()
     assert (stats.grammar_timeouts_total, stats.grammar_aborted_total) == (1, 1)
     assert client.finish["free"].type in ("stop", "length")
+    go.set()
     compiler.close()
-    release.shutdown()
 
 
 def test_a_late_mask_holds_its_own_row_only(compiler):
     gate = GrammarGate(compiler, plan_waits=0.0)
     scheduler = make_scheduler(gate)
-    gate._threads = SlowThreads(0.03)
+    gate._threads = HeldThreads()
     scheduler.submit(spec("masked", {"regex": "[abc]{4}"}))
     scheduler.submit(spec("free", {}, sampling={"ignore_eos": True}))
     client = Client(scheduler)
-    until = time.monotonic() + 10
+    until = time.monotonic() + 30
     while "free" not in client.finish and time.monotonic() < until:
         client.step()
     assert client.finish["free"].type == "length"
     assert "masked" not in client.finish
+    gate._threads.go.set()
     client.run()
     assert client.out["masked"] == expected(compiler, spec("masked", {"regex": "[abc]{4}"}))
     assert scheduler.reporter.stats().grammar_late_masks_total > 0
 
 
-class SlowThreads(ThreadPoolExecutor):
-    """Every task starts late."""
+class HeldThreads(ThreadPoolExecutor):
+    """No task begins before `go`."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self) -> None:
         super().__init__(2)
-        self.seconds = seconds
+        self.go = threading.Event()
 
     def submit(self, work):
-        return super().submit(lambda: (time.sleep(self.seconds), work())[1])
+        return super().submit(lambda: (self.go.wait(60), work())[1])
 
 
 def test_reasoning_is_free_and_the_grammar_follows(compiler):
@@ -336,7 +336,7 @@ def test_the_vocabulary_is_read_for_the_first_grammar():
 
     def slowly():
         read.append(threading.current_thread().name)
-        assert go.wait(10)
+        assert go.wait(60)
         return VOCABULARY
 
     compiler = Compiler(slowly, {})
@@ -348,7 +348,7 @@ def test_the_vocabulary_is_read_for_the_first_grammar():
         scheduler.submit(spec(f"g{number}", {"regex": "a" * (number + 1)}))
     scheduler.submit(spec("free", {}))
     client = Client(scheduler)
-    until = time.monotonic() + 10
+    until = time.monotonic() + 30
     while "free" not in client.finish and time.monotonic() < until:
         client.step()
     assert set(client.finish) == {"free"}

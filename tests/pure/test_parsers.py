@@ -130,7 +130,7 @@ TEXTS = st.lists(st.sampled_from(BITS) | st.text(max_size=4), max_size=24).map("
 
 
 @given(st.sampled_from(ALL), st.sampled_from(["", *sorted(REASONING)]), TEXTS, st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_any_text_in_any_pieces(tools, reasoning, text, data):
     transcript = Transcript("", reasoning, tools, text, [])
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=12)))

@@ -103,7 +103,7 @@ def client(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", ROUTES)
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_no_body_is_a_server_error(client, path, data):
     sent = json.dumps(data.draw(ROUTES[path])).encode()

@@ -99,13 +99,13 @@ class Consumer:
         return [token for delta in self.deltas for token in delta.ids]
 
     async def end(self):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await self.task
         return self.deltas[-1]
 
 
 async def until(condition):
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not condition():
             await asyncio.sleep(0.005)
 

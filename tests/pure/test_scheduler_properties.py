@@ -156,7 +156,7 @@ def specs(draw, longest: int):
 
 @given(data=st.data())
 @settings(
-    max_examples=300,
+    max_examples=120,
     deadline=None,
     suppress_health_check=list(HealthCheck),
     phases=[Phase.generate],

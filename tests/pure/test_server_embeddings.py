@@ -1,6 +1,7 @@
 """Routes of vectors and scores in-process, with a scripted model: shapes, order, wrong bodies."""
 
 import base64
+import functools
 from typing import Any
 
 import msgspec
@@ -44,6 +45,10 @@ def server(pooling: Pooling | None, **options: Any) -> tuple[TestClient, Scripte
     manager.info = msgspec.structs.replace(manager.info, pooling=pooling, hidden_size=3)
     app = build_app(manager, manager.config, manager.info)
     return TestClient(app, raise_server_exceptions=False), manager
+
+
+# One app for all bodies that it refuses: they leave nothing behind.
+refusing = functools.cache(server)
 
 
 def test_embeddings_as_numbers_and_bytes() -> None:
@@ -186,7 +191,7 @@ def test_scores_of_pairs_are_probabilities() -> None:
     ],
 )
 def test_wrong_bodies_are_named(pooling: Pooling | None, body: dict[str, Any]) -> None:
-    client, _ = server(pooling)
+    client, _ = refusing(pooling)
     paths = ["/v1/embeddings", "/encode", "/classify", "/v1/classify", "/v1/rerank", "/rerank"]
     for path in [*paths, "/v1/score", "/api/embed", "/api/embeddings"]:
         answer = client.post(path, json={"model": "tiny", **body})

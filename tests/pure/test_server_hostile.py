@@ -109,7 +109,7 @@ def client():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", ROUTES)
-@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_no_body_is_a_server_error(client, path, data):
     sent = json.dumps(data.draw(ROUTES[path])).encode()
@@ -169,7 +169,7 @@ async def test_a_template_without_end_holds_up_nobody(monkeypatch):
             assert (await client.get("/ready")).status_code == 200
             answered += 1
             await asyncio.sleep(0.005)
-        assert answered > 10
+        assert answered > 5  # were the loop held, each body would allow one
         for task in slow:
             assert (await task).status_code == 400
             assert "took more than 1 s" in (await task).text

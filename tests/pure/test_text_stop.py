@@ -154,7 +154,7 @@ def test_slow_pattern_is_the_requests_own_error() -> None:
         for _ in range(100):
             stop_filter.push("x" * 10)
     assert caught.value.field == "stop_regex"
-    assert time.perf_counter() - start < 2
+    assert time.perf_counter() - start < 30  # without a limit: for ever
 
 
 def test_filter_takes_linear_time() -> None:

@@ -17,7 +17,8 @@ MODEL = "headrace-demo"
 
 @pytest.fixture(scope="session")
 def demo_server() -> Iterator[Runtime]:
-    with Runtime(api_key=API_KEY, max_running_requests=16, enable_response_store=True) as runtime:
+    options = {"max_running_requests": 16, "enable_response_store": True, "random_seed": 1}
+    with Runtime(api_key=API_KEY, **options) as runtime:
         yield runtime
 
 

@@ -35,7 +35,7 @@ MODES = (
 
 @pytest.fixture(params=MODES, ids=str)
 def client(request, base_url):
-    with openai.OpenAI(base_url=base_url, api_key=API_KEY, max_retries=0, timeout=60) as found:
+    with openai.OpenAI(base_url=base_url, api_key=API_KEY, max_retries=0, timeout=120) as found:
         yield instructor.from_openai(found, mode=request.param)
 
 

@@ -40,7 +40,7 @@ def ask(request, base_url):
             messages=messages,
             temperature=0,
             num_retries=0,
-            timeout=60,
+            timeout=120,
             **fields,
         )
 

@@ -149,4 +149,4 @@ def serve(model: Model, pooling: Pooling | None = None, **options: object) -> It
         yield f"http://127.0.0.1:{port}"
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(30)

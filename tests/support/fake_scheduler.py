@@ -50,7 +50,7 @@ class FakeScheduler:
 
     async def hear(self) -> Any:
         """The next message."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             return await self._heard.get()
 
     async def hears_nothing(self) -> bool:

@@ -12,10 +12,13 @@ from typing import Any
 
 import psutil
 
-from headrace.engine.runtime import free_port
+from headrace.core.ports import free_port
+
+PATIENCE = 30.0
+"""Seconds that no test should need: machines may be slow and busy."""
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:
     """The first true value of `condition`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -29,6 +32,7 @@ class Server:
     """`headrace serve` with its sockets under `base`; ended by its own pid."""
 
     def __init__(self, base: Path, *arguments: str, **environment: str) -> None:
+        assert len(str(base)) <= 64, "too long for sockets, which would go elsewhere"
         self.base = base
         self.port = free_port("127.0.0.1")
         self.url = f"http://127.0.0.1:{self.port}"
@@ -57,7 +61,7 @@ class Server:
     def status(self, path: str = "/health") -> int:
         """The HTTP status of a GET, 0 when nobody answers."""
         try:
-            with urllib.request.urlopen(self.url + path, timeout=5) as response:
+            with urllib.request.urlopen(self.url + path, timeout=20) as response:
                 return int(response.status)
         except urllib.error.HTTPError as error:
             return error.code
@@ -65,7 +69,7 @@ class Server:
             return 0
 
     def wait_ready(self) -> "Server":
-        wait_for(lambda: self.status() == 200 or self.process.poll() is not None, 60)
+        wait_for(lambda: self.status() == 200 or self.process.poll() is not None, 120)
         assert self.process.poll() is None, self.text
         return self
 
@@ -76,7 +80,7 @@ class Server:
             data=json.dumps(body).encode(),
             headers={"Content-Type": "application/json"},
         )
-        return urllib.request.urlopen(request, timeout=30)
+        return urllib.request.urlopen(request, timeout=PATIENCE)
 
     def children(self) -> dict[str, psutil.Process]:
         """The child processes by the name they gave themselves."""

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from headrace.engine.runtime import free_port
+from headrace.core.ports import free_port
 from tests.support.servers import wait_for
 
 

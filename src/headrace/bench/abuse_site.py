@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from headrace.bench.process import ServerProcess, free_port, serve_command
+from headrace.bench.process import ServerProcess, serve_command
 from headrace.bench.wire import Wire, get
+from headrace.core.ports import free_port
 
 _PATIENCE = 30.0
 # So small that a warm-up has touched all of it: memory that grows later is lost.

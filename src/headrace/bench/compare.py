@@ -22,10 +22,11 @@ import msgspec
 from headrace.bench import client, load, report, startup, workloads
 from headrace.bench.client import Target
 from headrace.bench.flags import natural_int, positive_float, positive_int
-from headrace.bench.process import ServerProcess, ended_by_sigterm, free_port
+from headrace.bench.process import ServerProcess, ended_by_sigterm
 from headrace.bench.workloads import Workload
 from headrace.core.errors import BadRequest, HeadraceError
 from headrace.core.hardware import detect
+from headrace.core.ports import free_port
 
 START = "start"
 """The workload that starts a server anew: seconds from its process to its first token."""

@@ -19,8 +19,9 @@ from headrace.bench.client import Target
 from headrace.bench.datasets import random_prompts
 from headrace.bench.flags import natural_int, positive_float, positive_int, positive_ints
 from headrace.bench.load import LoadPlan
-from headrace.bench.process import ServerProcess, cpu_seconds, free_port, role, serve_command
+from headrace.bench.process import ServerProcess, cpu_seconds, role, serve_command
 from headrace.bench.serve import check_answers
+from headrace.core.ports import free_port
 
 ROLES = ("main", "scheduler", "detokenizer", "other")
 

@@ -27,13 +27,6 @@ _POLL = 0.02
 _PEAK = re.compile(r"^VmHWM:\s*(\d+) kB", re.MULTILINE)
 
 
-def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
-
-
 def serve_command(port: int, server_args: Sequence[str]) -> list[str]:
     """`headrace serve` in this Python."""
     where = ["--host", HOST, "--port", str(port)]

@@ -17,9 +17,10 @@ from headrace.bench.client import Target
 from headrace.bench.datasets import Prompt, random_prompts
 from headrace.bench.flags import json_object, natural_int, positive_float, positive_int
 from headrace.bench.load import LoadPlan
-from headrace.bench.process import ServerProcess, free_port, serve_command
+from headrace.bench.process import ServerProcess, serve_command
 from headrace.bench.serve import check_answers
 from headrace.core.errors import BadRequest
+from headrace.core.ports import free_port
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

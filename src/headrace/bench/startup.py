@@ -9,8 +9,9 @@ from headrace.bench import client, load, report
 from headrace.bench.client import Target
 from headrace.bench.datasets import Prompt
 from headrace.bench.flags import positive_float, positive_int
-from headrace.bench.process import ServerProcess, free_port, peak_rss, serve_command
+from headrace.bench.process import ServerProcess, peak_rss, serve_command
 from headrace.core.errors import HeadraceError
+from headrace.core.ports import free_port
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

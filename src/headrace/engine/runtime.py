@@ -8,7 +8,6 @@ import asyncio
 import atexit
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import AsyncGenerator
@@ -19,6 +18,7 @@ import aiohttp
 from headrace.core import errors
 from headrace.core.config import Config
 from headrace.core.errors import BadRequest, HeadraceError, LoadError
+from headrace.core.ports import free_port
 from headrace.engine.child import describe, environment
 from headrace.engine.loop_thread import LoopThread
 
@@ -240,12 +240,3 @@ def error_from(status: int, data: bytes) -> HeadraceError:
     )
     kind = next((kind for kind in kinds if kind.status == status), HeadraceError)
     return kind(message)
-
-
-def free_port(host: str) -> int:
-    """A port that nobody listens on at the moment."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
