@@ -150,6 +150,11 @@ def test_unknown_tokenizers_are_named(key: str, value: object, message: str) -> 
         read("bpe", **{key: value})
 
 
+def test_the_end_of_a_turn_ends_a_text() -> None:
+    """Gemma's file has an end of text and, as llama.cpp's converter says, 107 for a turn's."""
+    assert config_of(GgufFile(HERE / "gemma.gguf"))["eos_token_id"] == [2, 107]
+
+
 def test_one_file_of_several_is_named() -> None:
     file = GgufFile(HERE / "llama.gguf")
     file.metadata["split.count"] = 3

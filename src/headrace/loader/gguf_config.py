@@ -171,11 +171,17 @@ def _mscale(factor: float) -> float:
 
 
 def _tokens(file: GgufFile) -> dict[str, Any]:
-    found = {}
-    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        value = file.metadata.get(f"tokenizer.ggml.{theirs}_token_id")
-        if isinstance(value, int):
-            found[f"{ours}_token_id"] = value
+    """A turn's or a message's end ends a text too."""
+    ids = {
+        name: value
+        for name in ("bos", "padding", "eos", "eot", "eom")
+        if isinstance(value := file.metadata.get(f"tokenizer.ggml.{name}_token_id"), int)
+    }
+    ends = list(dict.fromkeys(ids[name] for name in ("eos", "eot", "eom") if name in ids))
+    found: dict[str, Any] = {"eos_token_id": ends} if ends else {}
+    for ours, theirs in (("bos", "bos"), ("pad", "padding")):
+        if theirs in ids:
+            found[f"{ours}_token_id"] = ids[theirs]
     return found
 
 

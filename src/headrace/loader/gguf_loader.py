@@ -23,8 +23,11 @@ from headrace.quant.gguf import FromGguf, GgufBlocks
 _VIEWS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ELSEWHERE = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 """In config.json."""
-_JOINED = re.compile(r"\.attn_[kv]_b\.weight$|\.ffn_(gate|up)_exps\.bias$")
-"""Tensors that are halves of one here."""
+_HALVES = {
+    "ffn_gate_exps.bias": ("ffn_up_exps.bias", "experts.gate_up_proj_bias"),
+    "attn_k_b.weight": ("attn_v_b.weight", "attn_kv_b.weight"),
+}
+"""The first half of what is one tensor here, the second, and the whole."""
 _WIDE = re.compile(r"^position_embd\.|\.attn_[kv]_b\.")
 """Whose blocks no kernel multiplies."""
 
@@ -76,12 +79,15 @@ def gguf_weights(file: GgufFile, info: ModelInfo, kept: bool) -> Iterator[tuple[
 
     What is not floats is widened, or, if it is `kept`, comes as its bytes under the name `blocks`.
     """
-    family, halves = family_of(file), {}
+    family, halves = family_of(file), _halves(file)
+    seconds = {second.name for second, _ in halves.values()}
     for tensor in file:
-        if tensor.name in _ELSEWHERE or _after_last(tensor.name, info):
+        if tensor.name in _ELSEWHERE or tensor.name in seconds or _after_last(tensor.name, info):
             continue
-        if _JOINED.search(tensor.name):
-            halves[tensor.name] = _floats(file, tensor)
+        if tensor.name in halves:
+            second, whole = halves[tensor.name]
+            joined = _joined(_floats(file, tensor), _floats(file, second))
+            yield usual_name(family, whole), joined
             continue
         name = usual_name(family, tensor.name)
         if kept and _is_blocks(tensor):
@@ -95,8 +101,6 @@ def gguf_weights(file: GgufFile, info: ModelInfo, kept: bool) -> Iterator[tuple[
         yield from zip(
             single_names(name, tensor.shape), usual if usual.dim() == 3 else [usual], strict=True
         )
-    for name, values in _joined(halves):
-        yield usual_name(family, name), values
 
 
 def _floats(file: GgufFile, tensor: GgufTensor) -> Tensor:
@@ -112,26 +116,22 @@ def _after_last(name: str, info: ModelInfo) -> bool:
     return found is not None and int(found[1]) >= info.num_layers
 
 
-def _joined(halves: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """One tensor of two: an expert's gate and up biases; a head's keys, turned back, and values.
-
-    Raises:
-        LoadError: there is only one of them.
-    """
-    for first, second, whole in (
-        ("ffn_gate_exps.bias", "ffn_up_exps.bias", "experts.gate_up_proj_bias"),
-        ("attn_k_b.weight", "attn_v_b.weight", "attn_kv_b.weight"),
-    ):
-        for name in [name for name in halves if name.endswith((first, second))]:
-            layer = name.removesuffix(first).removesuffix(second)
-            one, other = halves.get(layer + first), halves.get(layer + second)
-            if one is None or other is None:
-                raise LoadError(f"tensor {name} is there without its other half")
-            if name.endswith(first):
-                yield layer + whole, _together(one, other)
+def _halves(file: GgufFile) -> dict[str, tuple[GgufTensor, str]]:
+    """Each first half's second, and the name of both together; an error if there is no second."""
+    found = {}
+    for name in file.tensors:
+        for first, (second, whole) in _HALVES.items():
+            if not name.endswith(f".{first}"):
+                continue
+            layer = name.removesuffix(first)
+            if layer + second not in file.tensors:
+                raise LoadError(f"{file.path}: tensor {name} is there without {layer}{second}")
+            found[name] = file.tensors[layer + second], layer + whole
+    return found
 
 
-def _together(one: Tensor, other: Tensor) -> Tensor:
+def _joined(one: Tensor, other: Tensor) -> Tensor:
+    """An expert's gate and up biases; or a head's keys, turned back, and values."""
     if one.dim() == 2:
         return torch.cat([one, other], dim=1)
     return torch.cat([one.float().transpose(1, 2), other.float()], dim=1).flatten(0, 1)

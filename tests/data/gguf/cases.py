@@ -120,7 +120,7 @@ MODELS: dict[str, GgufCase] = {
     "phi3-long": GgufCase("phi3-partial", {**TWO, **LONG}, pieces=True),
     "phimoe": GgufCase(
         "phimoe",
-        {**TWO, **EVEN, "intermediate_size": 32, **SHORT, **ROUND},
+        {**TWO, **EVEN, "intermediate_size": 32, "router_jitter_noise": 0.01, **SHORT, **ROUND},
         {"architectures": ["PhiMoEForCausalLM"]},
         pieces=True,
         kinds=("BF16",),
