@@ -61,8 +61,8 @@ def internlm2(tensors: Tensors) -> Tensors:
     for i in range(3):
         layer = f"model.layers.{i}.self_attn."
         q, k, v = (tensors.pop(f"{layer}{n}_proj.weight") for n in "qkv")
-        stacked = torch.cat([q.view(2, 2, 16, 32), k.view(2, 1, 16, 32), v.view(2, 1, 16, 32)], 1)
-        tensors[f"model.layers.{i}.attention.wqkv.weight"] = stacked.reshape(-1, 32)
+        stacked = torch.cat([part.view(2, -1, 16, part.shape[1]) for part in (q, k, v)], 1)
+        tensors[f"model.layers.{i}.attention.wqkv.weight"] = stacked.reshape(-1, q.shape[1])
     return named(
         tensors,
         ("embed_tokens", "tok_embeddings"),

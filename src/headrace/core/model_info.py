@@ -21,6 +21,9 @@ _CONTEXT_KEYS = (
     "max_seq_len",
     "model_max_length",
 )
+OWN_NAMES = "headrace_tensor_names"
+"""Key of config.json: tensors have the decoder's names, whatever the family's checkpoints say."""
+
 _DTYPES = {"float32", "float16", "bfloat16"}
 
 

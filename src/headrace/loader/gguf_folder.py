@@ -16,6 +16,7 @@ from headrace.loader.gguf_config import config_of
 from headrace.loader.gguf_tokenizer import tokenizer_of
 
 GGUF_KEY = "headrace_gguf_file"
+_EDITION = 2  # of what is made: a folder of another one is left alone
 
 
 def model_folder(path: Path) -> Path:
@@ -26,7 +27,8 @@ def model_folder(path: Path) -> Path:
     """
     path = path.expanduser().resolve()
     state = path.stat()
-    digest = hashlib.sha256(f"{path} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:16]
+    of = f"{_EDITION} {path} {state.st_size} {state.st_mtime_ns}"
+    digest = hashlib.sha256(of.encode()).hexdigest()[:16]
     folder = _cache() / f"{path.stem}-{digest}"
     if (folder / "config.json").is_file():
         return folder

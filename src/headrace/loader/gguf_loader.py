@@ -1,5 +1,6 @@
 """Weights from a GGUF file: kept as the blocks they are, or widened while they are read."""
 
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,15 @@ from headrace.ops.packed import Quantized
 from headrace.quant.gguf import FromGguf, GgufBlocks
 
 _VIEWS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_ELSEWHERE = ("rope_freqs.weight",)  # in config.json
+_ELSEWHERE = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
+"""In config.json."""
+_HALVES = {
+    "ffn_gate_exps.bias": ("ffn_up_exps.bias", "experts.gate_up_proj_bias"),
+    "attn_k_b.weight": ("attn_v_b.weight", "attn_kv_b.weight"),
+}
+"""The first half of what is one tensor here, the second, and the whole."""
+_WIDE = re.compile(r"^position_embd\.|\.attn_[kv]_b\.")
+"""Whose blocks no kernel multiplies."""
 
 
 class GgufModelLoader(BaseModelLoader):
@@ -43,18 +52,21 @@ def _file_of(info: ModelInfo) -> GgufFile:
 
 def gguf_quantization(info: ModelInfo) -> FromGguf:
     """How the matrices of a file are stored."""
+    file = _file_of(info)
+    family = family_of(file)
     storages = {
         name.removesuffix(".weight"): _storage(tensor.kind)
-        for tensor in _file_of(info)
+        for tensor in file
         if _is_blocks(tensor)
-        for name in single_names(usual_name(tensor.name), tensor.shape)
+        for name in single_names(usual_name(family, tensor.name), tensor.shape)
     }
     wide: torch.dtype = getattr(torch, info.dtype)
     return FromGguf(storages, wide)
 
 
 def _is_blocks(tensor: GgufTensor) -> bool:
-    return tensor.kind not in _VIEWS and len(tensor.shape) in (2, 3)
+    several = tensor.kind not in _VIEWS and len(tensor.shape) in (2, 3)
+    return several and not _WIDE.search(tensor.name)
 
 
 def _storage(kind: str) -> GgufBlocks:
@@ -67,25 +79,62 @@ def gguf_weights(file: GgufFile, info: ModelInfo, kept: bool) -> Iterator[tuple[
 
     What is not floats is widened, or, if it is `kept`, comes as its bytes under the name `blocks`.
     """
-    family = family_of(file)
+    family, halves = family_of(file), _halves(file)
+    seconds = {second.name for second, _ in halves.values()}
     for tensor in file:
-        if tensor.name in _ELSEWHERE:
+        if tensor.name in _ELSEWHERE or tensor.name in seconds or _after_last(tensor.name, info):
             continue
-        name = usual_name(tensor.name)
-        dtype = _VIEWS.get(tensor.kind)
-        if dtype is not None:
-            values = torch.frombuffer(file.bytes_of(tensor), dtype=dtype).view(tensor.shape)
-        elif kept and _is_blocks(tensor):
-            values = torch.frombuffer(file.bytes_of(tensor), dtype=torch.uint8)
-            values = values.view(*tensor.shape[:-1], -1)
+        if tensor.name in halves:
+            second, whole = halves[tensor.name]
+            joined = _joined(_floats(file, tensor), _floats(file, second))
+            yield usual_name(family, whole), joined
+            continue
+        name = usual_name(family, tensor.name)
+        if kept and _is_blocks(tensor):
+            raw = torch.frombuffer(file.bytes_of(tensor), dtype=torch.uint8)
+            values = raw.view(*tensor.shape[:-1], -1)
         else:
-            values = torch.from_numpy(file.values(tensor))
+            values = _floats(file, tensor)
         usual = usual_values(family, name, values, info.hf)
         if values.dtype == torch.uint8:
             name = f"{name.removesuffix('weight')}blocks"
         yield from zip(
             single_names(name, tensor.shape), usual if usual.dim() == 3 else [usual], strict=True
         )
+
+
+def _floats(file: GgufFile, tensor: GgufTensor) -> Tensor:
+    dtype = _VIEWS.get(tensor.kind)
+    if dtype is None:
+        return torch.from_numpy(file.values(tensor))
+    return torch.frombuffer(file.bytes_of(tensor), dtype=dtype).view(tensor.shape)
+
+
+def _after_last(name: str, info: ModelInfo) -> bool:
+    """Whether it is of the layers behind the last, which predict more tokens at once (MTP)."""
+    found = re.match(r"blk\.(\d+)\.", name)
+    return found is not None and int(found[1]) >= info.num_layers
+
+
+def _halves(file: GgufFile) -> dict[str, tuple[GgufTensor, str]]:
+    """Each first half's second, and the name of both together; an error if there is no second."""
+    found = {}
+    for name in file.tensors:
+        for first, (second, whole) in _HALVES.items():
+            if not name.endswith(f".{first}"):
+                continue
+            layer = name.removesuffix(first)
+            if layer + second not in file.tensors:
+                raise LoadError(f"{file.path}: tensor {name} is there without {layer}{second}")
+            found[name] = file.tensors[layer + second], layer + whole
+    return found
+
+
+def _joined(one: Tensor, other: Tensor) -> Tensor:
+    """An expert's gate and up biases; or a head's keys, turned back, and values."""
+    if one.dim() == 2:
+        return torch.cat([one, other], dim=1)
+    return torch.cat([one.float().transpose(1, 2), other.float()], dim=1).flatten(0, 1)
 
 
 def _matrix(kind: str, raw: Tensor) -> Quantized:

@@ -8,24 +8,11 @@ from typing import Any
 
 from headrace.core.errors import LoadError
 from headrace.loader.gguf import GgufFile
+from headrace.loader.gguf_words import WORDS, Words
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _SPACE = "\u2581"
-
-# How words are cut, by tokenizer.ggml.pre, as the tokenizer.json of the models has it.
-_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_WORDS = {
-    "default": _GPT2,
-    "gpt-2": _GPT2,
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
-    "smaug-bpe": _LLAMA3,
-    "qwen2": _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"),
-}
+_PHI3_PLAIN = ("<unk>", "<s>", "<|endoftext|>")
 
 
 def tokenizer_of(file: GgufFile) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -37,25 +24,34 @@ def tokenizer_of(file: GgufFile) -> tuple[dict[str, Any], dict[str, Any]]:
     kind = file.metadata.get("tokenizer.ggml.model")
     tokens = file.metadata.get("tokenizer.ggml.tokens")
     if kind not in ("gpt2", "llama") or not isinstance(tokens, list):
-        raise LoadError(f"{file.path}: tokenizers of kind {kind!r} are not supported: gpt2, llama")
+        raise LoadError(
+            f"{file.path}: tokenizers of kind {kind!r} are not supported; known: gpt2, llama",
+            field="tokenizer.ggml.model",
+        )
     types = file.metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
     if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
         raise LoadError(
             f"{file.path}: tokens and their types do not fit, or a token is there twice"
         )
-    made = _byte_level(file, tokens) if kind == "gpt2" else _pieces(file, tokens)
-    made |= {"version": "1.0", "added_tokens": _added(tokens, types)}
-    made["post_processor"] = _frame(file, tokens, made["post_processor"], bos=kind == "llama")
+    words = _words(file) if kind == "gpt2" else None
+    made = _byte_level(file, tokens, words) if words else _pieces(file, tokens)
+    made |= {"version": "1.0", "added_tokens": _added(file, tokens, types)}
+    bos = words.bos if words else True
+    made["post_processor"] = _frame(file, tokens, made["post_processor"], bos=bos)
     return made, _config(file, tokens)
 
 
-def _byte_level(file: GgufFile, tokens: list[str]) -> dict[str, Any]:
+def _words(file: GgufFile) -> Words:
     pre = str(file.metadata.get("tokenizer.ggml.pre", "default"))
-    if pre not in _WORDS:
+    if pre not in WORDS:
         raise LoadError(
-            f"{file.path}: words cut as {pre!r} are not supported; known: {', '.join(_WORDS)}",
+            f"{file.path}: words cut as {pre!r} are not supported; known: {', '.join(WORDS)}",
             field="tokenizer.ggml.pre",
         )
+    return WORDS[pre]
+
+
+def _byte_level(file: GgufFile, tokens: list[str], words: Words) -> dict[str, Any]:
     merges = file.metadata.get("tokenizer.ggml.merges") or []
     level = {
         "type": "ByteLevel",
@@ -63,22 +59,25 @@ def _byte_level(file: GgufFile, tokens: list[str]) -> dict[str, Any]:
         "trim_offsets": False,
         "use_regex": False,
     }
-    cut = {
-        "type": "Split",
-        "pattern": {"Regex": _WORDS[pre]},
-        "behavior": "Isolated",
-        "invert": False,
-    }
+    cuts = [
+        {
+            "type": "Split",
+            "pattern": {"Regex": pattern},
+            "behavior": "Isolated",
+            "invert": False,
+        }
+        for pattern in words.patterns
+    ]
     return {
-        "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [cut, level]},
+        "normalizer": {"type": "NFC"} if words.composed else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*cuts, level]},
         "post_processor": level,
         "decoder": level,
         "model": {
             "type": "BPE",
             "vocab": {token: index for index, token in enumerate(tokens)},
             "merges": [merge.split(" ", 1) for merge in merges],
-            "ignore_merges": pre.startswith("llama"),
+            "ignore_merges": words.whole,
         },
     }
 
@@ -124,14 +123,17 @@ def _merges(tokens: list[str], scores: list[float]) -> list[list[str]]:
     return [[left, right] for *_, left, right in sorted(found)]
 
 
-def _added(tokens: list[str], types: list[int]) -> list[dict[str, Any]]:
+def _added(file: GgufFile, tokens: list[str], types: list[int]) -> list[dict[str, Any]]:
+    """Special ones of Phi-3 take the spaces behind them; only the model's name says so."""
+    name = str(file.metadata.get("general.name", "")).lower()
+    phi3 = "phi-3" in name or "phi3" in name
     return [
         {
             "id": index,
             "content": token,
             "single_word": False,
             "lstrip": False,
-            "rstrip": False,
+            "rstrip": phi3 and token not in _PHI3_PLAIN,
             "normalized": False,
             "special": kind in (_CONTROL, _UNKNOWN),
         }

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from headrace import ops
 from headrace.core.errors import LoadError
-from headrace.core.model_info import ModelInfo
+from headrace.core.model_info import OWN_NAMES, ModelInfo
 from headrace.core.plan import StateSpec
 from headrace.dist.topology import stage_layers
 from headrace.layers.attention import Attention
@@ -24,6 +24,7 @@ from headrace.layers.kv_scale import with_kv_scales
 from headrace.layers.latent import LatentAttention, LatentSpec
 from headrace.layers.mlp import MLP
 from headrace.layers.moe import MoE, MoESpec
+from headrace.layers.names import Layout
 from headrace.layers.norm import Norm, NormSpec
 from headrace.layers.rope import Rope, prefix_scope
 from headrace.layers.weights import load_targets
@@ -113,7 +114,10 @@ class Decoder(ABC):
     """
 
     def __init__(self, info: ModelInfo, build: Build) -> None:
-        self.spec = spec = self.describe(info)
+        spec = self.describe(info)
+        if info.hf.get(OWN_NAMES):
+            spec = replace(spec, layout=Layout())
+        self.spec = spec
         self.stage, self.dtype = build.split.stage, build.dtype
         hidden, first, last = spec.hidden_size, self.stage.first, self.stage.last
         self.first_layer, stop = _layers(len(spec.layers), self.stage)

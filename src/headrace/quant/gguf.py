@@ -60,7 +60,8 @@ class FromGguf:
     name: str = "gguf"
 
     def method(self, modules: Sequence[str], kind: Kind, stacked: str = "") -> QuantMethod:
-        storages = [self.storages.get(module) for module in modules]
+        whole = self.storages.get(stacked)
+        storages = [whole or self.storages.get(module) for module in modules]
         return by_part([StoredWeights(s, self.wide) if s else AS_IS for s in storages])
 
     def renamed(self, rename: Callable[[str], str]) -> "FromGguf":
