@@ -85,8 +85,12 @@ class Model(Protocol):
         """Prompts of different scope must not share cached prefixes; "" for nearly all models."""
         ...
 
+    def fill(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """`load_weights` of tensors with the model's own names and shapes, not a checkpoint's."""
+        ...
+
     def checkpoint_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and whole shape of every tensor that `load_weights` needs."""
+        """Name and whole shape of every tensor that `fill` needs."""
         ...
 
 

@@ -81,6 +81,9 @@ class TransformersModel:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         raise LoadError("transformers loads its own weights", field="model_impl")
 
+    def fill(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        self.load_weights(weights)
+
     def checkpoint_shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
