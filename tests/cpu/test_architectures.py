@@ -5,7 +5,8 @@ bit by bit. What is special about a family stands in the modules beside this one
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,18 @@ from headrace.core.model_info import read_model_info
 from headrace.core.weight_options import LoadOptions
 from headrace.dist.comm import SoloGroup
 from headrace.dist.topology import Grid
-from headrace.loader import build_of, load_model
-from headrace.loader.files import resolve_model_path
+from headrace.loader import build_of, get_model_loader, load_model
+from headrace.loader.default import DefaultModelLoader
+from headrace.loader.files import resolve_model_path, weight_files
+from headrace.loader.iterators import iterate_weights
 from headrace.loader.sharded import save_beside, save_sharded
 from headrace.loader.state import describe
 from headrace.models import Model
 from tests.cpu import test_models_layouts as layouts
 from tests.cpu.test_load_formats import as_bin
+from tests.cpu.test_loader import raw
 from tests.cpu.test_models_parity import expected, random_ids
-from tests.cpu.test_split import assert_close, cut, logits
+from tests.cpu.test_split import assert_close, cut, logits_of
 from tests.support.checkpoints import CASES, make_case
 from tests.support.paged import PagedRun
 
@@ -42,17 +46,23 @@ ALIASES = {
     "Llama4ForConditionalGeneration": "Llama4ForCausalLM",
     "PhiMoEForCausalLM": "PhimoeForCausalLM",
 }
-MULTITHREAD = '{"enable_multithread_load": true, "num_threads": 2}'
+
+
+@dataclass(frozen=True)
+class Made:
+    """A checkpoint, transformers' model of it and ours."""
+
+    folder: Path
+    oracle: transformers.PreTrainedModel
+    model: Any
 
 
 @pytest.fixture(scope="module", params=sorted(MADE))
-def made(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Path, transformers.PreTrainedModel]]:
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
     torch.set_num_threads(1)
     folder, name = tmp_path_factory.mktemp("checkpoint"), MADE[request.param]
     oracle = make_case(folder, name) if name in CASES else layouts.write(folder, name)
-    yield folder, oracle
+    return Made(folder, oracle, load(folder))
 
 
 def load(folder: Path, load_format: str = "auto", **asked: Any) -> Model:
@@ -86,78 +96,86 @@ def greedy(model: Model, prompts: list[list[int]], chunk: int, more: int) -> lis
                 rows[row].append(int(scores[-1].argmax()))
 
 
-def test_tokens_are_those_of_transformers_however_they_are_cut(
-    made: tuple[Path, transformers.PreTrainedModel],
-) -> None:
-    folder, oracle = made
-    model, prompts = load(folder), random_ids(19, 12)
-    together = greedy(model, prompts, chunk=7, more=5)
+def test_tokens_are_those_of_transformers_however_they_are_cut(made: Made) -> None:
+    prompts = random_ids(19, 12)
+    together = greedy(made.model, prompts, chunk=7, more=5)
     for ids, scores in zip(prompts, together, strict=True):
-        (alone,) = greedy(model, [ids], chunk=len(ids), more=5)
+        (alone,) = greedy(made.model, [ids], chunk=len(ids), more=5)
         assert torch.equal(alone, scores)
         tokens = ids + alone.argmax(-1).tolist()[len(ids) - 1 :]
-        best = expected(oracle, tokens[:-1]).argmax(-1)
+        best = expected(made.oracle, tokens[:-1]).argmax(-1)
         assert best.tolist()[len(ids) - 1 :] == tokens[len(ids) :]
 
 
 # loaders
 
 
-def state(model: Model) -> tuple[Any, dict[str, Tensor]]:
-    """All that a model holds: places, and bytes by name."""
-    places, blobs = describe(model)
-    return places, {k: v.contiguous().reshape(-1).view(torch.uint8) for k, v in blobs.items()}
+def octets(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: raw(tensor.contiguous()).clone() for name, tensor in tensors}
 
 
-def test_every_loader_brings_the_same(
-    made: tuple[Path, transformers.PreTrainedModel],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder, whole = made[0], load(made[0])
-    places, blobs = state(whole)
+def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert set(found) == set(wanted)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
-    def check(model: Model) -> None:
-        found = state(model)
-        assert found[0] == places
-        assert all(torch.equal(blob, found[1][name]) for name, blob in blobs.items())
 
+def test_every_reader_brings_the_same_tensors(made: Made, tmp_path: Path) -> None:
+    for path in made.folder.iterdir():
+        os.link(path, tmp_path / path.name)
+    wanted = octets(iterate_weights(weight_files(tmp_path)))
+
+    def check(load_format: str, settings: str = "{}", **options: Any) -> None:
+        asked = LoadOptions(model_loader_extra_config=settings, **options)
+        loader, info = get_model_loader(load_format, asked), read_model_info(tmp_path)
+        assert isinstance(loader, DefaultModelLoader)
+        assert_same(octets(loader.all_weights(info, loader.sources(info))), wanted)
+
+    check("safetensors", weight_loader_disable_mmap=True)
+    check("auto", '{"enable_multithread_load": true, "num_threads": 2}')
     for load_format in ("layered", "runai_streamer", "fastsafetensors"):
-        check(load(folder, load_format))
-    threads = LoadOptions(model_loader_extra_config=MULTITHREAD)
-    check(load(folder, options=threads))
-    check(load(resolve_model_path(f"file://{folder}")))
-    for _ in range(2):
-        check(load(folder, weight_cache=str(tmp_path / "packed")))
-    info = read_model_info(folder)
+        check(load_format)
+    as_bin(tmp_path)
+    for load_format in ("pt", "npcache", "npcache"):
+        check(load_format)
+
+
+def test_every_state_comes_back(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is packed in another order, kept in a cache, saved, or read from a store."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    info, (places, blobs) = read_model_info(made.folder), describe(made.model)
     save_beside(info, tmp_path / "saved")
-    save_sharded(whole, info, build_of(info, torch.float32, SOLO), tmp_path / "saved")
-    check(load(tmp_path / "saved", "sharded_state"))
-    (tmp_path / "bin").mkdir()
-    for path in folder.iterdir():
-        os.link(path, tmp_path / "bin" / path.name)
-    as_bin(tmp_path / "bin")
-    check(load(tmp_path / "bin", "pt"))
-    check(load(tmp_path / "bin", "npcache"))
+    build = build_of(info, torch.float32, SOLO)
+    save_sharded(made.model, info, build, tmp_path / "saved")
+    cached = str(tmp_path / "packed")
+    for model in (
+        load(made.folder, "layered"),
+        load(made.folder, weight_cache=cached),
+        load(made.folder, weight_cache=cached),
+        load(tmp_path / "saved", "sharded_state"),
+        load(resolve_model_path(f"file://{tmp_path / 'saved'}")),
+        load(resolve_model_path(f"file://{made.folder}")),
+    ):
+        found = describe(model)
+        assert found[0] == places
+        assert_same(octets(found[1].items()), octets(blobs.items()))
 
 
-def test_weights_can_be_made_up(made: tuple[Path, transformers.PreTrainedModel]) -> None:
-    model = load(made[0], "dummy")
-    (scores,) = greedy(model, random_ids(8), chunk=8, more=0)
+def test_weights_can_be_made_up(made: Made) -> None:
+    (scores,) = greedy(load(made.folder, "dummy"), random_ids(8), chunk=8, more=0)
     assert scores.isfinite().all() and scores.std() > 0
 
 
 # ranks
 
 
-def test_two_ranks_and_two_stages_are_one(made: tuple[Path, transformers.PreTrainedModel]) -> None:
-    folder, _ = made
-    alone = logits(folder, SOLO)
-    experts = ".experts." in str(sorted(load(folder).checkpoint_shapes()))
+def test_two_ranks_and_two_stages_are_one(made: Made) -> None:
+    alone = logits_of(made.model)
+    experts = any(".experts." in name for name in made.model.checkpoint_shapes())
     for grid in (Grid(tp=2), *([Grid(tp=2, ep=2)] if experts else [])):
-        first, second = cut(folder, grid)
+        first, second = cut(made.folder, grid)
         assert torch.equal(first, second)
         assert_close(first, alone)
-    (staged,) = cut(folder, Grid(pp=2))
+    (staged,) = cut(made.folder, Grid(pp=2))
     assert torch.equal(staged, alone)
