@@ -29,7 +29,7 @@ def found(folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[s
     return code, json.loads(text)
 
 
-@pytest.mark.parametrize("case", ["qwen3", "gpt2", "deepseek-v3", "gemma2"])
+@pytest.mark.parametrize("case", ["qwen3", "gpt2", "deepseek-v3", "gemma2", "dbrx", "gpt-oss", "falcon-rw", "llama4"])
 def test_agreement(tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
     make_case(tmp_path, case)
     code, result = found(tmp_path, capsys)

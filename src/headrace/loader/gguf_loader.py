@@ -72,20 +72,34 @@ def gguf_weights(file: GgufFile, info: ModelInfo, kept: bool) -> Iterator[tuple[
         if tensor.name in _ELSEWHERE:
             continue
         name = usual_name(tensor.name)
-        dtype = _VIEWS.get(tensor.kind)
-        if dtype is not None:
-            values = torch.frombuffer(file.bytes_of(tensor), dtype=dtype).view(tensor.shape)
-        elif kept and _is_blocks(tensor):
-            values = torch.frombuffer(file.bytes_of(tensor), dtype=torch.uint8)
-            values = values.view(*tensor.shape[:-1], -1)
-        else:
-            values = torch.from_numpy(file.values(tensor))
-        usual = usual_values(family, name, values, info.hf)
+        try:
+            values = _values(file, tensor, kept)
+            usual = usual_values(family, name, values, info.hf)
+        except (RuntimeError, ValueError) as error:
+            raise LoadError(
+                f"{file.path}: tensor {tensor.name} with shape {tensor.shape} cannot be: {error}"
+            ) from error
         if values.dtype == torch.uint8:
             name = f"{name.removesuffix('weight')}blocks"
         yield from zip(
             single_names(name, tensor.shape), usual if usual.dim() == 3 else [usual], strict=True
         )
+
+
+def _values(file: GgufFile, tensor: GgufTensor, kept: bool) -> Tensor:
+    """Floats, or the bytes of blocks that are `kept`; ValueError for what is no number."""
+    dtype, raw = _VIEWS.get(tensor.kind), file.bytes_of(tensor)
+    if not raw.size:
+        raise ValueError("it is empty")
+    if dtype is not None:
+        aligned = raw.copy() if tensor.begin % dtype.itemsize else raw
+        return torch.frombuffer(aligned, dtype=dtype).view(tensor.shape)
+    if kept and _is_blocks(tensor):
+        return torch.frombuffer(raw, dtype=torch.uint8).view(*tensor.shape[:-1], -1)
+    values = torch.from_numpy(file.values(tensor))
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError("a scale is no finite number")
+    return values
 
 
 def _matrix(kind: str, raw: Tensor) -> Quantized:

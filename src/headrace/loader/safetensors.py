@@ -20,6 +20,7 @@ from torch import Tensor
 from headrace.core.errors import LoadError
 
 MAX_HEADER_BYTES = 100_000_000
+_MOST_DIMS = 64
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -161,6 +162,8 @@ def _entry(path: object, name: str, info: Any, data_start: int) -> Entry:
     numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise LoadError(f"{path}: tensor {name} has a shape or offset that is no natural number")
+    if len(shape) > _MOST_DIMS or math.prod(max(size, 1) for size in shape) >= 1 << 63:
+        raise LoadError(f"{path}: tensor {name} has a shape that no tensor can have")
     needed = math.prod(shape) * _DTYPES[dtype].itemsize
     if end - begin != needed:
         raise LoadError(

@@ -198,7 +198,11 @@ def _load(info: ModelInfo, dtype: torch.dtype) -> Any:
         )
     try:
         causal = known.from_pretrained(
-            info.path, dtype=dtype, attn_implementation=_NAME, local_files_only=True
+            info.path,
+            dtype=dtype,
+            attn_implementation=_NAME,
+            local_files_only=True,
+            use_safetensors=True,  # other files may hold programs
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise LoadError(f"transformers cannot load {info.path}: {error}") from error
