@@ -123,9 +123,9 @@ def test_broken_files_are_refused(tmp_path: Path, content: bytes, message: str) 
     ("bad", "message"),
     [
         (entry("F32", [2, 2], 0, 12), "needs 16 bytes"),
-        (entry("F32", [0, 2**63], 0, 0), "no tensor can have|hole"),
-        (entry("F32", [0, 2**40, 2**40], 0, 0), "no tensor can have|hole"),
-        (entry("F32", [1] * 65, 0, 4), "no tensor can have"),
+        (entry("F32", [0, 2**63], 0, 0), "none can have"),
+        (entry("F32", [0, 2**40, 2**40], 0, 0), "none can have"),
+        (entry("F32", [1] * 65, 0, 4), "none can have"),
         (entry("F32", [2**62, 2**62], 0, 16), "needs"),
         (entry("F32", [-2, -2], 0, 16), "no natural number"),
         (entry("F32", [2.0, 2], 0, 16), "no natural number"),

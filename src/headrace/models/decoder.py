@@ -13,7 +13,7 @@ from torch import Tensor
 
 from headrace import ops
 from headrace.core.errors import LoadError
-from headrace.core.model_info import WRONG_FIELD, ModelInfo
+from headrace.core.model_info import ModelInfo
 from headrace.core.plan import StateSpec
 from headrace.dist.topology import stage_layers
 from headrace.layers.attention import Attention
@@ -113,7 +113,7 @@ class Decoder(ABC):
     """
 
     def __init__(self, info: ModelInfo, build: Build) -> None:
-        self.spec = spec = self._described(info)
+        self.spec = spec = self.describe(info)
         self.stage, self.dtype = build.split.stage, build.dtype
         hidden, first, last = spec.hidden_size, self.stage.first, self.stage.last
         self.first_layer, stop = _layers(len(spec.layers), self.stage)
@@ -146,15 +146,6 @@ class Decoder(ABC):
     @abstractmethod
     def describe(info: ModelInfo) -> DecoderSpec:
         """Read config.json; raises LoadError for what the family cannot be."""
-
-    def _described(self, info: ModelInfo) -> DecoderSpec:
-        try:
-            return self.describe(info)
-        except WRONG_FIELD as error:
-            raise LoadError(
-                f"{info.path}/config.json has a field that {info.architecture} cannot have: "
-                f"{error!r}"
-            ) from error
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         x, residual = self._begin(batch)
