@@ -49,13 +49,7 @@ def _unpack_stream(words: Tensor, bits: int) -> Tensor:
     return (both >> shift & (1 << bits) - 1).to(torch.uint8)
 
 
-def negative(scales: Tensor) -> str:
-    """What is wrong with the largest sizes of values, "" for nothing: zeros have 0."""
-    below = bool((scales.float() < 0).any())
-    return not_finite(scales) or ("holds a scale that is negative" if below else "")
-
-
 def not_finite(scales: Tensor) -> str:
-    """What is wrong with scales, "" for nothing; some tools (AutoRound) make negative ones."""
+    """What is wrong with scales, "" for nothing."""
     finite = bool(torch.isfinite(scales.float()).all())
     return "" if finite else "holds a scale that is no finite number"
