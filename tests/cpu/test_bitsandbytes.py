@@ -124,6 +124,7 @@ BAD: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
     ),
     "other table": ("weight.quant_map", lambda t: t + 1, "is not the table of nf4"),
     "nan": ("weight.nested_absmax", lambda t: t * float("nan"), "no finite number"),
+    "negative": ("weight.nested_absmax", lambda t: -t, "a scale that is negative"),
     "short": ("weight", lambda t: t[:-1].contiguous(), "has shape"),
 }
 

@@ -29,16 +29,19 @@ def found(folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[s
     return code, json.loads(text)
 
 
-@pytest.mark.parametrize("case", ["qwen3", "gpt2", "deepseek-v3", "gemma2"])
+@pytest.mark.parametrize(
+    "case", ["qwen3", "gpt2", "deepseek-v3", "gemma2", "dbrx", "gpt-oss", "falcon-rw", "llama4"]
+)
 def test_agreement(tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
     make_case(tmp_path, case)
     code, result = found(tmp_path, capsys)
     assert code == 0 and result["first_difference"] is None
     names = [point["name"] for point in result["points"]]
-    assert names == ["embedding", "layer 0", "layer 1", "layer 2", "final norm", "logits"]
+    layers = [f"layer {index}" for index in range(4 if case == "llama4" else 3)]
+    assert names == ["embedding", *layers, "final norm", "logits"]
     assert max(point["error"] for point in result["points"]) < 1e-4
     assert result["same_tokens"] == result["tokens"] == 21
-    assert set(result["attention"]) == {"layer 0", "layer 1", "layer 2"}
+    assert set(result["attention"]) == set(layers)
 
 
 def scaled_attention(layer: LayerSpec) -> LayerSpec:

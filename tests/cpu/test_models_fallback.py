@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from headrace.core.errors import LoadError
 from headrace.core.model_info import read_model_info
@@ -104,6 +105,19 @@ def test_an_architecture_that_nobody_knows(tmp_path: Path) -> None:
     for chosen in ("auto", "headrace"):
         with pytest.raises(LoadError, match="is not supported; close to it"):
             load(tmp_path, chosen)
+
+
+def test_other_files_than_safetensors_are_refused(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "Qwen3ForCausalLM")
+    info = read_model_info(tmp_path)
+    for load_format in ("pt", "dummy", "layered"):
+        with pytest.raises(LoadError, match=f"not format {load_format}"):
+            load_model(info, torch.float32, SoloGroup(), load_format, model_impl="transformers")
+    tensors = load_file(tmp_path / "model.safetensors")
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(LoadError, match=r"model\.safetensors"):
+        load(tmp_path)
 
 
 def test_layers_without_keys_are_refused(tmp_path: Path) -> None:

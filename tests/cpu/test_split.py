@@ -13,35 +13,12 @@ from headrace.dist.comm import Group, SoloGroup
 from headrace.dist.topology import Grid
 from headrace.layers.build import WHOLE, Split
 from headrace.loader import build_of, load_built
-from tests.support.checkpoints import CASES, make_case
+from headrace.models import Model
+from tests.support.checkpoints import make_case
 from tests.support.paged import PagedRun
 from tests.support.threads import Part, run_grid
 
 IDS = torch.randint(3, 101, (2, 18), generator=torch.Generator().manual_seed(5)).tolist()
-# Architectures whose blocks are cut as those of another one here.
-ALIKE = {"arcee", "helium", "ministral", "smollm3", "exaone4-full", "olmo3", "mistral-window"}
-ALIKE |= {
-    "qwen2-layer-types",
-    "gemma",
-    "glm",
-    "cohere",
-    "qwen3-moe",
-    "granite",
-    "gemma2",
-    "neox-serial",
-}
-# One case of each of the other architectures.
-FAMILIES = sorted({architecture: case for case, (architecture, _) in CASES.items()}.values())
-QUICK = (
-    "deepseek-v3",
-    "llama4",
-    "gemma3",
-    "gpt2",
-    "olmoe",
-    "stablelm-parallel",
-    "glm4-moe",
-    "falcon-serial",
-)
 
 
 def slow(*cases: str) -> list[Any]:
@@ -53,7 +30,10 @@ def logits(
 ) -> Tensor:
     """Prefill of one sequence beside a chunk of another, then decode; [tokens, vocab or 0]."""
     info = read_model_info(folder)
-    model = load_built(info, build_of(info, dtype, group, split=split))
+    return logits_of(load_built(info, build_of(info, dtype, group, split=split)), dtype)
+
+
+def logits_of(model: Model, dtype: torch.dtype = torch.float32) -> Tensor:
     run = PagedRun(Part(model), IDS, dtype=dtype)
     steps = [run.step(chunks) for chunks in ([(0, 17), (1, 9)], [(1, 8), (0, 1)], [(1, 1)])]
     return torch.cat([part for step in steps for part in step])
@@ -69,20 +49,6 @@ def cut(folder: Path, grid: Grid, units: int = 0, **options: Any) -> list[Tensor
 
 def assert_close(one: Tensor, other: Tensor) -> None:
     torch.testing.assert_close(one.log_softmax(-1), other.log_softmax(-1), atol=2e-5, rtol=2e-5)
-
-
-@pytest.mark.parametrize(
-    "case",
-    [*QUICK, *slow(*(case for case in FAMILIES if case not in {*QUICK, *ALIKE}))],
-)
-def test_every_family_on_two_ranks_and_in_two_stages(tmp_path: Path, case: str) -> None:
-    make_case(tmp_path, case)
-    alone = logits(tmp_path, SoloGroup())
-    first, second = cut(tmp_path, Grid(tp=2))
-    assert torch.equal(first, second)
-    assert_close(first, alone)
-    (staged,) = cut(tmp_path, Grid(pp=2))
-    assert torch.equal(staged, alone)
 
 
 @pytest.mark.parametrize("case", ["olmo2", *slow("olmoe", "minimax-m2")])

@@ -1,5 +1,6 @@
 """The documents are true: files they name exist, generated pages are current, commands parse."""
 
+import ast
 import re
 import shlex
 import subprocess
@@ -26,6 +27,28 @@ def test_named_files_exist(page):
     assert not missing
     linked = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
     assert not [link for link in linked if not (page.parent / link).exists()]
+
+
+def names_in(path):
+    """Every name that a module defines: classes, functions, fields, variables."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    defined = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    return {node.name for node in nodes if isinstance(node, defined)} | {
+        node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_named_names_exist(page):
+    """What is said to be `in` a module of ours is there, and so is each file beside another."""
+    text = page.read_text(encoding="utf-8")
+    for names, path in re.findall(r"((?:`[\w.]+`(?:, | and )?)+) in `(src/[\w/]+\.py)`", text):
+        known = names_in(ROOT / path)
+        missing = [name for name in re.findall(r"\w+", names) if name not in known | {"and"}]
+        assert not missing, f"{path} has no {missing}"
+    for folder, beside in re.findall(r"`(src/[\w/]+)/\w+\.py`((?:, `\w+\.py`)+)", text):
+        for name in re.findall(r"\w+\.py", beside):
+            assert (ROOT / folder / name).exists(), f"{folder}/{name}"
 
 
 def test_generated_pages_are_current():

@@ -25,6 +25,11 @@ OWN_NAMES = "headrace_tensor_names"
 """Key of config.json: tensors have the decoder's names, whatever the family's checkpoints say."""
 
 _DTYPES = {"float32", "float16", "bfloat16"}
+# What no model has more of: a file that says so is to be refused before memory is taken for it.
+_MOST_LAYERS = 1 << 12
+_MOST = 1 << 28
+# What a field of a wrong type raises where it is read.
+WRONG_FIELD = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,24 +94,35 @@ def read_model_info(
         LoadError: the folder is no checkpoint, or a needed field is missing.
     """
     hf = _read_json(path / "config.json", required=True) | (overrides or {})
-    text = hf["text_config"] if isinstance(hf.get("text_config"), dict) else hf
     generation = _read_json(path / "generation_config.json", required=False)
+    try:
+        return _model_info(path, hf, generation, is_embedding)
+    except WRONG_FIELD as error:
+        raise LoadError(f"{path}/config.json has a field of a wrong type: {error!r}") from error
+
+
+def _model_info(
+    path: Path, hf: dict[str, Any], generation: dict[str, Any], is_embedding: bool
+) -> ModelInfo:
+    text = hf["text_config"] if isinstance(hf.get("text_config"), dict) else hf
     architectures = hf.get("architectures") or []
-    if not architectures:
+    if not isinstance(architectures, list) or not architectures:
         raise LoadError(f"{path}/config.json names no architecture (field 'architectures')")
     heads = _number(text, path, "num_attention_heads", "n_head", "n_heads")
-    kv_heads = text.get("num_key_value_heads") or text.get("multi_query_group_num") or heads
     hidden = _number(text, path, "hidden_size", "n_embd", "n_embed", "d_model")
+    layers = _number(text, path, "num_hidden_layers", "n_layer", "num_layers", "n_layers")
+    if layers > _MOST_LAYERS:
+        raise LoadError(f"{path}/config.json has {layers} layers; the most is {_MOST_LAYERS}")
     return ModelInfo(
         path=str(path),
         architecture=str(architectures[0]),
         model_type=str(hf.get("model_type", "")),
         vocab_size=_number(text, path, "padded_vocab_size", "vocab_size"),
         hidden_size=hidden,
-        num_layers=_number(text, path, "num_hidden_layers", "n_layer", "num_layers", "n_layers"),
+        num_layers=layers,
         num_heads=heads,
-        num_kv_heads=int(kv_heads),
-        head_dim=int(text.get("head_dim") or text.get("kv_channels") or hidden // heads),
+        num_kv_heads=_given(text, path, "num_key_value_heads", "multi_query_group_num") or heads,
+        head_dim=_given(text, path, "head_dim", "kv_channels") or max(hidden // heads, 1),
         context_length=_context_length(text) - _position_offset(hf),
         dtype=_dtype(text, hf),
         eos_token_ids=_eos_ids(text, hf, generation),
@@ -123,7 +139,7 @@ def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
         if required:
             raise LoadError(f"{path} does not exist: is {path.parent} a model folder?") from None
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise LoadError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise LoadError(f"{path} holds {type(value).__name__}, not an object")
@@ -131,15 +147,27 @@ def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
 
 
 def _number(hf: dict[str, Any], path: Path, *keys: str) -> int:
-    for key in keys:
-        if isinstance(hf.get(key), int):
-            return int(hf[key])
-    raise LoadError(f"{path}/config.json has no integer field {' or '.join(map(repr, keys))}")
+    found = _given(hf, path, *keys)
+    if not found:
+        raise LoadError(f"{path}/config.json has no integer field {' or '.join(map(repr, keys))}")
+    return found
+
+
+def _given(hf: dict[str, Any], path: Path, *keys: str) -> int:
+    """The first of these fields that says something, 0 for none."""
+    key = next((key for key in keys if hf.get(key)), keys[0])
+    value = hf.get(key) or 0
+    if type(value) is not int or not 0 <= value <= _MOST:
+        raise LoadError(
+            f"{path}/config.json: {key} must be an integer of 1 to {_MOST}, not {value!r}",
+            field=key,
+        )
+    return value
 
 
 def _context_length(hf: dict[str, Any]) -> int:
     for key in _CONTEXT_KEYS:
-        if isinstance(hf.get(key), int):
+        if type(hf.get(key)) is int and hf[key] > 0:
             return int(hf[key])
     return 2048
 

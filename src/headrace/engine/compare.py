@@ -195,7 +195,10 @@ def _theirs(info: ModelInfo, dtype: torch.dtype, ids: Tensor) -> Seen:
         attention = _attention(layer)
         if attention is not None:
             attention.register_forward_hook(note(f"layer {index} attention"))
-    causal.base_model.register_forward_hook(note("final norm"))
+    inner = causal.base_model
+    # Llama 4's text model is under another name than it says.
+    inner = causal.get_submodule("model") if inner is causal else inner
+    inner.register_forward_hook(note("final norm"))
     seen["logits"] = [causal(ids[None], use_cache=False).logits[0]]
     return seen
 
@@ -229,8 +232,13 @@ def _load(info: ModelInfo, dtype: torch.dtype) -> Any:
     known = getattr(transformers, info.architecture, transformers.AutoModelForCausalLM)
     try:
         causal = known.from_pretrained(
-            info.path, dtype=dtype, attn_implementation="eager", local_files_only=True
+            info.path,
+            dtype=dtype,
+            # Falcon's own way of attention adds ALiBi's slopes twice.
+            attn_implementation="sdpa" if info.hf.get("alibi") else "eager",
+            local_files_only=True,
+            trust_remote_code=False,
         )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except (ImportError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise LoadError(f"transformers cannot load {info.path}: {error}") from error
     return causal.eval()

@@ -35,6 +35,9 @@ from headrace.quant.base import (
 )
 from headrace.quant.dense import AS_IS
 
+# What no model has more of: each has layers of its own.
+_MOST_EXPERTS = 1 << 12
+
 
 @dataclass(frozen=True)
 class MoESpec:
@@ -59,6 +62,8 @@ class MoESpec:
     on_input: bool = False
 
     def __post_init__(self) -> None:
+        if self.experts > _MOST_EXPERTS:
+            raise LoadError(f"{self.experts} experts; the most is {_MOST_EXPERTS}")
         if not 1 <= self.router.top_k <= self.experts:
             raise LoadError(
                 f"num_experts_per_tok must be 1 to {self.experts}, not {self.router.top_k}",

@@ -89,7 +89,8 @@ def load_built(
     if model_impl == "transformers" or (model_impl == "auto" and borrowed(info.architecture)):
         from headrace.loader.fallback import TransformersModelLoader
 
-        return TransformersModelLoader().load_model(info, build)
+        asked = load_format if isinstance(load_format, str) else load_format.__name__
+        return TransformersModelLoader(asked, options).load_model(info, build)
     loader = get_model_loader(_settled(load_format, info), options)
     if not weight_cache or not loader.packs:
         return loader.load_model(info, build)

@@ -40,12 +40,12 @@ class DummyModelLoader(BaseModelLoader):
             model = make_model(info, build)
             # Rounded as a real checkpoint of this model is.
             stored = getattr(torch, info.dtype)
-            model.load_weights(dummy_weights(model.checkpoint_shapes(), stored))
+            model.fill(dummy_weights(model.checkpoint_shapes(), stored))
         return model
 
 
 def dummy_checkpoint(info: ModelInfo) -> dict[str, Tensor]:
-    """Every tensor that format dummy makes up for this model, as a checkpoint would store it."""
+    """Every tensor that format dummy makes up for this model, by the model's own names."""
     dtype: torch.dtype = getattr(torch, info.dtype)
     build = Build(dtype, SoloGroup(), quantization_of(info))
     model = make_model(info, build)

@@ -2,6 +2,7 @@
 
 import logging
 
+from headrace.core.errors import LoadError
 from headrace.core.model_info import ModelInfo
 from headrace.layers.build import Build
 from headrace.loader.base import BaseModelLoader, logged_load
@@ -16,6 +17,11 @@ class TransformersModelLoader(BaseModelLoader):
     def load_model(self, info: ModelInfo, build: Build) -> Model:
         from headrace.models.fallback import TransformersModel
 
+        if self.load_format not in ("auto", "safetensors"):
+            raise LoadError(
+                f"--model-impl transformers reads safetensors files, not format {self.load_format}",
+                field="load_format",
+            )
         logger.warning(
             "%s runs on transformers' code: slower, and not bitwise the same in every batch",
             info.architecture,

@@ -7,6 +7,7 @@ must be plain names of files in the same folder.
 import json
 import re
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from headrace.core.errors import LoadError
@@ -17,6 +18,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
 # What trainers leave beside the weights, and what is not the model itself.
 _NEEDLESS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "adapter_")
 _CONSOLIDATED = "consolidated"
+_LONGEST = 255  # bytes of a file name
 
 
 @dataclass(frozen=True)
@@ -142,8 +144,8 @@ def read_index(path: Path) -> dict[str, str]:
     if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
         raise LoadError(f"{path}: weight_map must map tensor names to file names")
     for name in sorted(set(index.values())):
-        if Path(name).name != name:
-            raise LoadError(f"{path} names {name!r}, which is not a plain file name")
+        if Path(name).name != name or len(name.encode("utf-8", "replace")) > _LONGEST:
+            raise LoadError(f"{path} names {name[:100]!r}, which is not a plain file name")
     if not index:
         raise LoadError(f"{path} names no files")
     return index
@@ -153,6 +155,11 @@ def _indexed(folder: Path, kind: Kind) -> WeightFiles:
     index = read_index(folder / kind.index)
     names = sorted(set(index.values()))
     for name in names:
+        # An index of one kind is not to bring files of the other, which may hold programs.
+        if not any(fnmatchcase(name, pattern) for pattern in kind.patterns):
+            raise LoadError(
+                f"{folder / kind.index} names {name}, which is no {' or '.join(kind.patterns)} file"
+            )
         if not (folder / name).is_file():
             raise LoadError(f"{folder / kind.index} names {name}, which does not exist")
     return WeightFiles(tuple(folder / name for name in names), index)

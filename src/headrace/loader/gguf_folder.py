@@ -9,8 +9,10 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from headrace.core.errors import LoadError
+from headrace.core.model_info import WRONG_FIELD
 from headrace.loader.gguf import GgufFile
 from headrace.loader.gguf_config import config_of
 from headrace.loader.gguf_tokenizer import tokenizer_of
@@ -32,14 +34,7 @@ def model_folder(path: Path) -> Path:
     folder = _cache() / f"{path.stem}-{digest}"
     if (folder / "config.json").is_file():
         return folder
-    file = GgufFile(path)
-    tokenizer, tokenizer_config = tokenizer_of(file)
-    parts = {
-        "tokenizer.json": tokenizer,
-        "tokenizer_config.json": tokenizer_config,
-        # Last: where it is, all are.
-        "config.json": config_of(file) | {GGUF_KEY: str(path)},
-    }
+    parts = parts_of(GgufFile(path))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in parts.items():
@@ -47,6 +42,25 @@ def model_folder(path: Path) -> Path:
     except OSError as error:
         raise LoadError(f"{folder} cannot be written: {error}") from error
     return folder
+
+
+def parts_of(file: GgufFile) -> dict[str, dict[str, Any]]:
+    """The files of the folder, by name.
+
+    Raises:
+        LoadError: the metadata are those of no known model, or of none at all.
+    """
+    try:
+        tokenizer, tokenizer_config = tokenizer_of(file)
+        config = config_of(file)
+    except WRONG_FIELD as error:
+        raise LoadError(f"{file.path} has metadata that cannot be: {error!r}") from error
+    return {
+        "tokenizer.json": tokenizer,
+        "tokenizer_config.json": tokenizer_config,
+        # Last: where it is, all are.
+        "config.json": config | {GGUF_KEY: str(file.path)},
+    }
 
 
 def _cache() -> Path:

@@ -15,6 +15,7 @@ from headrace.loader.base import BaseModelLoader, logged_load
 from headrace.loader.gguf import GgufFile, GgufTensor
 from headrace.loader.gguf_blocks import BLOCKS
 from headrace.loader.gguf_config import family_of, single_names, usual_name, usual_values
+from headrace.loader.gguf_families import Family
 from headrace.loader.gguf_folder import GGUF_KEY
 from headrace.models import Model, make_model
 from headrace.ops.packed import Quantized
@@ -84,30 +85,47 @@ def gguf_weights(file: GgufFile, info: ModelInfo, kept: bool) -> Iterator[tuple[
     for tensor in file:
         if tensor.name in _ELSEWHERE or tensor.name in seconds or _after_last(tensor.name, info):
             continue
-        if tensor.name in halves:
-            second, whole = halves[tensor.name]
-            joined = _joined(_floats(file, tensor), _floats(file, second))
-            yield usual_name(family, whole), joined
-            continue
-        name = usual_name(family, tensor.name)
-        if kept and _is_blocks(tensor):
-            raw = torch.frombuffer(file.bytes_of(tensor), dtype=torch.uint8)
-            values = raw.view(*tensor.shape[:-1], -1)
-        else:
-            values = _floats(file, tensor)
-        usual = usual_values(family, name, values, info.hf)
-        if values.dtype == torch.uint8:
-            name = f"{name.removesuffix('weight')}blocks"
-        yield from zip(
-            single_names(name, tensor.shape), usual if usual.dim() == 3 else [usual], strict=True
-        )
+        try:
+            if tensor.name in halves:
+                second, whole = halves[tensor.name]
+                joined = _joined(_values(file, tensor, False), _values(file, second, False))
+                found = [(usual_name(family, whole), joined)]
+            else:
+                found = _usual(family, file, tensor, info, kept)
+        except (RuntimeError, ValueError) as error:
+            raise LoadError(
+                f"{file.path}: tensor {tensor.name} with shape {tensor.shape} cannot be: {error}"
+            ) from error
+        yield from found
 
 
-def _floats(file: GgufFile, tensor: GgufTensor) -> Tensor:
-    dtype = _VIEWS.get(tensor.kind)
-    if dtype is None:
-        return torch.from_numpy(file.values(tensor))
-    return torch.frombuffer(file.bytes_of(tensor), dtype=dtype).view(tensor.shape)
+def _usual(
+    family: Family, file: GgufFile, tensor: GgufTensor, info: ModelInfo, kept: bool
+) -> list[tuple[str, Tensor]]:
+    """A tensor as checkpoints have it; stacked experts one by one."""
+    name = usual_name(family, tensor.name)
+    values = _values(file, tensor, kept)
+    usual = usual_values(family, name, values, info.hf)
+    if values.dtype == torch.uint8:
+        name = f"{name.removesuffix('weight')}blocks"
+    ones = usual if usual.dim() == 3 else [usual]
+    return list(zip(single_names(name, tensor.shape), ones, strict=True))
+
+
+def _values(file: GgufFile, tensor: GgufTensor, kept: bool) -> Tensor:
+    """Floats, or the bytes of blocks that are `kept`; ValueError for what is no number."""
+    dtype, raw = _VIEWS.get(tensor.kind), file.bytes_of(tensor)
+    if not raw.size:
+        raise ValueError("it is empty")
+    if dtype is not None:
+        aligned = raw.copy() if tensor.begin % dtype.itemsize else raw
+        return torch.frombuffer(aligned, dtype=dtype).view(tensor.shape)
+    if kept and _is_blocks(tensor):
+        return torch.frombuffer(raw, dtype=torch.uint8).view(*tensor.shape[:-1], -1)
+    values = torch.from_numpy(file.values(tensor))
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError("a scale is no finite number")
+    return values
 
 
 def _after_last(name: str, info: ModelInfo) -> bool:

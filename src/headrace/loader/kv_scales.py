@@ -77,7 +77,7 @@ def kv_cache_scales_loader(
     """
     try:
         read = msgspec.json.decode(Path(filename).expanduser().read_bytes(), type=QuantParamSchema)
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, RecursionError, msgspec.DecodeError) as error:
         raise _wrong(f"{filename} cannot be read: {error}") from error
     read.check_model_type(model_type)
     read.kv_cache.check_is_fp8()

@@ -6,6 +6,7 @@ does not have are kept as their bits.
 
 import json
 import os
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,19 @@ from headrace.loader.files import WeightFiles
 from headrace.loader.iterators import iterate_weights
 
 FOLDER, _LIST = "np", "weight_names.json"
+# What numpy raises for a file that is none of its own.
+_DAMAGED = (
+    ArithmeticError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RecursionError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    tokenize.TokenError,
+)
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -42,7 +56,7 @@ def _read_list(path: Path) -> dict[str, Any] | None:
         listed = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise LoadError(f"{path} cannot be read: {error}; remove it to make it again") from error
     if not isinstance(listed, dict) or not isinstance(listed.get("tensors"), dict):
         raise LoadError(f"{path} is no list of tensors; remove it to make it again")
@@ -54,8 +68,8 @@ def _write(cache: Path, files: WeightFiles, stamp: list[list[Any]]) -> dict[str,
     try:
         cache.mkdir(exist_ok=True)
         for name, tensor in iterate_weights(files):
-            if Path(name).name != name:
-                raise LoadError(f"tensor {name!r} cannot be a file name")
+            if Path(name).name != name or tensor.itemsize not in _BITS:
+                raise LoadError(f"tensor {name!r} of {tensor.dtype} cannot be a file of numpy")
             bits = tensor.contiguous().view(_BITS[tensor.itemsize])
             fresh = cache / f"{name}.{os.getpid()}.tmp"
             with fresh.open("wb") as file:
@@ -66,7 +80,7 @@ def _write(cache: Path, files: WeightFiles, stamp: list[list[Any]]) -> dict[str,
         fresh = cache / f"{_LIST}.{os.getpid()}.tmp"
         fresh.write_text(json.dumps(listed), encoding="utf-8")
         fresh.replace(cache / _LIST)  # last: where it is, all are
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise LoadError(f"{cache} cannot be written: {error}") from error
     return listed
 
@@ -81,6 +95,6 @@ def _read(path: Path, name: str, dtype: Any) -> Tensor:
         bits = torch.from_numpy(values)
         if bits.dtype != _BITS[kind.itemsize]:
             raise ValueError(f"it holds {bits.dtype}")
-    except (OSError, ValueError, EOFError, TypeError) as error:
+    except _DAMAGED as error:
         raise LoadError(f"{path}: tensor {name} cannot be read: {error}") from error
     return bits.view(kind)

@@ -20,6 +20,7 @@ from torch import Tensor
 from headrace.core.errors import LoadError
 
 MAX_HEADER_BYTES = 100_000_000
+_MOST_DIMS = 64
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -161,12 +162,16 @@ def _entry(path: object, name: str, info: Any, data_start: int) -> Entry:
     numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise LoadError(f"{path}: tensor {name} has a shape or offset that is no natural number")
+    if len(shape) > _MOST_DIMS:
+        raise LoadError(f"{path}: tensor {name} has {len(shape)} dimensions, which none can have")
     needed = math.prod(shape) * _DTYPES[dtype].itemsize
     if end - begin != needed:
         raise LoadError(
             f"{path}: tensor {name} of shape {tuple(shape)} needs {needed} bytes, "
             f"its offsets give {end - begin}"
         )
+    if math.prod(max(size, 1) for size in shape) >= 1 << 63:
+        raise LoadError(f"{path}: tensor {name} has a shape that none can have: {tuple(shape)}")
     return Entry(name, _DTYPES[dtype], tuple(shape), data_start + begin, data_start + end)
 
 

@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from headrace.core.errors import LoadError
-from headrace.core.model_info import ModelInfo
+from headrace.core.model_info import WRONG_FIELD, ModelInfo
 from headrace.core.plan import StateSpec
 from headrace.layers.batch import ForwardBatch
 from headrace.layers.build import Build
@@ -85,8 +85,12 @@ class Model(Protocol):
         """Prompts of different scope must not share cached prefixes; "" for nearly all models."""
         ...
 
+    def fill(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """`load_weights` of tensors with the model's own names and shapes, not a checkpoint's."""
+        ...
+
     def checkpoint_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and whole shape of every tensor that `load_weights` needs."""
+        """Name and whole shape of every tensor that `fill` needs."""
         ...
 
 
@@ -96,6 +100,15 @@ def make_model(info: ModelInfo, build: Build) -> Model:
     Raises:
         LoadError: unknown architecture, or the configuration is none that it can have.
     """
+    try:
+        return _made(info, build)
+    except (*WRONG_FIELD, RuntimeError) as error:
+        raise LoadError(
+            f"{info.path}/config.json has a field that {info.architecture} cannot have: {error!r}"
+        ) from error
+
+
+def _made(info: ModelInfo, build: Build) -> Model:
     found = model_class(info.architecture)
     if info.pooling is None or info.pooling.encoder:
         return found(info, build)

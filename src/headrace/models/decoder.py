@@ -216,9 +216,11 @@ class Decoder(ABC):
         return "".join(prefix_scope(rope.spec, prompt_len) for rope in self.ropes)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        self.fill(self.spec.layout.canonical(weights))
+
+    def fill(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         targets = self.targets()
-        weights = with_kv_scales(self.spec.layout.canonical(weights), targets)
-        load_targets(targets, weights, self._ignored)
+        load_targets(targets, with_kv_scales(weights, targets), self._ignored)
 
     def checkpoint_shapes(self) -> dict[str, tuple[int, ...]]:
         return {

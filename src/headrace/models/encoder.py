@@ -137,8 +137,10 @@ class Encoder(ABC):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         prefix = self.made.prefix
-        named = ((name.removeprefix(prefix), tensor) for name, tensor in weights)
-        load_targets(self.targets(), named, self._ignored)
+        self.fill((name.removeprefix(prefix), tensor) for name, tensor in weights)
+
+    def fill(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        load_targets(self.targets(), weights, self._ignored)
 
     def checkpoint_shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: target.shape for name, target in self.targets().items()}

@@ -81,6 +81,9 @@ class TransformersModel:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         raise LoadError("transformers loads its own weights", field="model_impl")
 
+    def fill(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        self.load_weights(weights)
+
     def checkpoint_shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
@@ -195,7 +198,11 @@ def _load(info: ModelInfo, dtype: torch.dtype) -> Any:
         )
     try:
         causal = known.from_pretrained(
-            info.path, dtype=dtype, attn_implementation=_NAME, local_files_only=True
+            info.path,
+            dtype=dtype,
+            attn_implementation=_NAME,
+            local_files_only=True,
+            use_safetensors=True,  # other files may hold programs
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise LoadError(f"transformers cannot load {info.path}: {error}") from error

@@ -144,10 +144,10 @@ def every(info: ModelInfo, pattern: int) -> list[str]:
 
 
 def size(hf: Fields, *keys: str) -> int:
-    """The first of these fields that is there; it must be a positive integer."""
+    """The first of these fields that is there; it must be a positive integer of 31 bits."""
     key = next((key for key in keys if hf.get(key) is not None), keys[0])
     value = hf.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if type(value) is not int or not 1 <= value < 1 << 31:
         raise LoadError(f"config.json needs a positive integer {key!r}, not {value!r}", field=key)
     return value
 
@@ -165,6 +165,8 @@ def ignored_layers(info: ModelInfo) -> tuple[str, ...]:
     """Patterns of the layers after the last, which predict more tokens at once (MTP)."""
     extra = int(info.text.get("num_nextn_predict_layers") or info.text.get("num_mtp_layers") or 0)
     first = info.num_layers
+    if not 0 <= extra <= 1 << 12:
+        raise LoadError(f"num_nextn_predict_layers is {extra}", field="num_nextn_predict_layers")
     return tuple(rf"^model\.layers\.{index}\." for index in range(first, first + extra))
 
 

@@ -51,13 +51,15 @@ class PooledDecoder:
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Checkpoints saved without a head leave out the prefix of their base model."""
-        targets = self.decoder.targets() | self.head.targets()
         known = (*self.head.targets(), "lm_head.", _BASE)
-        named = (
+        self.fill(
             (name if name.startswith(known) else _BASE + name, tensor)
             for name, tensor in self.decoder.spec.layout.canonical(weights)
         )
-        load_targets(targets, with_kv_scales(named, targets), self._ignored)
+
+    def fill(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        targets = self.decoder.targets() | self.head.targets()
+        load_targets(targets, with_kv_scales(weights, targets), self._ignored)
 
     def checkpoint_shapes(self) -> dict[str, tuple[int, ...]]:
         own = {name: target.shape for name, target in self.head.targets().items()}

@@ -67,7 +67,7 @@ class Bnb8:
     def tensors(self, rows: int, columns: int) -> dict[str, Stored]:
         return {
             "weight": Stored(((rows, columns),), (torch.int8,), Axis(0), Axis(1)),
-            "SCB": Stored(((rows,),), _FP32, Axis(0), wrong=not_finite),
+            "SCB": Stored(((rows,),), _FP32, Axis(0), wrong=_no_size),
             "weight_format": Stored(((), (1,)), _BYTES, unused=True),
         }
 
@@ -94,7 +94,7 @@ class Bnb4:
         if size % 2:
             raise ValueError("the number of values is odd")
         counts = tuple((-(-size // block),) for block in _BLOCKS)
-        absmax = Stored(counts, _BYTES) if self.nested else Stored(counts, _FP32, wrong=not_finite)
+        absmax = Stored(counts, _BYTES) if self.nested else Stored(counts, _FP32, wrong=_no_size)
         found = {
             "weight": Stored(((size // 2, 1),), _BYTES),
             "weight.absmax": absmax,
@@ -103,7 +103,7 @@ class Bnb4:
         }
         if self.nested:
             nested = tuple(sorted({(-(-count[0] // 256),) for count in counts}, reverse=True))
-            found["weight.nested_absmax"] = Stored(nested, _FP32, wrong=not_finite)
+            found["weight.nested_absmax"] = Stored(nested, _FP32, wrong=_no_size)
             found["weight.nested_quant_map"] = Stored(((256,),), _FP32, wrong=not_finite)
         return found
 
@@ -141,6 +141,12 @@ class Bnb4:
             raise ValueError(f"too few nested scales for blocks of {size}")
         numbers = tensors["weight.nested_quant_map"][absmax.long()]
         return numbers * scales[places] + float(state["nested_offset"])
+
+
+def _no_size(scales: Tensor) -> str:
+    """What is wrong with the largest sizes of values, "" for nothing: those of zeros are 0."""
+    below = bool((scales < 0).any())
+    return not_finite(scales) or ("holds a scale that is negative" if below else "")
 
 
 def _other_sizes(rows: int, columns: int) -> Callable[[Tensor], str]:

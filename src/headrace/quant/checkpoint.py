@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from headrace.core.errors import LoadError
-from headrace.core.model_info import ModelInfo
+from headrace.core.model_info import WRONG_FIELD, ModelInfo
 from headrace.quant import awq, bnb, compressed_tensors, fp8, gptq, modelopt, mxfp4, torchao
 from headrace.quant.base import Kind, QuantMethod
 from headrace.quant.dense import AS_IS
@@ -80,7 +80,7 @@ def stored_config(info: ModelInfo) -> dict[str, Any] | None:
 def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise LoadError(f"{path} cannot be read: {error}") from error
     if not isinstance(found, dict):
         raise LoadError(f"{path} holds {type(found).__name__}, not an object")
@@ -97,8 +97,15 @@ def from_checkpoint(config: Config, info: ModelInfo, stored: Iterable[str]) -> "
             f"not supported; supported are {', '.join(sorted(BUILDERS))}",
             field="quantization_config",
         )
+    try:
+        scheme = builder(config)
+    except WRONG_FIELD as error:
+        raise LoadError(
+            f"quantization_config of {method} has a field of a wrong type: {error!r}",
+            field="quantization_config",
+        ) from error
     wide: torch.dtype = getattr(torch, info.dtype)
-    return FromCheckpoint(method, builder(config), wide, tuple(stored))
+    return FromCheckpoint(method, scheme, wide, tuple(stored))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise LoadError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise LoadError(f"{path} must hold a JSON object, not {type(value).__name__}")

@@ -186,6 +186,15 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder; `LoadError` if there is none that can be read."""
     # Threads of a parallel batch do not survive a fork; callers that want them set the variable.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        return _load(path)
+    except (LoadError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises nothing narrower, and it may panic
+        raise LoadError(f"the tokenizer of {path} cannot be used: {error}") from error
+
+
+def _load(path: Path) -> Tokenizer:
     if (path / "tokenizer.json").is_file():
         backend = _read_backend(path / "tokenizer.json")
         config = tokenizer_config(path)
