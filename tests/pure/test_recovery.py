@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
+from headrace.core.blame import culprit
 from headrace.core.errors import Overloaded, WorkerLost
 from headrace.core.messages import (
     AbortRequest,
@@ -28,7 +29,7 @@ from headrace.core.messages import (
 from headrace.engine import crash
 from headrace.engine.restart import Budget, team_of
 from headrace.frontend.detokenizer import DetokenizerManager
-from headrace.frontend.flight import culprit, key_of
+from headrace.frontend.flight import key_of
 from headrace.frontend.tokenizer_manager import TokenizerManager
 from headrace.frontend.validate import error_of
 from headrace.frontend.vitals import Vitals

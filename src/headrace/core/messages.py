@@ -28,9 +28,6 @@ def unpack_ids(data: bytes) -> np.ndarray:
     return np.frombuffer(data, dtype="<i4")
 
 
-# Output tokens after which a request that goes on had no part in the crash before.
-CLEARED_AFTER = 16
-
 GRAMMAR_FIELDS = ("json_schema", "regex", "ebnf", "structural_tag")
 
 

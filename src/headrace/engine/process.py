@@ -234,6 +234,9 @@ class Lifeline:
 
 
 if __name__ == "__main__":
-    main()
-    sys.stderr.flush()
-    os._exit(1)  # whatever threads are left
+    try:
+        main()
+    except BaseException:  # noqa: BLE001  no memory for the report
+        traceback.print_exc()
+    finally:
+        os._exit(1)  # whatever threads are left

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from headrace.core import faults
+from headrace.core.blame import exhausted
 from headrace.core.config import Limits
 from headrace.core.errors import Unsupported
 from headrace.core.plan import Chunk, ChunkResult, ScoredToken, StateSpec, StepPlan, StepResult
@@ -162,7 +163,9 @@ class ModelRunner:
         return result
 
     def _failed(self, what: str, row: int, error: Exception) -> str:
-        """The row can go on no more: why, for its request."""
+        """The row can go on no more: why, for its request. Raises what ends the process."""
+        if exhausted(error):
+            raise error
         logger.error("%s of row %d failed", what, row, exc_info=error)
         self.tables.problems[row] = f"{what} failed ({type(error).__name__})"
         return self.tables.problems[row]
