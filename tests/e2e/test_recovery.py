@@ -5,6 +5,8 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -44,13 +46,14 @@ def seeded(seed, tokens=40, prompt="The wheel"):
     }
 
 
-def ask_all(engine, seeds, **fields):
-    """The answer or error of each, asked at once."""
+def ask_all(engine, seeds, custom_logit_processor=MappingProxyType({}), **fields):
+    """The answer or error of each, asked at once; processors by seed."""
     found = {}
 
     def ask(seed):
         try:
-            found[seed] = engine.generate(**seeded(seed), **fields)["output_ids"]
+            chosen = {"custom_logit_processor": custom_logit_processor.get(seed)}
+            found[seed] = engine.generate(**seeded(seed), **chosen, **fields)["output_ids"]
         except WorkerLost as error:
             found[seed] = error
 
@@ -62,17 +65,31 @@ def ask_all(engine, seeds, **fields):
     return found
 
 
+PLUGIN = """
+class Broken:
+    def __init__(self, params, facts): ...
+    def __call__(self, logits, prompt, output):
+        if len(output) == 3:
+            raise KeyError("what is in here is nobody's business")
+"""
+
+
 @pytest.fixture(scope="module")
-def faulty():
-    """Requests with these seeds do harm, each in its own place."""
+def faulty(tmp_path_factory):
+    """Requests with these seeds do harm, each in its own place, and so does a plug-in. A scheduler
+    that comes back takes its weights from the cache that the first one made."""
+    folder = tmp_path_factory.mktemp("plugins")
+    (folder / "own_plugin.py").write_text(PLUGIN)
     faults = "kernel:kill:13,kernel:raise:14,sample:raise:15,commit:raise:16,accept:raise:17"
     faults += ",prompt:raise:18,plan:raise:19"
-    os.environ["HEADRACE_TEST_FAULTS"] = faults
-    try:
-        with Engine(max_total_tokens=8192) as engine:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HEADRACE_TEST_FAULTS", faults)
+        patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        patch.syspath_prepend(str(folder))
+        plugin = "own=own_plugin:Broken"
+        packed = str(folder / "packed")
+        with Engine(max_total_tokens=8192, logit_processors=plugin, weight_cache=packed) as engine:
             yield engine
-    finally:
-        del os.environ["HEADRACE_TEST_FAULTS"]
 
 
 @pytest.mark.parametrize(
@@ -95,6 +112,14 @@ def test_what_goes_wrong_with_one_request_fails_that_one(faulty, seed, words):
     assert faulty.get_all_child_pids() == before
 
 
+def test_a_processor_that_raises_fails_its_request_alone(faulty):
+    right = ask_all(faulty, [1, 2])
+    found = ask_all(faulty, [1, 3, 2], custom_logit_processor={3: "own"})
+    message = found.pop(3).message
+    assert "sampling failed" in message and "business" not in message
+    assert found == right
+
+
 def test_a_request_whose_kernel_raises_is_failed_alone(faulty):
     right = faulty.generate(**seeded(1))["output_ids"]
     found = ask_all(faulty, [1, 14])
@@ -109,6 +134,8 @@ def test_a_request_that_kills_its_worker_twice_is_failed_alone(faulty):
     assert "ended the process that served it twice" in found.pop(13).message
     assert found == right
     assert faulty._manager.metrics.poisonous == 1
+    scheduler, _ = faulty.get_all_child_pids()
+    assert faulty._config.model.weight_cache in Path(f"/proc/{scheduler}/maps").read_text()
 
 
 def body(tokens, **fields):

@@ -16,7 +16,7 @@ from typing import Any
 
 from headrace.bench import report
 from headrace.bench.flags import positive_float, positive_int
-from headrace.bench.harm import KINDS, Harm
+from headrace.bench.harm import KINDS, ON_ORDER, Harm
 from headrace.core.errors import HeadraceError
 from headrace.engine.engine import Engine
 
@@ -42,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["kill"],
         help="what happens to a process, one of these in each round (default: kill)",
     )
-    parser.add_argument("--role", choices=ROLES, help="always this process (default: a random one)")
+    parser.add_argument(
+        "--role", choices=ROLES, help="always this process, if it may be (default: a random one)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the moments and processes")
     parser.add_argument("--model-path", default="", help="default: the demo model")
     parser.add_argument("--weight-cache", default="", help="as of the server")
@@ -95,6 +97,9 @@ def calls(count: int) -> list[Call]:
         call: Call = {"prompt": f"Report {i} of the wheel: the water" * (1 + i % 3)}
         if i % 4 == 0:
             call |= {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 2}
+        if i % 8 == 1:
+            call["custom_logit_processor"] = "no_repeat_ngram"
+            sampling["custom_params"] = {"ngram_size": 2}
         if i % 8 == 3:
             sampling |= {"json_schema": SCHEMA, "ignore_eos": False}
         if i % 8 == 5:
@@ -114,7 +119,7 @@ class Chaos:
         self.wrong: list[int] = []
         self.silences: list[float] = []
         self.seconds: list[float] = []
-        # Rounds in which a process was lost or a kernel raised: a process may want no memory.
+        # Rounds in which something was lost: there may be no step to fail any more.
         self.harmed = 0
         self._engine = engine
         self._calls = calls
@@ -127,13 +132,15 @@ class Chaos:
     def round(self, roles: Sequence[str], kinds: Sequence[str]) -> list[int]:
         """Do one of `kinds` to one of `roles` while the calls run; returns whose answers differ."""
         role, kind = self._random.choice(roles), self._random.choice(kinds)
+        if kind in ON_ORDER:
+            role = "scheduler"
         moment = self._random.uniform(0.0, 0.7 * self._length)
         before = self._engine.get_all_child_pids()
         began = time.perf_counter()
         answers = asyncio.run(self._answers(role, kind, moment))
         self.seconds.append(time.perf_counter() - began)
         lost = self._engine.get_all_child_pids() != before
-        self.harmed += not self._harm.pending if kind == "kernel" else lost
+        self.harmed += lost or (kind == "kernel" and not self._harm.pending)
         wrong = [
             i
             for i, (found, right) in enumerate(zip(answers, self.quiet, strict=True))

@@ -2,7 +2,7 @@
 
     kill segv abort    a signal that ends it
     stop               SIGSTOP: it is there, but does not run any more
-    memory             it gets no more memory (RLIMIT_AS), as when a machine or a cgroup has none
+    memory             the scheduler gets no more memory (RLIMIT_AS) when a step wants some
     kernel             the next step of the model raises
     disk               SIGKILL, and the crash folder is on a full disk
 
@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any, Self
 
 KINDS = ("kill", "segv", "abort", "stop", "memory", "kernel", "disk")
+# What happens in a step of the model.
+ON_ORDER = {"memory", "kernel"}
 _SIGNALS = {
     "kill": signal.SIGKILL,
     "segv": signal.SIGSEGV,
@@ -37,21 +39,21 @@ class Harm:
         self.options: dict[str, Any] = {}
         self._kinds = kinds
         self._folder = tempfile.TemporaryDirectory(prefix="headrace-chaos-")
-        self._order = Path(self._folder.name, "fail")
+        self._order, self._greed = (Path(self._folder.name, name) for name in ("fail", "take"))
         self._disk = Path(self._folder.name, "disk")
         self._mounted = False
         if "stop" in kinds:
             self.options["watchdog_timeout"] = watchdog
 
     def __enter__(self) -> Self:
-        if "kernel" in self._kinds:
-            os.environ[_FAULTS] = f"kernel:once:{self._order}"
+        if ON_ORDER & set(self._kinds):
+            os.environ[_FAULTS] = f"kernel:once:{self._order},kernel:allocate:{self._greed}"
         if "disk" in self._kinds:
             self.options["crash_dump_folder"] = self._full_disk()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if "kernel" in self._kinds:
+        if ON_ORDER & set(self._kinds):
             del os.environ[_FAULTS]
         if self._mounted:
             subprocess.run(["umount", "--lazy", self._disk], check=False)
@@ -65,6 +67,7 @@ class Harm:
             elif kind == "memory":
                 _, hard = resource.prlimit(pid, resource.RLIMIT_AS)
                 resource.prlimit(pid, resource.RLIMIT_AS, (0, hard))
+                self._greed.touch()
             else:
                 os.kill(pid, _SIGNALS[kind])
         except ProcessLookupError:
@@ -72,8 +75,8 @@ class Harm:
 
     @property
     def pending(self) -> bool:
-        """A kernel was to raise, and none has run since."""
-        return self._order.exists()
+        """A step was to fail, and none has run since."""
+        return self._order.exists() or self._greed.exists()
 
     def _full_disk(self) -> str:
         """A folder without room for a report: on a disk of our own if we may make one, else below

@@ -1,4 +1,4 @@
-"""Who is to blame for a crash or a failed step, from who was there how often; and who is not. Pure."""
+"""Who is to blame for a crash or a failed step, from who was there how often. Pure."""
 
 import errno
 from collections.abc import Mapping

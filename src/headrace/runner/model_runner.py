@@ -41,7 +41,12 @@ class DeviceHalf(Protocol):
     def extra(self) -> type: ...
 
     def edit(
-        self, logits: torch.Tensor, rows: np.ndarray, positions: np.ndarray, extra: Any
+        self,
+        logits: torch.Tensor,
+        rows: np.ndarray,
+        positions: np.ndarray,
+        extra: Any,
+        tables: RowTables,
     ) -> None:
         """Change float32 logits [n, vocab] for `positions` of `rows`, before sampling."""
         ...
@@ -204,7 +209,7 @@ class ModelRunner:
             faults.strike("sample", [self.tables.spec(row).seed for row in rows.tolist()])
         logits = self.graph.logits(hidden, places)
         for extra in extras:
-            self._halves[type(extra)].edit(logits, rows, positions, extra)
+            self._halves[type(extra)].edit(logits, rows, positions, extra, self.tables)
         tokens, valid = self.sampler.sample(logits, rows, positions)
         scores = score_samples(logits, tokens, rows, self.tables)
         self.tables.tokens[rows, positions] = np.where(valid, tokens, 0)

@@ -124,7 +124,7 @@ class Request:
         return self.spec.priority or 0
 
     def strike(self) -> None:
-        """A step that computed it failed: it goes on from what is known once it may be retracted."""
+        """A step that computed it failed: it goes on from what is known, once retracted."""
         self._strikes, self._struck_at = self.strikes + 1, len(self.out)
         self.held = self.void = True
         if self._score_start >= 0:
