@@ -350,6 +350,7 @@ class SchedulerStats(msgspec.Struct, frozen=True, array_like=True, omit_defaults
     draining: int = 0
     retry_after: float = 0.0
     is_paused: bool = False
+    failed_steps_total: int = 0
 
 
 class Deltas(Message, frozen=True, array_like=True):

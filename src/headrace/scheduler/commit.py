@@ -86,6 +86,7 @@ class Committer:
         self.deltas: list[Delta] = []
         self.generated_total = 0
         self.aborted_total = 0
+        self.failed_steps_total = 0
         self.pace = Pace()
         self._eos = frozenset(output.eos_token_ids)
         self._stream_interval = output.stream_interval
@@ -226,6 +227,7 @@ class Committer:
                 request.strike()
             elif request.finish is not None and request.inflight == 0:
                 self._release(request)
+        self.failed_steps_total += 1
         logger.warning("step %d: %d requests are computed again", plan.step, len(struck))
 
     def _release(self, request: Request) -> None:
