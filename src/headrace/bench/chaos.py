@@ -125,20 +125,21 @@ class Chaos:
         self._calls = calls
         self._harm = harm
         self._random = random.Random(seed)
-        began = time.perf_counter()
-        self.quiet = asyncio.run(self._answers())
-        self._length = time.perf_counter() - began
+        quiet = Progress()
+        self.quiet = asyncio.run(self._answers(quiet))
+        self._length = time.perf_counter() - quiet.times[0]
+        self._tokens = quiet.tokens
 
     def round(self, roles: Sequence[str], kinds: Sequence[str]) -> list[int]:
         """Do one of `kinds` to one of `roles` while the calls run; returns whose answers differ."""
         role, kind = self._random.choice(roles), self._random.choice(kinds)
         if kind in ON_ORDER:
             role = "scheduler"
-        moment = self._random.uniform(0.0, 0.7 * self._length)
+        # In tokens, so that some are left to come however fast this round is.
+        progress = Progress(int(self._random.uniform(-0.1, 0.7) * self._tokens))
         before = self._engine.get_all_child_pids()
-        began = time.perf_counter()
-        answers = asyncio.run(self._answers(role, kind, moment))
-        self.seconds.append(time.perf_counter() - began)
+        answers = asyncio.run(self._answers(progress, role, kind))
+        self.seconds.append(time.perf_counter() - progress.times[0])
         lost = self._engine.get_all_child_pids() != before
         self.harmed += lost or (kind == "kernel" and not self._harm.pending)
         wrong = [
@@ -164,33 +165,58 @@ class Chaos:
             "silence_seconds_max": round(silences[-1], 3),
         }
 
-    async def _answers(self, role: str = "", kind: str = "", moment: float = 0.0) -> list[Any]:
+    async def _answers(self, progress: "Progress", role: str = "", kind: str = "") -> list[Any]:
         """The answer to each call, or its error."""
-        news: list[float] = [time.perf_counter()]
-        tasks = [asyncio.create_task(self._answer(call, news)) for call in self._calls]
+        everything = asyncio.gather(*(self._answer(call, progress) for call in self._calls))
         if role:
-            await asyncio.sleep(moment)
+            due = asyncio.create_task(progress.due.wait())
+            await asyncio.wait((due, everything), return_when=asyncio.FIRST_COMPLETED)
+            due.cancel()
             pid = self._engine.get_all_child_pids()[ROLES.index(role)]
             harmed = time.perf_counter()
             self._harm.do(kind, pid)
-        answers = await asyncio.gather(*tasks)
+        answers = await everything
         if role:
-            after = [harmed, *(at for at in news if at > harmed)]
+            after = [harmed, *(at for at in progress.times if at > harmed)]
             self.silences.append(max((b - a for a, b in pairwise(after)), default=0.0))
         return answers
 
-    async def _answer(self, call: Call, news: list[float]) -> Any:
+    async def _answer(self, call: Call, progress: "Progress") -> Any:
         parts: dict[int, Any] = {}
         try:
             result = await self._engine.async_generate(**call)
             if call["stream"]:
                 async for part in result:
-                    news.append(time.perf_counter())
+                    before = parts.get(part.get("index", 0))
                     parts[part.get("index", 0)] = part
+                    progress.heard(_length(part) - (_length(before) if before else 0))
                 result = [parts[index] for index in sorted(parts)]
         except HeadraceError as error:
             return error.message
         return [_essence(one) for one in (result if isinstance(result, list) else [result])]
+
+
+class Progress:
+    """When news came, and how many streamed tokens; `due` is set when `target` of them are there,
+    or at once if it is not above 0."""
+
+    def __init__(self, target: int = 0) -> None:
+        self.times = [time.perf_counter()]
+        self.tokens = 0
+        self.due = asyncio.Event()
+        self._target = target
+        self.heard(0)
+
+    def heard(self, tokens: int) -> None:
+        """So many more."""
+        self.times.append(time.perf_counter())
+        self.tokens += tokens
+        if self.tokens >= self._target:
+            self.due.set()
+
+
+def _length(result: dict[str, Any]) -> int:
+    return int(result["meta_info"]["completion_tokens"])
 
 
 def _essence(result: dict[str, Any]) -> tuple[Any, ...]:
