@@ -22,9 +22,8 @@ SCHEDULER, DETOKENIZER = "headrace::scheduler", "headrace::detokenizer"
 
 def test_every_stream_survives_the_loss_of_a_process():
     """32 streams of every kind; `headrace bench chaos` runs more rounds."""
-    kinds = ("disk", "memory", "kernel", "stop")
     with (
-        Harm(kinds, watchdog=2.0) as harm,
+        Harm(("disk", "memory", "kernel"), watchdog=0.0) as harm,
         Engine(max_total_tokens=8192, **harm.options) as engine,
     ):
         chaos = Chaos(engine, calls(32), harm, seed=1)
@@ -34,9 +33,8 @@ def test_every_stream_survives_the_loss_of_a_process():
         metrics = engine._manager.metrics
         assert metrics.crashes == 1 and metrics.resumed > 0 and sum(metrics.recovery.counts) == 1
         assert chaos.round(["scheduler"], ["memory"]) == []
-        assert chaos.round(["detokenizer"], ["stop"]) == []
         assert chaos.round(["detokenizer"], ["disk"]) == []
-        assert chaos.harmed == 5
+        assert chaos.harmed == 4 and metrics.crashes == 3
 
 
 def seeded(seed, tokens=40, prompt="The wheel"):
@@ -151,6 +149,9 @@ def test_a_stopped_scheduler_is_noticed_killed_and_replaced(tmp_path):
         server.post("/generate", body(4, text=secret)).close()
         for path in ("/livez", "/readyz", "/health", "/health_generate"):
             assert server.status(path) == 200
+        server.post("/slow_down", {"forward_sleep_time": 0.005}).close()
+        stream = server.post("/generate", body(400, stream=True))
+        assert stream.readline().startswith(b"data: ")
         server.children()[SCHEDULER].suspend()
         wait_for(lambda: server.status("/livez") == 503, 6)
         assert server.status("/readyz") == server.status("/health") == 503
@@ -160,6 +161,9 @@ def test_a_stopped_scheduler_is_noticed_killed_and_replaced(tmp_path):
         text = report.read_text()
         assert "was stuck (not running at all for 1 s)" in text and "loop.py" in text
         assert secret not in text
+        *_, last, end, _ = stream.read().split(b"\n\n")
+        assert end == b"data: [DONE]"
+        assert len(json.loads(last.removeprefix(b"data: "))["output_ids"]) == 400
         server.children()[DETOKENIZER].send_signal(signal.SIGSEGV)
         wait_for(lambda: len(list(crashes.iterdir())) == 2)
         wait_for(lambda: server.text.count("back after") == 2)
