@@ -83,7 +83,7 @@ class Harm:
         """A folder without room for a report: on a disk of our own if we may make one, else below
         a file."""
         self._disk.mkdir()
-        mount = ["mount", "-t", "tmpfs", "-o", f"size={_PAGE}", "headrace-chaos", self._disk]
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={_PAGE}", "headrace-chaos", str(self._disk)]
         with contextlib.suppress(FileNotFoundError):  # there is no such program
             done = subprocess.run(mount, capture_output=True, check=False)
             self._mounted = done.returncode == 0
