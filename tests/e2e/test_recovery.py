@@ -5,11 +5,14 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
 from headrace import Engine
 from headrace.bench.chaos import Chaos, calls
+from headrace.bench.harm import Harm
 from headrace.core.errors import WorkerLost
 from tests.support.servers import Server, wait_for
 
@@ -19,14 +22,19 @@ SCHEDULER, DETOKENIZER = "headrace::scheduler", "headrace::detokenizer"
 
 def test_every_stream_survives_the_loss_of_a_process():
     """32 streams of every kind; `headrace bench chaos` runs more rounds."""
-    with Engine(max_total_tokens=8192) as engine:
-        chaos = Chaos(engine, calls(32), "KILL", seed=1)
-        assert chaos.round(["scheduler"]) == []
-        assert chaos.round(["detokenizer"]) == []
-        assert chaos.round(["scheduler"]) == []
+    with (
+        Harm(("disk", "memory", "kernel"), watchdog=0.0) as harm,
+        Engine(max_total_tokens=8192, **harm.options) as engine,
+    ):
+        chaos = Chaos(engine, calls(32), harm, seed=1)
         assert not any(isinstance(answer, str) for answer in chaos.quiet)
+        assert chaos.round(["scheduler"], ["disk"]) == []
+        assert chaos.round(["scheduler"], ["kernel"]) == []
         metrics = engine._manager.metrics
-        assert metrics.crashes == 3 and metrics.resumed > 0 and sum(metrics.recovery.counts) == 3
+        assert metrics.crashes == 1 and metrics.resumed > 0 and sum(metrics.recovery.counts) == 1
+        assert chaos.round(["scheduler"], ["memory"]) == []
+        assert chaos.round(["detokenizer"], ["disk"]) == []
+        assert chaos.harmed == 4 and metrics.crashes == 3
 
 
 def seeded(seed, tokens=40, prompt="The wheel"):
@@ -36,13 +44,14 @@ def seeded(seed, tokens=40, prompt="The wheel"):
     }
 
 
-def ask_all(engine, seeds, **fields):
-    """The answer or error of each, asked at once."""
+def ask_all(engine, seeds, custom_logit_processor=MappingProxyType({}), **fields):
+    """The answer or error of each, asked at once; processors by seed."""
     found = {}
 
     def ask(seed):
         try:
-            found[seed] = engine.generate(**seeded(seed), **fields)["output_ids"]
+            chosen = {"custom_logit_processor": custom_logit_processor.get(seed)}
+            found[seed] = engine.generate(**seeded(seed), **chosen, **fields)["output_ids"]
         except WorkerLost as error:
             found[seed] = error
 
@@ -54,17 +63,31 @@ def ask_all(engine, seeds, **fields):
     return found
 
 
+PLUGIN = """
+class Broken:
+    def __init__(self, params, facts): ...
+    def __call__(self, logits, prompt, output):
+        if len(output) == 3:
+            raise KeyError("what is in here is nobody's business")
+"""
+
+
 @pytest.fixture(scope="module")
-def faulty():
-    """Requests with these seeds do harm, each in its own place."""
+def faulty(tmp_path_factory):
+    """Requests with these seeds do harm, each in its own place, and so does a plug-in. A scheduler
+    that comes back takes its weights from the cache that the first one made."""
+    folder = tmp_path_factory.mktemp("plugins")
+    (folder / "own_plugin.py").write_text(PLUGIN)
     faults = "kernel:kill:13,kernel:raise:14,sample:raise:15,commit:raise:16,accept:raise:17"
     faults += ",prompt:raise:18,plan:raise:19"
-    os.environ["HEADRACE_TEST_FAULTS"] = faults
-    try:
-        with Engine(max_total_tokens=8192) as engine:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HEADRACE_TEST_FAULTS", faults)
+        patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        patch.syspath_prepend(str(folder))
+        plugin = "own=own_plugin:Broken"
+        packed = str(folder / "packed")
+        with Engine(max_total_tokens=8192, logit_processors=plugin, weight_cache=packed) as engine:
             yield engine
-    finally:
-        del os.environ["HEADRACE_TEST_FAULTS"]
 
 
 @pytest.mark.parametrize(
@@ -87,11 +110,20 @@ def test_what_goes_wrong_with_one_request_fails_that_one(faulty, seed, words):
     assert faulty.get_all_child_pids() == before
 
 
-def test_a_kernel_that_raises_fails_its_batch_and_nobody_else(faulty):
+def test_a_processor_that_raises_fails_its_request_alone(faulty):
+    right = ask_all(faulty, [1, 2])
+    found = ask_all(faulty, [1, 3, 2], custom_logit_processor={3: "own"})
+    message = found.pop(3).message
+    assert "sampling failed" in message and "business" not in message
+    assert found == right
+
+
+def test_a_request_whose_kernel_raises_is_failed_alone(faulty):
     right = faulty.generate(**seeded(1))["output_ids"]
-    with pytest.raises(WorkerLost, match="a fault on purpose at kernel"):
-        faulty.generate(**seeded(14))
-    assert faulty.generate(**seeded(1))["output_ids"] == right
+    found = ask_all(faulty, [1, 14])
+    assert "Computing it failed; incident" in found[14].message
+    assert "purpose" not in found[14].message
+    assert found[1] == right
 
 
 def test_a_request_that_kills_its_worker_twice_is_failed_alone(faulty):
@@ -100,6 +132,8 @@ def test_a_request_that_kills_its_worker_twice_is_failed_alone(faulty):
     assert "ended the process that served it twice" in found.pop(13).message
     assert found == right
     assert faulty._manager.metrics.poisonous == 1
+    scheduler, _ = faulty.get_all_child_pids()
+    assert faulty._config.model.weight_cache in Path(f"/proc/{scheduler}/maps").read_text()
 
 
 def body(tokens, **fields):
@@ -115,6 +149,9 @@ def test_a_stopped_scheduler_is_noticed_killed_and_replaced(tmp_path):
         server.post("/generate", body(4, text=secret)).close()
         for path in ("/livez", "/readyz", "/health", "/health_generate"):
             assert server.status(path) == 200
+        server.post("/slow_down", {"forward_sleep_time": 0.005}).close()
+        stream = server.post("/generate", body(400, stream=True))
+        assert stream.readline().startswith(b"data: ")
         server.children()[SCHEDULER].suspend()
         wait_for(
             lambda: {server.status(path) for path in ("/livez", "/readyz", "/health")} == {503}
@@ -125,6 +162,9 @@ def test_a_stopped_scheduler_is_noticed_killed_and_replaced(tmp_path):
         text = report.read_text()
         assert "was stuck (not running at all for 1 s)" in text and "loop.py" in text
         assert secret not in text
+        *_, last, end, _ = stream.read().split(b"\n\n")
+        assert end == b"data: [DONE]"
+        assert len(json.loads(last.removeprefix(b"data: "))["output_ids"]) == 400
         server.children()[DETOKENIZER].send_signal(signal.SIGSEGV)
         wait_for(lambda: len(list(crashes.iterdir())) == 2)
         wait_for(lambda: server.text.count("back after") == 2)

@@ -30,11 +30,13 @@ LAYERS: dict[str, set[str]] = {
     "sim": {"core", "cache", "scheduler"},
     "runner": {"core", "ipc", "ops", "dist", "layers", "loader"},
     "grammar": {"core", "text", "metrics", "scheduler", "ops"},
+    "processors": {"core", "text", "scheduler"},
     "frontend": {"core", "ipc", "text", "metrics"},
     "server": {"core", "frontend", "text", "metrics"},
     "engine": {
         "core", "ipc", "cache", "metrics", "text", "assets", "ops", "dist", "quant", "layers",
         "models", "loader", "scheduler", "runner", "frontend", "server", "grammar",
+        "processors",
     },
     "bench": {"core", "text", "engine", "assets", "ops", "dist", "loader", "runner", "grammar"},
     "cli": {"core", "engine", "bench", "assets", "text", "ops", "sim"},

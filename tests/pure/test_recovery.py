@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
+from headrace.core.blame import culprit
 from headrace.core.errors import Overloaded, WorkerLost
 from headrace.core.messages import (
     AbortRequest,
@@ -28,13 +29,14 @@ from headrace.core.messages import (
 from headrace.engine import crash
 from headrace.engine.restart import Budget, team_of
 from headrace.frontend.detokenizer import DetokenizerManager
-from headrace.frontend.flight import culprit, key_of
+from headrace.frontend.flight import key_of
 from headrace.frontend.tokenizer_manager import TokenizerManager
 from headrace.frontend.validate import error_of
 from headrace.frontend.vitals import Vitals
 from headrace.ipc import pulse as pulses
 from headrace.ipc.address import AddressFolder
 from headrace.ipc.pulse import Pulse
+from headrace.scheduler.commit import failure
 from headrace.text.tokenizer import Tokenizer
 from tests.pure.test_scheduler_properties import Client, expected, make_scheduler
 from tests.support.fake_scheduler import LIMITS, FakeScheduler, config, model_info
@@ -328,6 +330,51 @@ def test_the_detokenizer_takes_a_stream_over_anywhere(tokenizer, stop):
         rest = run([ids[had:cut], ids[cut:]], DetokenizerManager(tokenizer), later)
         assert rest == whole
     assert DetokenizerManager(tokenizer).advance(Deltas([Delta("r", [1])])).items == []
+
+
+class Broken:
+    """A text stream with a bug."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def push(self, ids):
+        raise self.error
+
+
+def test_a_stream_whose_text_cannot_be_written_ends_alone():
+    """When the scheduler says that it is over, and without what went wrong inside."""
+    start = StreamStart(prompt_tail=pack_ids([5]))
+    detokenizer = DetokenizerManager(Tokenizer(byte_level_bpe()))
+    detokenizer.advance(Deltas([Delta(rid, [40], start=start) for rid in "ab"]))
+    detokenizer._streams[0, "a"] = Broken(KeyError("inside"))
+    first, second = detokenizer.advance(Deltas([Delta(rid, [41]) for rid in "ab"])).items
+    assert (first.text, first.finish) == ("", None) and second.text
+    first, second = detokenizer.advance(
+        Deltas([Delta(rid, [42], finish=LENGTH) for rid in "ab"])
+    ).items
+    assert first.finish.status == 500 and first.finish.message.endswith("failed (KeyError)")
+    assert second.text and second.finish == LENGTH
+    assert not detokenizer._streams
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError(12, "Cannot allocate memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError("can't start new thread"),
+    ],
+)
+def test_a_process_without_memory_ends_instead_of_failing_requests(error):
+    detokenizer = DetokenizerManager(Tokenizer(byte_level_bpe()))
+    detokenizer._streams[0, "a"] = Broken(error)
+    with pytest.raises(type(error)):
+        detokenizer.advance(Deltas([Delta("a", [41])]))
+    with pytest.raises(type(error)):
+        failure("planning", error)
+    assert failure("planning", OSError(28, "No space left")).message == "planning failed (OSError)"
 
 
 def test_a_budget_ends_and_fills_again():

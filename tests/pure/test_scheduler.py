@@ -9,10 +9,11 @@ from headrace.core.messages import (
     Control,
     ControlReply,
     GenerateRequest,
+    LogprobSpec,
     SamplingParams,
     pack_ids,
 )
-from headrace.core.plan import ChunkResult, StepResult
+from headrace.core.plan import ChunkResult
 from headrace.scheduler.policy import POLICIES
 from tests.pure.test_scheduler_properties import Client, expected, make_scheduler
 
@@ -145,24 +146,35 @@ def test_too_long_and_empty_are_refused():
     assert client.finish["fits"].type == "length"
 
 
-def test_failed_step_fails_its_requests_and_keeps_nothing():
-    scheduler = make_scheduler()
-    launch, broken = scheduler.runner.launch, []
+def test_after_a_failed_step_everything_is_computed_again():
+    """Nothing of it is kept, and nobody notices: tokens and prompt scores are as ever."""
+    scheduler = make_scheduler(pages=60)
+    scheduler.runner.broken = lambda plan: plan.step in (1, 15)
+    specs = [spec(str(i), [i] * 9, most=24, logprobs=LogprobSpec(start=0)) for i in range(4)]
+    client = run(scheduler, *specs)
+    for one in specs:
+        assert client.out[one.rid] == expected(one)
+        scores = client.input_logprobs[one.rid]
+        assert scores.values == [None, *[-float(one.rid)] * 8]
+    assert scheduler.planner.retracted_total == 6  # two, then all four
 
-    def fail_second(plan):
-        future = launch(plan)
-        broken.append(plan)
-        if len(broken) == 2:
-            future = type(future)()
-            future.set_result(StepResult(chunks=[], error="kernel failed"))
-        return future
 
-    scheduler.runner.launch = fail_second
-    client = run(scheduler, spec("a", 10))
-    assert client.finish["a"].status == 500 and "kernel failed" in client.finish["a"].message
-    assert scheduler.space.cache.held * 4 <= 10
-    good = spec("b", 10)
-    assert run(scheduler, good).out["b"] == expected(good)
+def test_who_fails_its_steps_is_failed_alone():
+    """Its step fails whenever one of its rows is in it; the others go on without it."""
+    scheduler = make_scheduler(pages=60)
+    bad = spec("bad", [9] * 5, most=24)
+
+    def broken(plan):
+        rows = {chunk.row for chunk in plan.chunks}
+        return any(one.row in rows and one.rid == "bad" for one in scheduler.planner.running)
+
+    scheduler.runner.broken = broken
+    specs = [spec(str(i), [i] * 9, most=24) for i in range(4)]
+    client = run(scheduler, *specs, bad)
+    assert client.finish["bad"].status == 500 and "a kernel failed" in client.finish["bad"].message
+    for one in specs:
+        assert client.out[one.rid] == expected(one)
+    assert run(scheduler, late := spec("late", [9] * 5, most=24)).out["late"] == expected(late)
 
 
 def test_failed_row_fails_alone():

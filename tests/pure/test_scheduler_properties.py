@@ -178,6 +178,8 @@ def test_random_schedules(data):
         retraction_policy=data.draw(st.sampled_from(["length", "priority"]), "retraction"),
         schedule_conservativeness=data.draw(st.sampled_from([0.0, 0.3, 1.0]), "careful"),
     )
+    failures = data.draw(st.sets(st.integers(1, 40), max_size=3), "failed steps")
+    scheduler.runner.broken = lambda plan: plan.step in failures
     requests = data.draw(specs(min(pages * page_size, 60)), "requests")
     client = Client(scheduler)
     waiting = list(requests)

@@ -320,7 +320,6 @@ def test_bodies_that_are_no_object(raw):
         ("suffix", "end"),
         ("guided_regex", "a+"),
         ("lora_path", "x"),
-        ("custom_logit_processor", "x"),
     ],
 )
 def test_what_would_change_the_answer_is_refused(field, value):

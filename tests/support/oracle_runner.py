@@ -5,6 +5,7 @@ no page belongs to two rows unless shared by prefix, and everything a chunk read
 """
 
 import zlib
+from collections.abc import Callable
 from concurrent.futures import Future
 
 import numpy as np
@@ -29,6 +30,9 @@ class OracleRunner:
         self.rows: dict[int, dict] = {}
         self.chunks = 0
         self.lazy = lazy
+        # Which plans fail, and the rows whose state is garbage since.
+        self.broken: Callable[[StepPlan], bool] = lambda plan: False
+        self.spoiled: set[int] = set()
 
     def launch(self, plan: StepPlan) -> "Future[StepResult]":
         # Lazy: run when the result is asked for or the next plan comes, as a busy device would.
@@ -40,6 +44,7 @@ class OracleRunner:
     def execute(self, plan: StepPlan) -> StepResult:
         for row in plan.freed_rows:
             self.rows.pop(row, None)
+        self.spoiled -= {new.row for new in plan.new_rows}
         for new in plan.new_rows:
             self.rows[new.row] = {
                 "tokens": unpack_ids(new.tokens).tolist(),
@@ -49,6 +54,10 @@ class OracleRunner:
         for update in plan.pages:
             pages = self.rows[update.row]["pages"]
             pages[update.first : update.first + len(update.ids)] = update.ids
+        if self.broken(plan):
+            parts = (plan.new_rows, plan.pages, plan.chunks)
+            self.spoiled |= {one.row for part in parts for one in part}
+            return StepResult(chunks=[], error="a kernel failed")
         for source, target in plan.copies:
             self.memory[target] = self.memory[source]
         written: set[tuple[int, int]] = set()
@@ -64,7 +73,8 @@ class OracleRunner:
             place = (row["pages"][page], offset)
             assert place not in written, "two rows write the same slot in one step"
             written.add(place)
-            self.memory[place] = row["tokens"][position]
+            spoiled = chunk.row in self.spoiled
+            self.memory[place] = -2 if spoiled else row["tokens"][position]
 
     def _prefix(self, row: dict, length: int) -> np.ndarray:
         count = -(-length // self.page_size)
@@ -72,6 +82,8 @@ class OracleRunner:
 
     def _sample(self, chunk) -> ChunkResult:
         row = self.rows[chunk.row]
+        if chunk.row in self.spoiled:
+            return ChunkResult(tokens=[0] * chunk.samples)
         new = row["spec"]
         end = chunk.start + chunk.count
         prefix = self._prefix(row, end)

@@ -75,6 +75,9 @@ def _native(vocab: int) -> list[dict[str, Any]]:
         {"text": "a", "return_logprob": True, "top_logprobs_num": 10**6, "sampling_params": short},
         {"text": "a", "return_logprob": True, "logprob_start_len": -(10**12)},
         {"text": "a", "custom_logit_processor": "gASVCgAAAA==", "sampling_params": short},
+        {"text": "a", "custom_logit_processor": ["a"] * 9, "sampling_params": short},
+        {"text": "a", "sampling_params": short | {"custom_params": _nested(900)}},
+        {"text": "a", "sampling_params": short | {"custom_params": {"a": [2**70]}}},
         {"text": "a", "rid": "x" * 100_000},
         {"text": "a", "rid": {"$ne": 1}},
         {"text": "a", "extra_key": "k" * 1_000_000},
@@ -84,6 +87,13 @@ def _native(vocab: int) -> list[dict[str, Any]]:
         {"text": "a", "lora_path": "../../../root"},
     ]
     return bodies
+
+
+def _nested(depth: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for _ in range(depth):
+        found = {"a": found}
+    return found
 
 
 def _chats() -> list[dict[str, Any]]:

@@ -193,6 +193,9 @@ class RunOptions:
         "What enforces JSON schemas, regular expressions and grammars; none refuses them.",
         choices=("auto", "llguidance", "xgrammar", "none"),
     )
+    logit_processors: str = option(
+        "", "Plug-ins that requests may name: NAME=module:Class with commas; docs/processors.md."
+    )
 
 
 @dataclasses.dataclass(frozen=True)

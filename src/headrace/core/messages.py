@@ -28,9 +28,6 @@ def unpack_ids(data: bytes) -> np.ndarray:
     return np.frombuffer(data, dtype="<i4")
 
 
-# Output tokens after which a request that goes on had no part in the crash before.
-CLEARED_AFTER = 16
-
 GRAMMAR_FIELDS = ("json_schema", "regex", "ebnf", "structural_tag")
 
 
@@ -39,7 +36,8 @@ class SamplingParams(msgspec.Struct, frozen=True, array_like=True, omit_defaults
 
     `max_new_tokens=None` means until the context ends. `top_k=-1` means all. A temperature below
     1e-6 is greedy. `seed` keys the sampling noise together with the sample index and position.
-    The last four constrain the output; at most one of them, see docs/structured-output.md.
+    `GRAMMAR_FIELDS` constrain the output; at most one of them, see docs/structured-output.md.
+    `custom_logit_processor` names a plug-in, which gets `custom_params`.
     """
 
     max_new_tokens: int | None = 128
@@ -66,6 +64,8 @@ class SamplingParams(msgspec.Struct, frozen=True, array_like=True, omit_defaults
     regex: str | None = None
     ebnf: str | None = None
     structural_tag: str | None = None
+    custom_logit_processor: str | None = None
+    custom_params: dict[str, Any] = {}
 
     @property
     def grammars(self) -> list[tuple[str, str]]:
@@ -350,6 +350,7 @@ class SchedulerStats(msgspec.Struct, frozen=True, array_like=True, omit_defaults
     draining: int = 0
     retry_after: float = 0.0
     is_paused: bool = False
+    failed_steps_total: int = 0
 
 
 class Deltas(Message, frozen=True, array_like=True):

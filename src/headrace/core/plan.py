@@ -66,7 +66,13 @@ class TokenMasks(msgspec.Struct, frozen=True, array_like=True, tag=True):
     words: bytes
 
 
-Extra = TokenMasks
+class ProcessedRows(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """An extra: rows of the step whose logits a processor of their request changes."""
+
+    rows: list[int]
+
+
+Extra = TokenMasks | ProcessedRows
 """Every kind of extra that a plan may carry."""
 
 

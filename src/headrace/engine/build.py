@@ -17,8 +17,9 @@ from headrace.core.config import Config, Limits
 from headrace.core.hardware import detect
 from headrace.core.messages import GenerateRequest, unpack_ids
 from headrace.core.model_info import ModelInfo
-from headrace.engine.parts import grammar_backend, load_tokenizer_of
+from headrace.engine.parts import grammar_backend, load_tokenizer_of, processors
 from headrace.grammar.gate import GrammarGate, NoGrammars
+from headrace.processors.gate import ProcessorGate
 from headrace.runner.fake import FakeWorker
 from headrace.scheduler.commit import OutputRules
 from headrace.scheduler.feature import Feature, Runner
@@ -30,6 +31,9 @@ from headrace.text import stop
 from headrace.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from headrace.runner.model_runner import DeviceHalf
     from headrace.runner.team import Follower, Team
     from headrace.runner.worker import TpModelWorker
 
@@ -65,7 +69,7 @@ def build_scheduler(
         runner=worker,
         scope=worker.prefix_scope,
         stops=stop_factory(tokenizer),
-        features=[build_grammar(config, info, tokenizer)],
+        features=[ProcessorGate(), build_grammar(config, info, tokenizer)],
     )
     compose = _recorded if config.observe.record_schedule else _scheduler
     return Built(compose(config, info, worker.limits, parts), worker.limits, dict(worker.memory))
@@ -164,25 +168,32 @@ def build_follower(config: Config, info: ModelInfo, folder: str, rank: int) -> "
     Raises:
         LoadError: it cannot load its part of the model.
     """
-    from headrace.grammar.masks import MaskedLogits
     from headrace.runner.team import Follower
 
-    return Follower(config, info, detect(), folder, rank, halves=(MaskedLogits(),))
+    return Follower(config, info, detect(), folder, rank, halves=_halves(config, info))
+
+
+def _halves(config: Config, info: ModelInfo) -> "Sequence[DeviceHalf]":
+    """What features do on the device."""
+    from headrace.grammar.masks import MaskedLogits
+    from headrace.processors.rows import ProcessedLogits
+
+    registry = processors(config, info, lambda: load_tokenizer_of(config))
+    return ProcessedLogits(registry), MaskedLogits()
 
 
 def _worker(config: Config, info: ModelInfo, folder: str) -> "FakeWorker | TpModelWorker | Team":
     hardware = detect()
     if config.run.runner == "fake":
         return FakeWorker(config, info, hardware)
-    from headrace.grammar.masks import MaskedLogits
     from headrace.runner.seat import seat_alone
     from headrace.runner.worker import TpModelWorker
 
     if config.parallel.ranks > 1:
         from headrace.runner.team import Team
 
-        return Team(config, info, hardware, folder, (MaskedLogits(),))
-    return TpModelWorker(config, info, hardware, (MaskedLogits(),), seat_alone(config))
+        return Team(config, info, hardware, folder, _halves(config, info))
+    return TpModelWorker(config, info, hardware, _halves(config, info), seat_alone(config))
 
 
 def _space(config: Config, limits: Limits, scope: Callable[[int], str]) -> Space:

@@ -73,7 +73,7 @@ class Engine:
         With `stream=True` an iterator of dicts, each with the text so far (and the `index` of its
         prompt in a batch); closing it aborts. `fields` are the other fields of /generate:
         return_logprob, logprob_start_len, top_logprobs_num, token_ids_logprob, stream, rid,
-        priority, extra_key, cache_salt, session_params,
+        priority, extra_key, cache_salt, session_params, custom_logit_processor,
         return_text_in_logprobs, return_prompt_token_ids, return_timings.
 
         Raises:

@@ -43,7 +43,7 @@ async def serve(
         tokenizer,
         parts.load_templates_of(config),
         boot.addresses,
-        checks=parts.request_checks(config, tokenizer),
+        checks=parts.request_checks(config, boot.info, tokenizer),
         origin=number,
     )
     await manager.start()

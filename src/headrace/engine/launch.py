@@ -84,7 +84,7 @@ class Launched:
             tokenizer,
             templates,
             addresses,
-            checks=parts.request_checks(self.config, tokenizer),
+            checks=parts.request_checks(self.config, self.info, tokenizer),
         )
 
     def wait_ready(self) -> dict[str, Ready]:

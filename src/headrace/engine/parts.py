@@ -17,8 +17,11 @@ from headrace.loader.files import resolve_model_path
 from headrace.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from headrace.frontend.prepare import RequestCheck
     from headrace.grammar.engine import Backend
+    from headrace.processors.registry import Registry
     from headrace.text.chat import TemplateManager
 
 DEMO_NAME = "headrace-demo"
@@ -101,11 +104,32 @@ def load_templates_of(config: Config) -> "TemplateManager | None":
     return TemplateManager.load(folder, config.model.chat_template or None)
 
 
-def request_checks(config: Config, tokenizer: Tokenizer | None) -> "list[RequestCheck]":
+def request_checks(
+    config: Config, info: ModelInfo, tokenizer: Tokenizer | None
+) -> "list[RequestCheck]":
     """What features refuse before a request is sent."""
     from headrace.grammar.check import GrammarCheck
+    from headrace.processors.check import ProcessorCheck
 
-    return [GrammarCheck(tokenizer, grammar_backend(config))]
+    registry = processors(config, info, lambda: tokenizer)
+    return [GrammarCheck(tokenizer, grammar_backend(config)), ProcessorCheck(registry)]
+
+
+def processors(
+    config: Config, info: ModelInfo, tokenizer: "Callable[[], Tokenizer | None]"
+) -> "Registry":
+    """The logit processors that requests may name; `tokenizer` is called when one is used.
+
+    Raises:
+        LoadError: a plug-in cannot be had.
+    """
+    from headrace.processors import Facts
+    from headrace.processors.registry import Registry
+
+    def facts() -> Facts:
+        return Facts(info.vocab_size, info.eos_token_ids, tokenizer())
+
+    return Registry(config.run.logit_processors, facts)
 
 
 def grammar_backend(config: Config) -> "Backend | None":

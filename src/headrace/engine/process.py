@@ -83,7 +83,6 @@ def main() -> None:
 def _schedule(boot: Boot, reports: "Reports", watch: Stopwatch) -> NoReturn:
     from headrace.engine.build import build_scheduler
     from headrace.engine.loop import Roll, open_ports, run
-    from headrace.engine.numa import bind
 
     def progress(step: str) -> None:
         watch.begin(step)
@@ -91,8 +90,7 @@ def _schedule(boot: Boot, reports: "Reports", watch: Stopwatch) -> NoReturn:
 
     pulse = Pulse(boot.addresses.folder, "scheduler")
     pulse.beat_for_ever()
-    if (node := boot.config.run.numa_node) is not None:
-        bind(node)
+    _bind(boot)
     ports = open_ports(boot.addresses, boot.config.serve)
     built = build_scheduler(boot.config, boot.info, progress, boot.addresses.folder)
     watch.begin("")
@@ -106,6 +104,7 @@ def _follow(boot: Boot, rank: int, reports: "Reports", watch: Stopwatch) -> NoRe
     from headrace.engine.build import build_follower
 
     watch.begin("weights and KV cache")
+    _bind(boot)
     try:
         follower = build_follower(boot.config, boot.info, boot.addresses.folder, rank)
     except LoadError as error:
@@ -146,6 +145,14 @@ def _serve(boot: Boot, number: int, reports: "Reports", lifeline: "Lifeline") ->
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve(boot, number, lambda: reports.send(Ready({})), lifeline.orders.get))
     lifeline.end()
+
+
+def _bind(boot: Boot) -> None:
+    """To the NUMA node that was asked for, before threads and large memory are made."""
+    from headrace.engine.numa import bind
+
+    if (node := boot.config.run.numa_node) is not None:
+        bind(node)
 
 
 def _settle() -> None:
@@ -234,6 +241,9 @@ class Lifeline:
 
 
 if __name__ == "__main__":
-    main()
-    sys.stderr.flush()
-    os._exit(1)  # whatever threads are left
+    try:
+        main()
+    except BaseException:  # noqa: BLE001  no memory for the report
+        traceback.print_exc()
+    finally:
+        os._exit(1)  # whatever threads are left

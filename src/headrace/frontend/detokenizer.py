@@ -7,11 +7,13 @@ comes in goes out, once and in order, but for streams whose beginning another pr
 Imports neither torch nor transformers; knows of a request only what its first delta says.
 """
 
+import logging
 import time
 from typing import NoReturn
 
 import msgspec
 
+from headrace.core.blame import exhausted
 from headrace.core.errors import BadRequest
 from headrace.core.messages import Delta, Deltas, FinishReason, StreamStart, unpack_ids
 from headrace.frontend.router import Outlet
@@ -21,6 +23,8 @@ from headrace.text.detokenize import IncrementalDecoder
 from headrace.text.stop import StopFilter
 from headrace.text.tokenizer import Tokenizer
 
+logger = logging.getLogger(__name__)
+
 
 class DetokenizerManager:
     """Owns the text streams. Without a tokenizer it passes everything on as it is."""
@@ -28,7 +32,7 @@ class DetokenizerManager:
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
         # By frontend and rid: two frontends may have requests of one name for a moment.
-        self._streams: dict[tuple[int, str], TextStream] = {}
+        self._streams: dict[tuple[int, str], TextStream | LostStream] = {}
 
     def run(self, inbox: Receiver[Deltas], outbox: Outlet, pulse: Pulse) -> NoReturn:
         """Serve for ever."""
@@ -43,11 +47,28 @@ class DetokenizerManager:
         """The deltas of one scheduler step, with their text."""
         if self._tokenizer is None:
             return deltas
-        made = [self._advance(delta, self._tokenizer) for delta in deltas.items]
+        made = [self._alone(delta, self._tokenizer) for delta in deltas.items]
         return Deltas([delta for delta in made if delta is not None], deltas.stats)
+
+    def _alone(self, delta: Delta, tokenizer: Tokenizer) -> Delta | None:
+        """`_advance`; what goes wrong with one stream is the end of that one."""
+        try:
+            return self._advance(delta, tokenizer)
+        except Exception as error:  # it fails this request, not the server
+            if exhausted(error):
+                raise
+            logger.error("writing the text of request %s failed", delta.rid, exc_info=error)
+            key, lost = (delta.origin, delta.rid), LostStream(error)
+            if delta.finish is None:
+                self._streams[key] = lost
+            else:
+                self._streams.pop(key, None)
+            _, finish = lost.end(delta.ids, delta.finish)
+            return msgspec.structs.replace(delta, text="", finish=finish, start=None)
 
     def _advance(self, delta: Delta, tokenizer: Tokenizer) -> Delta | None:
         key, before = (delta.origin, delta.rid), ""
+        stream: TextStream | LostStream
         if delta.start is not None:
             stream = self._streams[key] = TextStream(tokenizer, delta.start)
             before = stream.push(unpack_ids(delta.start.out).tolist())
@@ -64,6 +85,23 @@ class DetokenizerManager:
         if delta.timeline is not None:
             delta.timeline.text_done = time.monotonic()
         return msgspec.structs.replace(delta, text=before + text, finish=finish, start=None)
+
+
+class LostStream:
+    """A stream whose text cannot be written: nothing more comes of it, and it ends with that."""
+
+    def __init__(self, error: Exception) -> None:
+        self._message = f"writing its text failed ({type(error).__name__})"
+
+    def push(self, ids: list[int]) -> str:
+        return ""
+
+    def end(self, ids: list[int], finish: FinishReason | None) -> tuple[str, FinishReason | None]:
+        """The scheduler says when; an abort stays one."""
+        if finish is None or finish.type == "abort":
+            return "", finish
+        kind = "InternalServerError"
+        return "", FinishReason("abort", message=self._message, status=500, kind=kind)
 
 
 class TextStream:

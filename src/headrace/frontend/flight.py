@@ -6,11 +6,11 @@ Invariant: whoever waits gets every token and every character once. Knows no soc
 """
 
 import hashlib
-from collections.abc import Mapping
 
 import msgspec
 
-from headrace.core.messages import CLEARED_AFTER, Delta, GenerateRequest, pack_ids
+from headrace.core.blame import CLEARED_AFTER
+from headrace.core.messages import Delta, GenerateRequest, pack_ids
 from headrace.frontend.delta import merge
 from headrace.frontend.mailbox import Mailbox
 
@@ -106,14 +106,3 @@ class Flight:
         return msgspec.structs.replace(
             delta, cached_tokens=cached, queue_time=queued, first_token_time=first_token
         )
-
-
-def culprit(batch: Mapping[int, int]) -> int | None:
-    """Who of a batch that ended its process did so before: the one with the most strikes.
-
-    `batch` is {key: strikes without much progress since}. With several of them nobody can tell;
-    the scheduler then lets them run one at a time.
-    """
-    most = max(batch.values(), default=0)
-    found = [key for key, strikes in batch.items() if strikes == most]
-    return found[0] if most and len(found) == 1 else None

@@ -40,7 +40,6 @@ _REFUSED = {
     "session_id": "sessions without session_params",
     "lora_path": "LoRA adapters",
     "lora_id": "LoRA adapters",
-    "custom_logit_processor": "code from requests",
     "positional_embed_overrides": "embedding overrides",
     "return_hidden_states": "hidden states",
     "return_routed_experts": "routed experts",
@@ -99,6 +98,7 @@ class _Body(msgspec.Struct, frozen=True):
     extra_key: str | list[str | None] | None = None
     cache_salt: str | list[str | None] | None = None
     session_params: _Session | list[_Session | None] | None = None
+    custom_logit_processor: str | list[str | None] | None = None
 
 
 def native_schema() -> dict[str, Any]:
@@ -192,13 +192,14 @@ def _requests(
     extra_keys = each("extra_key", fields.extra_key)
     salts = each("cache_salt", fields.cache_salt)
     sessions = each("session_params", fields.session_params)
+    processors = each("custom_logit_processor", fields.custom_logit_processor)
     for i, prompt in enumerate(prompts):
         start = -1 if starts[i] is None else starts[i]
         yield GenerateRequest(
             rid=rids[i],
             ids=prompt if isinstance(prompt, bytes) else b"",
             text=prompt if isinstance(prompt, str) else None,
-            sampling=read_sampling(sampling[i] or {}, defaults),
+            sampling=read_sampling(_named(sampling[i] or {}, processors[i]), defaults),
             stream=bool(fields.stream),
             logprobs=LogprobSpec(start, tops[i] or 0, ids[i]) if logprobs[i] else None,
             priority=priorities[i],
@@ -206,6 +207,11 @@ def _requests(
             session=_session(sessions[i]),
             timings=bool(fields.return_timings),
         )
+
+
+def _named(sampling: dict[str, Any], processor: str | None) -> dict[str, Any]:
+    """SGLang has this one beside the sampling parameters, its own parameters among them."""
+    return sampling | {"custom_logit_processor": processor} if processor else sampling
 
 
 def _session(asked: _Session | None) -> SessionParams | None:

@@ -9,9 +9,10 @@ Of an aborted request nothing is sent again. Belongs to the loop of its manager;
 import time
 from collections.abc import Mapping
 
+from headrace.core.blame import culprit
 from headrace.core.errors import HeadraceError, Overloaded, WorkerLost
 from headrace.core.messages import AbortRequest, Delta, FinishReason, GenerateRequest
-from headrace.frontend.flight import Flight, culprit, key_of
+from headrace.frontend.flight import Flight, key_of
 from headrace.metrics.record import RequestMetrics
 
 

@@ -18,9 +18,10 @@ from headrace.frontend.validate import MAX_LOGIT_BIAS, check_size
 _TYPES = get_type_hints(SamplingParams)
 _ALIASES = {"sampling_seed": "seed"}
 _LISTS = ("stop", "stop_regex", "stop_token_ids")
+# Fields whose empty text means absent.
+_NAMED = (*GRAMMAR_FIELDS, "custom_logit_processor")
 _REFUSED = {
     "beam_width": "beam search",
-    "custom_params": "custom logit processors",
     "watermark": "watermarks",
 }
 # What of generation_config.json is a default of requests, as in SGLang.
@@ -54,7 +55,7 @@ def read_sampling(body: Mapping[str, Any], defaults: SamplingParams) -> Sampling
         field = _ALIASES.get(name, name)
         if value is None and field != "max_new_tokens":
             continue
-        if field in GRAMMAR_FIELDS and value == "":
+        if field in _NAMED and value == "":
             continue
         if field in _REFUSED:
             _refuse(field, value)

@@ -39,6 +39,8 @@ MAX_LOGPROB_IDS = 1024
 MAX_STOP_TOKENS = 256
 MAX_LOGIT_BIAS = 1024
 MAX_RID_LENGTH = 256
+MAX_PARAMS = 8192
+MAX_PARAMS_DEPTH = 16
 MAX_NAMESPACE_LENGTH = 1024
 INT64 = (-(2**63), 2**63 - 1)
 _INT32 = (-(2**31), 2**31 - 1)
@@ -113,6 +115,7 @@ def check_tokens(ids: np.ndarray, vocab_size: int) -> None:
 def check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
     """Raise BadRequest for a field of the wrong type or out of its bounds."""
     _check_sizes(sampling)
+    check_params(sampling.custom_params)
     _check_types(sampling, _decode_sampling)
     for name, (low, high) in _BOUNDS.items():
         _within(name, getattr(sampling, name), low, high)
@@ -151,6 +154,23 @@ def check_grammars(sampling: SamplingParams) -> None:
             f"{names[0]}: min_new_tokens together with stop_token_ids may forbid every token that "
             "the grammar allows",
             field="min_new_tokens",
+        )
+
+
+def check_params(params: dict[str, Any]) -> None:
+    """Raise BadRequest for parameters of a logit processor that are too many or nested too deep."""
+    level: list[Any] = [params]
+    for _ in range(MAX_PARAMS_DEPTH + 1):
+        inner = [one.values() if isinstance(one, dict) else one for one in level]
+        level = [one for part in inner for one in part]
+        if len(level) > MAX_PARAMS:
+            raise BadRequest(
+                f"custom_params has more than {MAX_PARAMS} values", field="custom_params"
+            )
+        level = [one for one in level if isinstance(one, dict | list)]
+    if level:
+        raise BadRequest(
+            f"custom_params is nested more than {MAX_PARAMS_DEPTH} deep", field="custom_params"
         )
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
+from headrace.core.blame import exhausted
 from headrace.core.messages import FinishReason
 from headrace.core.plan import Chunk, TokenMasks
 from headrace.grammar.compiler import Compiler
@@ -68,6 +69,7 @@ class GrammarGate(Feature):
         self._compiling: dict[int, tuple[Request, Future[Matcher], float]] = {}
         # Filled by threads, too.
         self._ended: deque[tuple[Request, FinishReason]] = deque()
+        self._fatal: BaseException | None = None
         cores = len(os.sched_getaffinity(0))
         self._threads = ThreadPoolExecutor(min(_MOST_THREADS, cores), "grammar-mask")
         # Until when the plan that is being made waits for masks; None before its first question.
@@ -123,6 +125,8 @@ class GrammarGate(Feature):
         self._compiling.pop(request.seq, None)
 
     def poll(self) -> Sequence[tuple[Request, FinishReason]]:
+        if self._fatal is not None:
+            raise self._fatal
         if self._compiling:
             self._look_at_compilers()
         self._plan_until = None
@@ -159,8 +163,7 @@ class GrammarGate(Feature):
         if isinstance(error, Refused):
             self._end(request, error.message, 400)
         elif error is not None:
-            logger.error("a grammar could not be compiled", exc_info=error)
-            self._end(request, f"the grammar could not be compiled: {error}", 500)
+            self._failed(request, "compiling its grammar", error)
         else:
             output = Output(
                 made.result().copy(), self._compiler.vocabulary, request.spec.reasoning_end
@@ -197,9 +200,20 @@ class GrammarGate(Feature):
 
     def _late_error(self, request: Request, done: "Future[bytes]") -> None:
         """In a thread: a mask that cannot be computed ends its request. Appending is atomic."""
-        if not done.cancelled() and (error := done.exception()) is not None:
+        error = None if done.cancelled() else done.exception()
+        if isinstance(error, Broken):
             field = request.spec.sampling.grammars[0][0]
             self._end(request, f"{field}: {error}", 400)
+        elif error is not None:
+            self._failed(request, "computing a mask", error)
+
+    def _failed(self, request: Request, doing: str, error: BaseException) -> None:
+        """One of our own bugs, of which the client learns no more than that; or there is no memory,
+        which `poll` tells the scheduler."""
+        if exhausted(error):
+            self._fatal = error
+        logger.error("%s failed, request %s", doing, request.rid, exc_info=error)
+        self._end(request, f"{doing} failed ({type(error).__name__})", 500)
 
     def _end(self, request: Request, message: str, status: int) -> None:
         self._counts.aborted += 1

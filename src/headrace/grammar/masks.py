@@ -18,10 +18,11 @@ class MaskedLogits:
         rows: np.ndarray,
         positions: np.ndarray,
         extra: TokenMasks,
+        tables: object = None,
     ) -> None:
         """Set forbidden tokens of `logits` (float32 [n, vocab]) to -inf, in place.
 
-        `logits[i]` is for the token at `positions[i]` of row `rows[i]`.
+        `logits[i]` is for the token at `positions[i]` of row `rows[i]`. Tables are not needed.
         """
         known = {key: i for i, key in enumerate(zip(extra.rows, extra.positions, strict=True))}
         places = zip(rows.tolist(), positions.tolist(), strict=True)

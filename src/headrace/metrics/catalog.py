@@ -291,6 +291,12 @@ CATALOG: tuple[Metric, ...] = (
         lambda s: s.scheduler.retracted_total,
     ),
     Metric(
+        "headrace_num_failed_steps_total",
+        "counter",
+        "Steps of the model that failed; their requests were computed again.",
+        lambda s: s.scheduler.failed_steps_total,
+    ),
+    Metric(
         "headrace_evicted_tokens_total",
         "counter",
         "KV cache tokens of evicted prefixes.",

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from headrace.core import faults
+from headrace.core.blame import exhausted
 from headrace.core.config import Limits
 from headrace.core.errors import Unsupported
 from headrace.core.plan import Chunk, ChunkResult, ScoredToken, StateSpec, StepPlan, StepResult
@@ -40,7 +41,12 @@ class DeviceHalf(Protocol):
     def extra(self) -> type: ...
 
     def edit(
-        self, logits: torch.Tensor, rows: np.ndarray, positions: np.ndarray, extra: Any
+        self,
+        logits: torch.Tensor,
+        rows: np.ndarray,
+        positions: np.ndarray,
+        extra: Any,
+        tables: RowTables,
     ) -> None:
         """Change float32 logits [n, vocab] for `positions` of `rows`, before sampling."""
         ...
@@ -162,7 +168,9 @@ class ModelRunner:
         return result
 
     def _failed(self, what: str, row: int, error: Exception) -> str:
-        """The row can go on no more: why, for its request."""
+        """The row can go on no more: why, for its request. Raises what ends the process."""
+        if exhausted(error):
+            raise error
         logger.error("%s of row %d failed", what, row, exc_info=error)
         self.tables.problems[row] = f"{what} failed ({type(error).__name__})"
         return self.tables.problems[row]
@@ -201,7 +209,7 @@ class ModelRunner:
             faults.strike("sample", [self.tables.spec(row).seed for row in rows.tolist()])
         logits = self.graph.logits(hidden, places)
         for extra in extras:
-            self._halves[type(extra)].edit(logits, rows, positions, extra)
+            self._halves[type(extra)].edit(logits, rows, positions, extra, self.tables)
         tokens, valid = self.sampler.sample(logits, rows, positions)
         scores = score_samples(logits, tokens, rows, self.tables)
         self.tables.tokens[rows, positions] = np.where(valid, tokens, 0)

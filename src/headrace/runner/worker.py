@@ -6,6 +6,7 @@ no longer agree on what they exchange. Knows nothing of requests.
 """
 
 import logging
+import secrets
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -15,6 +16,7 @@ import msgspec
 import torch
 
 from headrace import ops
+from headrace.core.blame import exhausted
 from headrace.core.config import Config, Limits
 from headrace.core.hardware import Hardware
 from headrace.core.model_info import ModelInfo
@@ -81,15 +83,16 @@ class TpModelWorker:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _execute(self, plan: StepPlan, learned: Learned) -> StepResult:
-        # Fails the requests of this step, not the server.
+        # Fails this step, not the server. Clients are told an id, not what is in the log.
         try:
             self.runner.learn(learned)
             return self.runner.execute(plan)
         except Exception as error:
-            logger.exception("step %d failed", plan.step)
-            if not self._alone:
+            incident = secrets.token_hex(4)
+            logger.exception("step %d failed, incident %s", plan.step, incident)
+            if not self._alone or exhausted(error):
                 raise
-            return StepResult(chunks=[], error=f"{type(error).__name__}: {error}")
+            return StepResult(chunks=[], error=f"Computing it failed; incident {incident}.")
 
 
 def build_runner(

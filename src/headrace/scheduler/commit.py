@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from headrace.core import faults
+from headrace.core.blame import culprit, exhausted
 from headrace.core.errors import HeadraceError
 from headrace.core.messages import Delta, FinishReason, GenerateRequest, StreamStart, pack_ids
 from headrace.core.plan import Chunk, ChunkResult, StepPlan, StepResult
@@ -85,6 +86,7 @@ class Committer:
         self.deltas: list[Delta] = []
         self.generated_total = 0
         self.aborted_total = 0
+        self.failed_steps_total = 0
         self.pace = Pace()
         self._eos = frozenset(output.eos_token_ids)
         self._stream_interval = output.stream_interval
@@ -102,6 +104,8 @@ class Committer:
                     self.clock(), result.seconds, chunk.start, chunk.count, request.prompt_len
                 )
             if request.finish is None:
+                if request.void:
+                    continue
                 try:
                     self._apply(request, chunk, outcome, result.extras)
                 except Exception as error:  # noqa: BLE001  it fails this request, not the server
@@ -206,19 +210,30 @@ class Committer:
             self.planner.rewrite_pages(request)
 
     def _fail(self, plan: StepPlan, error: str) -> None:
-        """A step that failed fails its requests, and nothing of it is kept."""
+        """Nothing of a step that failed is kept: whom it touched is computed again, one alone ends.
+
+        That one was in a failed step before; see `core.blame`.
+        """
+        touched = [one.row for part in (plan.chunks, plan.new_rows, plan.pages) for one in part]
+        requests = [self.planner.rows[row] for row in set(touched) & self.planner.rows.keys()]
+        struck = {one: one.strikes for one in requests if one.finish is None and not one.void}
+        guilty = culprit(struck)
         for chunk in plan.chunks:
-            request = self.planner.rows[chunk.row]
-            self._land(request, chunk)
-            if request.finish is None:
+            self._land(self.planner.rows[chunk.row], chunk)
+        for request in requests:
+            if request is guilty:
                 self.finish(request, abort(error, 500, "InternalServerError"))
-            elif request.inflight == 0:
+            elif request in struck:
+                request.strike()
+            elif request.finish is not None and request.inflight == 0:
                 self._release(request)
+        self.failed_steps_total += 1
+        logger.warning("step %d: %d requests are computed again", plan.step, len(struck))
 
     def _release(self, request: Request) -> None:
         """Row and pages go back; what was computed stays as a prefix, unless it went wrong."""
         assert request.finish is not None
-        failed = request.finish.status >= 500
+        failed = request.void or request.finish.status >= 500
         keep = 0 if failed else min(request.computed, request.known)
         self.space.leave(request, keep=keep)
         self.planner.release_row(request)
@@ -277,7 +292,12 @@ def stream_start(request: Request) -> StreamStart:
 
 
 def failure(doing: str, error: Exception) -> FinishReason:
-    """The reason of a request that one of our own bugs ended; the log has the traceback."""
+    """The reason of a request that one of our own bugs ended; the log has the traceback.
+
+    Raises the error itself if the whole process cannot go on.
+    """
+    if exhausted(error):
+        raise error
     logger.error("%s failed", doing, exc_info=error)
     return abort(f"{doing} failed ({type(error).__name__})", 500, "InternalServerError")
 

@@ -20,6 +20,9 @@ class Questions:
         self.broken: list[tuple[Request, Exception]] = []
         self._features = features
         self._depth = depth
+        # Those with an answer of their own; they are asked for every request of every step.
+        self._holding = _with_answer("holds", features)
+        self._chaining = _with_answer("chain", features)
 
     def may_run(self, request: Request) -> bool:
         """Nobody holds a running request, and all let it be in one plan more."""
@@ -28,10 +31,10 @@ class Questions:
         try:
             if faults.ON:
                 faults.strike("plan", [request.spec.sampling.seed])
-            if any(feature.holds(request) for feature in self._features):
+            if any(feature.holds(request) for feature in self._holding):
                 return False
-            chain = min(feature.chain(request, self._depth) for feature in self._features)
-            return request.inflight < chain
+            chains = (feature.chain(request, self._depth) for feature in self._chaining)
+            return request.inflight < min(chains, default=self._depth)
         except Exception as error:  # noqa: BLE001  it fails this request, not the server
             self.broken.append((request, error))
             return False
@@ -65,3 +68,9 @@ class Questions:
             except Exception as error:  # noqa: BLE001  it fails this request, not the server
                 self.broken.append((request, error))
         return feature.attach([chunk for chunk, _ in sound], [request for _, request in sound])
+
+
+def _with_answer(question: str, features: Sequence[Feature]) -> list[Feature]:
+    """Features that do not give the default answer."""
+    default = getattr(Feature, question)
+    return [one for one in features if getattr(getattr(one, question), "__func__", 0) != default]

@@ -78,6 +78,7 @@ class Reporter:
             requests_total=planner.requests_total,
             aborted_total=self._committer.aborted_total,
             retracted_total=planner.retracted_total,
+            failed_steps_total=self._committer.failed_steps_total,
             evicted_tokens_total=space.evicted_tokens,
             steps_total=self.steps,
             gen_throughput=self.throughput if planner.running else 0.0,

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from headrace.core.blame import CLEARED_AFTER
 from headrace.core.messages import (
-    CLEARED_AFTER,
     FinishReason,
     GenerateRequest,
     TokenLogprobs,
@@ -78,6 +78,10 @@ class Request:
         self.stop = stop
         # Not grown, so that it leaves the device and can be retracted.
         self.held = False
+        # A step failed: what is in flight for it, or was computed, means nothing.
+        self.void = False
+        # Crashes and failed steps it was part of, and its length at the last one.
+        self._strikes, self._struck_at = spec.strikes, len(self.out)
         self.prompt_kept = False
         self.retractions = 0
         self.cached = -1
@@ -87,8 +91,8 @@ class Request:
         # Kept only if it is asked for.
         self.timeline = Timeline(sent=spec.received, arrived=now) if spec.timings else None
         # Next prompt position whose logits score its successor; `prompt_len` when none is wanted.
-        start = spec.logprobs.start if spec.logprobs and not spec.out else -1
-        self.score_from = self.prompt_len if start < 0 else start
+        self._score_start = spec.logprobs.start if spec.logprobs and not spec.out else -1
+        self.score_from = self.prompt_len if self._score_start < 0 else self._score_start
         self.unsent = Unsent()
         self.account: Payer = NOBODY
         # May use and leave cached prefixes; may be computed in several chunks.
@@ -101,9 +105,8 @@ class Request:
 
     @property
     def strikes(self) -> int:
-        """Crashes it may have caused; none once it has gone on for a while."""
-        made = len(self.out) - len(self.spec.out) // 4 if self.spec.strikes else 0
-        return self.spec.strikes if made < CLEARED_AFTER else 0
+        """Crashes and failed steps it may have caused; none once it has gone on for a while."""
+        return self._strikes if len(self.out) - self._struck_at < CLEARED_AFTER else 0
 
     @property
     def total(self) -> int:
@@ -120,10 +123,17 @@ class Request:
     def priority(self) -> int:
         return self.spec.priority or 0
 
+    def strike(self) -> None:
+        """A step that computed it failed: it goes on from what is known, once retracted."""
+        self._strikes, self._struck_at = self.strikes + 1, len(self.out)
+        self.held = self.void = True
+        if self._score_start >= 0:
+            self.score_from = self._score_start + len(self.unsent.prompt_scores)
+
     def retract(self, now: float) -> None:
         """Row and pages are gone; what was computed has to be computed again."""
         self.computed = 0
-        self.held = False
+        self.held = self.void = False
         self.prompt_kept = False
         self.retractions += 1
         if self.timeline is not None:

@@ -29,6 +29,7 @@ _SAME_NAME = (
     "logit_bias",
     "seed",
     "n",
+    "custom_params",
 )
 
 
@@ -41,6 +42,7 @@ def sampling_params(
     given["stop"] = _strings(body.stop)
     given["stop_regex"] = _strings(body.stop_regex)
     given["stop_token_ids"] = None if body.stop_token_ids is None else tuple(body.stop_token_ids)
+    given["custom_logit_processor"] = body.custom_logit_processor or None
     given |= grammars_of(body)
     changes = {name: value for name, value in given.items() if value is not None}
     return msgspec.structs.replace(defaults, max_new_tokens=max_tokens, **changes)

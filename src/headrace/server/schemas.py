@@ -47,9 +47,7 @@ REFUSED: dict[str, str] = {
     "session_params": "sessions are for /generate",
     "input_embeds": "prompts as embeddings are not supported",
     "prompt_embeds": "prompts as embeddings are not supported",
-    "custom_logit_processor": "code from requests is never run",
     "logits_processors": "code from requests is never run",
-    "custom_params": "custom logit processors are not supported",
     "watermark": "watermarks are not supported yet",
     "return_hidden_states": "hidden states are not supported yet",
     "return_routed_experts": "routed experts are not supported yet",
@@ -103,6 +101,8 @@ class CommonFields(BaseModel):
     regex: str | None = None
     ebnf: str | None = None
     structural_tag: str | dict[str, Any] | None = None
+    custom_logit_processor: str | None = None
+    custom_params: dict[str, Any] | None = None
     extra_key: str | None = None
     cache_salt: str | None = None
     priority: Int64 | None = None
