@@ -20,9 +20,13 @@ from headrace.core.plan import Extra, StepPlan, StepResult
 
 
 class Join(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """`memory`: a path that ranks of this machine can open (`dist.shared`)."""
+    """`memory`: a path that ranks of this machine can open (`dist.shared`), if they are all there.
+
+    `agreement`: a fingerprint of what all must have alike.
+    """
 
     memory: str
+    agreement: str
 
 
 class Loaded(msgspec.Struct, frozen=True, array_like=True, tag=True):

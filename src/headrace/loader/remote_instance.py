@@ -12,7 +12,6 @@ quantization and number of ranks. The seed serves on meanwhile: weights do not c
 import json
 import logging
 import os
-import socket
 import threading
 import urllib.error
 import urllib.request
@@ -23,11 +22,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._distributed_c10d import Store, TCPStore
+from torch._C._distributed_c10d import Store
 
 from headrace.core.errors import BadRequest, LoadError, Overloaded
 from headrace.core.model_info import ModelInfo
-from headrace.dist.comm import GlooGroup, GlooLink
+from headrace.dist.comm import GlooGroup, GlooLink, local_address, tcp_store
 from headrace.dist.topology import Shard
 from headrace.layers.build import Build
 from headrace.loader.base import BaseModelLoader, logged_load
@@ -66,10 +65,10 @@ class RemoteInstanceModelLoader(BaseModelLoader):
             port = self._open(f"http://{_bracketed(seed)}:{http}", seed, group, build)
             model = make_model(info, build)
             try:
-                store = TCPStore(seed, port, is_master=False, wait_for_workers=False, timeout=_JOIN)
+                store = tcp_store(seed, port, False, _JOIN)
                 state = json.loads(store.get(_STATE))
                 check_layout(state["layout"], layout(info, build), f"the seed at {seed}:{http}")
-                pair = GlooGroup(Shard(_NEW, 2), store, group, _local_address(seed, port), _SEND)
+                pair = GlooGroup(Shard(_NEW, 2), store, group, local_address(seed, port), _SEND)
                 blobs = _received(pair, state["blobs"])
                 fill(model, state["places"], by_name(blobs), f"the seed at {seed}:{http}")
             # torch raises RuntimeError and its subclasses for all that goes wrong between hosts.
@@ -115,20 +114,11 @@ class WeightSender:
         if len(self._groups) >= _MOST_GROUPS:
             raise Overloaded(f"{_MOST_GROUPS} groups are open already")
         try:
-            listener = socket.create_server((address, port))
+            store = tcp_store(address, port, True, _JOIN)
         except OSError as error:
             raise BadRequest(f"{address}:{port} cannot be bound: {error}") from error
-        port = listener.getsockname()[1]
-        store = TCPStore(
-            address,
-            port,
-            is_master=True,
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-            timeout=_JOIN,
-        )
         self._groups[name] = store, address
-        return port
+        return store.port
 
     def send(self, name: str) -> None:
         """Send all weights to who joins the group; returns at once.
@@ -190,13 +180,6 @@ def _post(url: str, body: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(found, dict) or not found.get("success"):
         raise LoadError(f"the seed refused {url}: {found}")
     return found
-
-
-def _local_address(host: str, port: int) -> str:
-    """The address of this machine that reaches `host`."""
-    with socket.create_connection((host, port), _JOIN.total_seconds()) as link:
-        address: str = link.getsockname()[0]
-    return address
 
 
 def _bracketed(host: str) -> str:
