@@ -20,13 +20,9 @@ from headrace.core.plan import Extra, StepPlan, StepResult
 
 
 class Join(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """`memory`: a path that ranks of this machine can open (`dist.shared`), if they are all there.
-
-    `agreement`: a fingerprint of what all must have alike.
-    """
+    """`memory`: a path that ranks of this machine can open (`dist.shared`)."""
 
     memory: str
-    agreement: str
 
 
 class Loaded(msgspec.Struct, frozen=True, array_like=True, tag=True):

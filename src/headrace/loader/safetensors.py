@@ -1,8 +1,8 @@
 """Reads safetensors files: a bounds-checked header and tensors that are views of the mapped file.
 
 Format: 8 bytes little-endian header size, a JSON object, then the data. Every number in the header
-is checked against the file before anything is mapped. Pages are dropped once a tensor has been
-consumed, so that reading needs about one tensor of memory.
+is checked against the file before anything is mapped. The disk works ahead of who takes tensors,
+and pages are dropped once a tensor has been consumed, so that reading needs about one of memory.
 """
 
 import json
@@ -20,6 +20,10 @@ from torch import Tensor
 from headrace.core.errors import LoadError
 
 MAX_HEADER_BYTES = 100_000_000
+# Read ahead of the tensor in use; asked for in pieces, as Linux reads only the beginning of large
+# ones.
+_AHEAD = 192 << 20
+_ASK = 1 << 20
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -97,14 +101,25 @@ def iterate_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     with path.open("rb") as file:
         # A private mapping is writable, which torch wants of a buffer; nobody writes to it.
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    data.madvise(mmap.MADV_SEQUENTIAL)
-    dropped = 0
-    for entry in entries:
-        yield entry.name, _view(data, entry)
-        keep = entry.end // mmap.PAGESIZE * mmap.PAGESIZE
-        if keep > dropped:
-            data.madvise(mmap.MADV_DONTNEED, dropped, keep - dropped)
-            dropped = keep
+        data.madvise(mmap.MADV_SEQUENTIAL)
+        dropped = asked = 0
+        for entry in entries:
+            asked = _ask_ahead(file.fileno(), max(asked, entry.begin), entry.end + _AHEAD)
+            yield entry.name, _view(data, entry)
+            keep = entry.end // mmap.PAGESIZE * mmap.PAGESIZE
+            if keep > dropped:
+                data.madvise(mmap.MADV_DONTNEED, dropped, keep - dropped)
+                dropped = keep
+
+
+def _ask_ahead(fd: int, begin: int, end: int) -> int:
+    """Let the system begin to read these bytes of a file; returns where it will have come to."""
+    if not hasattr(os, "posix_fadvise"):
+        return end
+    while begin < end:
+        os.posix_fadvise(fd, begin, _ASK, os.POSIX_FADV_WILLNEED)
+        begin += _ASK
+    return begin
 
 
 def _view(data: mmap.mmap, entry: Entry) -> Tensor:

@@ -8,23 +8,29 @@ Knows no messages. Invariant: over a network nothing is listened to but the addr
 for, and local addresses that reach it; without a shared secret, only the loopback address.
 """
 
+import dataclasses
 import ipaddress
+import json
 import logging
 import os
 import threading
 import time
 from datetime import timedelta
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol
 
+from torch._C._distributed_c10d import Store
+
+from headrace import __version__
+from headrace.core.config import Config
 from headrace.core.errors import LoadError
+from headrace.core.model_info import ModelInfo
 from headrace.core.weight_options import ParallelOptions, host_and_port
 from headrace.dist.comm import GlooWays, Ways, file_store, local_address, tcp_store
 from headrace.dist.topology import Grid, Place
 from headrace.ipc.channels import Key, Receiver, Sender, key_of
 from headrace.ops.cpu import LIBRARY
-
-T = TypeVar("T")
 
 SECRET_VARIABLE = "HEADRACE_DIST_SECRET"
 
@@ -59,11 +65,25 @@ class Meeting(Protocol):
         ...
 
 
-def meeting_of(parallel: ParallelOptions, folder: str, rank: int) -> Meeting:
+def meeting_of(config: Config, info: ModelInfo, folder: str, rank: int) -> Meeting:
     """Raises LoadError: the address cannot be had or reached, or has no secret."""
-    if parallel.nnodes == 1:
+    if config.parallel.nnodes == 1:
         return FolderMeeting(folder, rank)
-    return NetworkMeeting(parallel, rank)
+    return NetworkMeeting(config.parallel, rank, agreement(config, info))
+
+
+def agreement(config: Config, info: ModelInfo) -> str:
+    """A fingerprint of what all machines must have alike."""
+    model, cache = config.model, config.cache
+    places = dataclasses.replace(config.parallel, node_rank=0, dist_init_addr="", base_gpu_id=0)
+    what = [
+        __version__,
+        info.hf,
+        (model.dtype, model.quantization, model.context_length, cache.kv_cache_dtype),
+        dataclasses.astuple(places),
+        config.schedule.chunked_prefill_size,
+    ]
+    return sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
 
 
 class FolderMeeting:
@@ -111,10 +131,11 @@ class FolderMeeting:
 
 
 class NetworkMeeting:
-    """Ranks are on several machines."""
+    """Ranks are on several machines, with the same `agreement` if they fit each other."""
 
-    def __init__(self, parallel: ParallelOptions, rank: int) -> None:
+    def __init__(self, parallel: ParallelOptions, rank: int, agreement: str) -> None:
         self._rank, self._where = rank, parallel.dist_init_addr
+        self._agreement = agreement
         self._host, self._port = host_and_port(parallel.dist_init_addr)
         self._timeout = timedelta(seconds=parallel.dist_timeout)
         self._key = self._find_key()
@@ -139,17 +160,20 @@ class NetworkMeeting:
     def inbox(self, kind: Any) -> Receiver[Any]:
         host = f"[{self._own}]" if ":" in self._own else self._own
         receiver = Receiver[Any](f"tcp://{host}:*", kind, self._key)
-        self._store.set(f"inbox {self._rank}", receiver.address)
+        self._store.set(f"inbox {self._rank}", f"{self._agreement} {receiver.address}")
         return receiver
 
     def outbox(self, rank: int) -> Sender:
         try:
-            return Sender(self._store.get(f"inbox {rank}").decode(), self._key)
+            theirs, _, address = self._store.get(f"inbox {rank}").decode().partition(" ")
         except RuntimeError as error:
             raise LoadError(
                 f"rank {rank} did not come to --dist-init-addr {self._where}: {error}",
                 field="dist_init_addr",
             ) from error
+        if theirs != self._agreement:
+            raise LoadError(f"rank {rank} has another model, other options or another version")
+        return Sender(address, self._key)
 
     def make_memory(self, grid: Grid) -> str:
         return ""
@@ -160,25 +184,27 @@ class NetworkMeeting:
     def watch(self, grid: Grid, place: Place) -> None:
         """Rank 0 counts the others' signs of life, which they leave in its store."""
         others = [other.rank for other in map(grid.place, range(grid.size)) if other.node]
+        # A connection of its own: nobody else's waiting holds it up.
+        store = tcp_store(self._host, self._port, False, self._timeout)
         if place.rank == 0:
-            threading.Thread(target=self._listen, args=(others,), daemon=True).start()
+            threading.Thread(target=self._listen, args=(store, others), daemon=True).start()
         elif place.node:
-            threading.Thread(target=self._beat, daemon=True).start()
+            threading.Thread(target=self._beat, args=(store,), daemon=True).start()
 
-    def _beat(self) -> None:
+    def _beat(self, store: Store) -> None:
         try:
             while True:
-                self._store.add(f"beat {self._rank}", 1)
+                store.add(f"beat {self._rank}", 1)
                 time.sleep(_BEAT_SECONDS)
         except RuntimeError:
             _end("the machine of rank 0 does not answer any more")
 
-    def _listen(self, ranks: list[int]) -> None:
+    def _listen(self, store: Store, ranks: list[int]) -> None:
         heard = {rank: (0, time.monotonic()) for rank in ranks}
         while True:
             time.sleep(_BEAT_SECONDS)
             for rank, (before, since) in heard.items():
-                count = self._store.add(f"beat {rank}", 0)
+                count = store.add(f"beat {rank}", 0)
                 if count != before:
                     heard[rank] = count, time.monotonic()
                 elif time.monotonic() - since > _SILENT_SECONDS:

@@ -9,8 +9,6 @@ plan. The scheduler plans a request again only when it has seen what was sampled
 stages. A rank that fails ends: what ranks exchange no longer fits together.
 """
 
-import dataclasses
-import json
 import logging
 import threading
 import time
@@ -18,13 +16,11 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from hashlib import sha256
 from queue import Empty, SimpleQueue
 from typing import Any, NoReturn
 
 import msgspec
 
-from headrace import __version__
 from headrace.core.config import Config
 from headrace.core.errors import HeadraceError, LoadError
 from headrace.core.hardware import Hardware
@@ -52,20 +48,6 @@ from headrace.runner.worker import TpModelWorker, load_part, make_runner
 logger = logging.getLogger(__name__)
 
 
-def agreement(config: Config, info: ModelInfo) -> str:
-    """A fingerprint of what all machines must have alike."""
-    model, cache = config.model, config.cache
-    places = dataclasses.replace(config.parallel, node_rank=0, dist_init_addr="", base_gpu_id=0)
-    what = [
-        __version__,
-        info.hf,
-        (model.dtype, model.quantization, model.context_length, cache.kv_cache_dtype),
-        dataclasses.astuple(places),
-        config.schedule.chunked_prefill_size,
-    ]
-    return sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
-
-
 class Team:
     """Rank 0 and, behind it, all others. The same to the scheduler as a `TpModelWorker`.
 
@@ -85,17 +67,17 @@ class Team:
     ) -> None:
         grid = grid_of(config.parallel)
         self._timeout = config.parallel.dist_timeout
-        meeting = meeting_of(config.parallel, folder, 0)
+        meeting = meeting_of(config, info, folder, 0)
         self._inbox = meeting.inbox(FromFollower)
         self._followers: list[Sender] = []
         try:
             self._followers += map(meeting.outbox, range(1, grid.size))
-            seat = self._sit(config, info, grid, meeting)
+            meeting.watch(grid, grid.place(0))
+            seat = self._sit(config, grid, meeting)
             self._worker = TpModelWorker(config, info, hardware, halves, seat)
         except BaseException:
             self._hang_up()
             raise
-        meeting.watch(grid, seat.place)
         self.limits = self._worker.limits
         self.memory = self._worker.memory
         self.prefix_scope = self._worker.prefix_scope
@@ -155,9 +137,9 @@ class Team:
         if not self._staged:  # else a thread waits for results for ever
             self._hang_up()
 
-    def _sit(self, config: Config, info: ModelInfo, grid: Grid, meeting: Meeting) -> Seat:
+    def _sit(self, config: Config, grid: Grid, meeting: Meeting) -> Seat:
         memory, place = meeting.make_memory(grid), grid.place(0)
-        self._tell(Join(memory, agreement(config, info)))
+        self._tell(Join(memory))
         seat = seat_in(meeting.ways(memory, grid, place), place, config)
         return replace(seat, meet=self._meet, begin=lambda limits: self._tell(Begin(limits)))
 
@@ -236,7 +218,7 @@ class Follower:
         rank: int,
         halves: Sequence[DeviceHalf] = (),
     ) -> None:
-        meeting = meeting_of(config.parallel, folder, rank)
+        meeting = meeting_of(config, info, folder, rank)
         self._inbox = meeting.inbox(ToFollower)
         self._news: deque[ToFollower] = deque()
         self._outbox = meeting.outbox(0)
@@ -245,10 +227,6 @@ class Follower:
         meeting.watch(grid, place)
         joined = self._next()
         assert isinstance(joined, Join)
-        if joined.agreement != agreement(config, info):
-            raise LoadError(
-                "this machine's model, options or version are not those of the machine of rank 0"
-            )
         logger.info("rank %d: machine %d, device %d", rank, place.node, place.gpu_id)
         seat = seat_in(meeting.ways(joined.memory, grid, place), place, config)
         # All ranks of the last stage have the same results; the first one tells them.
