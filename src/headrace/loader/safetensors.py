@@ -5,11 +5,14 @@ is checked against the file before anything is mapped. The disk works ahead of w
 and pages are dropped once a tensor has been consumed, so that reading needs about one of memory.
 """
 
+import ctypes
 import json
 import math
 import mmap
 import os
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +23,9 @@ from torch import Tensor
 from headrace.core.errors import LoadError
 
 MAX_HEADER_BYTES = 100_000_000
-# Read ahead of the tensor in use; asked for in pieces, as Linux reads only the beginning of large
-# ones.
-_AHEAD = 192 << 20
-_ASK = 1 << 20
+_MADV_POPULATE_READ = 22  # Linux 5.14
+_AHEAD = 64 << 20  # read ahead of the tensor in use
+_PIECE, _NEXT = 2 << 20, 16 << 20
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -102,24 +104,54 @@ def iterate_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         # A private mapping is writable, which torch wants of a buffer; nobody writes to it.
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         data.madvise(mmap.MADV_SEQUENTIAL)
-        dropped = asked = 0
-        for entry in entries:
-            asked = _ask_ahead(file.fileno(), max(asked, entry.begin), entry.end + _AHEAD)
-            yield entry.name, _view(data, entry)
-            keep = entry.end // mmap.PAGESIZE * mmap.PAGESIZE
-            if keep > dropped:
-                data.madvise(mmap.MADV_DONTNEED, dropped, keep - dropped)
-                dropped = keep
+        dropped = 0
+        with _read_ahead(data, file.fileno()) as allow:
+            for entry in entries:
+                allow(entry.end + _AHEAD)
+                yield entry.name, _view(data, entry)
+                keep = entry.end // mmap.PAGESIZE * mmap.PAGESIZE
+                if keep > dropped:
+                    data.madvise(mmap.MADV_DONTNEED, dropped, keep - dropped)
+                    dropped = keep
 
 
-def _ask_ahead(fd: int, begin: int, end: int) -> int:
-    """Let the system begin to read these bytes of a file; returns where it will have come to."""
-    if not hasattr(os, "posix_fadvise"):
-        return end
-    while begin < end:
-        os.posix_fadvise(fd, begin, _ASK, os.POSIX_FADV_WILLNEED)
-        begin += _ASK
-    return begin
+@contextmanager
+def _read_ahead(data: mmap.mmap, fd: int) -> Iterator[Callable[[int], None]]:
+    """A thread reads a mapped file, from its begin to where it is allowed by then."""
+    allowed, stop = 0, False
+    room = threading.Semaphore(0)
+
+    def allow(end: int) -> None:
+        nonlocal allowed
+        if (pieces := end // _PIECE - allowed) > 0:
+            room.release(pieces)
+            allowed += pieces
+
+    def work() -> None:
+        for begin in range(0, len(data), _PIECE):
+            room.acquire()
+            if stop:
+                return
+            # On many systems Linux itself asks a disk for little more than what is wanted now.
+            os.posix_fadvise(fd, begin + _NEXT, _PIECE, os.POSIX_FADV_WILLNEED)
+            populate(data, begin, min(_PIECE, len(data) - begin))
+
+    thread = threading.Thread(target=work, name="read-ahead", daemon=True)
+    thread.start()
+    try:
+        yield allow
+    finally:
+        stop = True
+        room.release()
+        thread.join()
+
+
+def populate(data: mmap.mmap, begin: int, size: int) -> None:
+    """Read pages of a mapped file and enter them into the page table, not one fault at a time."""
+    address = ctypes.addressof(ctypes.c_char.from_buffer(data)) + begin
+    call = ctypes.CDLL(None).madvise
+    if call(ctypes.c_void_p(address), ctypes.c_size_t(size), _MADV_POPULATE_READ) != 0:
+        data.madvise(mmap.MADV_WILLNEED, begin, size)
 
 
 def _view(data: mmap.mmap, entry: Entry) -> Tensor:
