@@ -8,7 +8,7 @@ from headrace import Engine
 from headrace.core.errors import LoadError
 from headrace.engine.runtime import free_port
 from tests.e2e.test_processes import assert_nothing_is_left
-from tests.support.servers import Server
+from tests.support.servers import Server, wait_for
 
 pytestmark = [pytest.mark.timeout(180), pytest.mark.slow]
 
@@ -60,9 +60,12 @@ def assert_weights_come_from(server, alone):
     """Two ranks of another server take their parts from the two of this one."""
     where = {f"{SEED}_seed_instance_ip": "127.0.0.1"}
     where |= {f"{SEED}_seed_instance_service_port": server.port}
+    ports = [free_port("127.0.0.1") for _ in range(2)]
+    where |= {f"{SEED}_send_weights_group_ports": ",".join(map(str, ports))}
     with Engine(tp_size=2, load_format="remote_instance", **where) as taker:
         assert ids(taker.generate(PROMPTS, GREEDY)) == ids(alone[0])
-    assert server.text.count("weights sent") == 2
+    wait_for(lambda: server.text.count("weights sent") == 2)
+    assert "sending weights failed" not in server.text
 
 
 def test_two_machines_are_one_server(tmp_path, alone):

@@ -88,7 +88,12 @@ class RemoteInstanceModelLoader(BaseModelLoader):
                 f"ports must be numbers with commas between, not {text!r}",
                 field="remote_instance_weight_loader_send_weights_group_ports",
             ) from None
-        where = {"master_address": seed, "ports": ports, "group_name": group}
+        where = {
+            "master_address": seed,
+            "ports": ports,
+            "group_name": group,
+            "rank": build.rank,
+        }
         size = {"group_rank": _SEED, "world_size": 2, "backend": "gloo"}
         opened = _post(f"{url}/init_weights_send_group_for_remote_instance", where | size)
         _post(f"{url}/send_weights_to_remote_instance", where)
