@@ -24,7 +24,7 @@ from headrace.core.errors import LoadError
 
 MAX_HEADER_BYTES = 100_000_000
 _MADV_POPULATE_READ = 22  # Linux 5.14
-_AHEAD = 64 << 20  # read ahead of the tensor in use
+_AHEAD = 256 << 20  # read ahead of the tensor in use
 _PIECE, _NEXT = 2 << 20, 16 << 20
 
 _DTYPES = {
@@ -105,9 +105,9 @@ def iterate_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         data.madvise(mmap.MADV_SEQUENTIAL)
         dropped = 0
-        with _read_ahead(data, file.fileno()) as allow:
+        with _read_ahead(data, file.fileno()) as wait_for:
             for entry in entries:
-                allow(entry.end + _AHEAD)
+                wait_for(entry.end)
                 yield entry.name, _view(data, entry)
                 keep = entry.end // mmap.PAGESIZE * mmap.PAGESIZE
                 if keep > dropped:
@@ -117,32 +117,53 @@ def iterate_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 @contextmanager
 def _read_ahead(data: mmap.mmap, fd: int) -> Iterator[Callable[[int], None]]:
-    """A thread reads a mapped file, from its begin to where it is allowed by then."""
-    allowed, stop = 0, False
-    room = threading.Semaphore(0)
+    """A thread reads a mapped file, up to `_AHEAD` behind what was waited for.
 
-    def allow(end: int) -> None:
-        nonlocal allowed
-        if (pieces := end // _PIECE - allowed) > 0:
-            room.release(pieces)
-            allowed += pieces
+    Who takes a tensor waits until all of it is there: threads that pack would otherwise fetch it
+    page by page from several places at once.
+    """
+    moved = threading.Condition()
+    done, wanted, size = 0, 0, len(data)
 
-    def work() -> None:
-        for begin in range(0, len(data), _PIECE):
-            room.acquire()
-            if stop:
+    def wait_for(end: int) -> None:
+        nonlocal wanted
+        with moved:
+            wanted = end
+            moved.notify()
+            moved.wait_for(lambda: done >= end)
+
+    def read() -> None:
+        nonlocal done
+        for begin in range(0, size, _PIECE):
+            with moved:
+                while begin > wanted + _AHEAD:
+                    moved.wait()
+            if wanted > size:
                 return
             # On many systems Linux itself asks a disk for little more than what is wanted now.
             os.posix_fadvise(fd, begin + _NEXT, _PIECE, os.POSIX_FADV_WILLNEED)
-            populate(data, begin, min(_PIECE, len(data) - begin))
+            populate(data, begin, min(_PIECE, size - begin))
+            with moved:
+                done = begin + _PIECE
+                moved.notify()
+
+    def work() -> None:
+        nonlocal done
+        try:
+            read()
+        finally:  # whatever is not there yet is read when it is used
+            with moved:
+                done = size
+                moved.notify()
 
     thread = threading.Thread(target=work, name="read-ahead", daemon=True)
     thread.start()
     try:
-        yield allow
+        yield wait_for
     finally:
-        stop = True
-        room.release()
+        with moved:
+            wanted = size + 1  # nothing more
+            moved.notify()
         thread.join()
 
 
