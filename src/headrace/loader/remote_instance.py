@@ -16,7 +16,9 @@ import threading
 import urllib.error
 import urllib.request
 import uuid
+from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -71,6 +73,7 @@ class RemoteInstanceModelLoader(BaseModelLoader):
                 pair = GlooGroup(Shard(_NEW, 2), store, group, local_address(seed, port), _SEND)
                 blobs = _received(pair, state["blobs"])
                 fill(model, state["places"], by_name(blobs), f"the seed at {seed}:{http}")
+                deque(blobs, maxlen=0)  # to its end: the seed waits for it
             # torch raises RuntimeError and its subclasses for all that goes wrong between hosts.
             except (RuntimeError, OSError, LookupError, TypeError, ValueError) as error:
                 raise LoadError(f"weights did not come from {seed}:{http}: {error}") from error
@@ -149,8 +152,9 @@ def _send_all(store: Store, name: str, address: str, blobs: Blobs) -> None:
         for blob in blobs.values():
             if blob.nbytes:
                 link.send(torch.frombuffer(as_bytes(blob), dtype=torch.uint8))
-        # Wait until the other side has all before the connection goes.
-        pair.all_reduce(torch.zeros(1))
+        # Wait until the other side has all before the connection goes; it may be gone already.
+        with suppress(RuntimeError):
+            pair.all_reduce(torch.zeros(1))
     except RuntimeError as error:
         logger.warning("sending weights failed: %s", error)
     else:
