@@ -44,7 +44,7 @@ class Sender:
     """The writing end; connects, in any order with the receiver's bind."""
 
     def __init__(self, address: str, key: Key | None = None) -> None:
-        self._context, self._socket = _open(zmq.PUSH, key)
+        self._context, self._socket = _open(zmq.PUSH, address, key)
         if key is not None:
             self._socket.setsockopt(zmq.CURVE_SERVERKEY, key.public)
         self._socket.connect(address)
@@ -64,7 +64,7 @@ class Receiver(Generic[T]):
     """The reading end; binds. `kind` is a message type or a union of them."""
 
     def __init__(self, address: str, kind: Any, key: Key | None = None) -> None:
-        self._context, self._socket = _open(zmq.PULL, key)
+        self._context, self._socket = _open(zmq.PULL, address, key)
         if key is not None:
             self._socket.setsockopt(zmq.CURVE_SERVER, 1)
             self._socket.setsockopt(zmq.MAXMSGSIZE, _MOST_BYTES)
@@ -105,7 +105,9 @@ class Receiver(Generic[T]):
         return messages
 
 
-def _open(kind: int, key: Key | None) -> "tuple[zmq.Context[zmq.Socket[bytes]], zmq.Socket[bytes]]":
+def _open(
+    kind: int, address: str, key: Key | None
+) -> "tuple[zmq.Context[zmq.Socket[bytes]], zmq.Socket[bytes]]":
     """A socket in a context of its own, so that closing it waits for nobody else."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     socket = context.socket(kind)
@@ -113,7 +115,7 @@ def _open(kind: int, key: Key | None) -> "tuple[zmq.Context[zmq.Socket[bytes]], 
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
     if key is not None:
-        socket.setsockopt(zmq.IPV6, 1)
+        socket.setsockopt(zmq.IPV6, "[" in address)
         socket.setsockopt(zmq.CURVE_PUBLICKEY, key.public)
         socket.setsockopt(zmq.CURVE_SECRETKEY, key.secret)
     return context, socket
