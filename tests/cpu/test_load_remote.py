@@ -401,8 +401,10 @@ def test_weights_are_given_only_when_allowed(folder: Path) -> None:
         seed.do("open_group", details | {"master_address": "192.0.2.1"})
     with pytest.raises(BadRequest, match="not open"):
         seed.do("send", {"group_name": "h"})
+    assert seed.do("open_group", details | {"rank": 1}) == ("", {"ports": [0]})  # is not this one
+    seed.do("send", {"group_name": "g", "rank": 1})
     for number in range(4):
-        _, data = seed.do("open_group", details | {"group_name": str(number)})
+        _, data = seed.do("open_group", details | {"group_name": str(number), "rank": 0})
         assert 0 < data["ports"][0] < 65536
     with pytest.raises(Overloaded):
         seed.do("open_group", details)

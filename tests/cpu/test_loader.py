@@ -1,5 +1,6 @@
 """Checkpoint files: the reader against the safetensors package, and every way to be wrong."""
 
+import itertools
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from headrace.core.config import LOAD_FORMATS
 from headrace.core.errors import BadRequest, LoadError
 from headrace.core.model_info import read_model_info
 from headrace.dist.comm import SoloGroup
+from headrace.dist.topology import Cut, Span
 from headrace.loader import LOADERS, get_model_loader, load_model
 from headrace.loader.default import DefaultModelLoader
 from headrace.loader.dummy import dummy_tensor, dummy_weights
@@ -30,6 +32,8 @@ from headrace.loader.iterators import iterate_weights
 from headrace.loader.safetensors import iterate_tensors, read_header
 from headrace.models import Model
 from headrace.ops.packed import PackedWeight
+from headrace.quant.base import LinearShape, Part
+from headrace.quant.dense import AS_IS
 from tests.support.checkpoints import make_case
 from tests.support.paged import run_all
 
@@ -523,3 +527,35 @@ def test_reading_needs_one_tensor_of_memory(tmp_path: Path) -> None:
     total, peak = result.stdout.split()
     assert float(total) == sum(range(16)), result.stderr
     assert int(peak) < 40
+
+
+# packing while loading
+
+PARTS = {"heads": (Span(32, 0, 32), Span(64, 32, 32), Span(0, 64, 32)), "odd": (Span(0, 0, 40),)}
+
+
+@pytest.mark.parametrize("dtypes", itertools.product((torch.bfloat16, torch.float32), repeat=2))
+@pytest.mark.parametrize("turned", [False, True])
+def test_parts_go_where_the_whole_matrix_has_them(
+    dtypes: tuple[torch.dtype, ...], turned: bool
+) -> None:
+    """Heads in another order, a last part that is no whole panel, some of the columns."""
+    columns = Cut(48, 40, (Span(8, 0, 40),))
+    cuts = [Cut(96, 96, PARTS["heads"]), Cut(40, 40, PARTS["odd"])]
+    shape = LinearShape(tuple(Part(f"{i}", cut) for i, cut in enumerate(cuts)), columns)
+    weights = AS_IS.create_weights(shape, torch.float32)
+    targets = AS_IS.targets(shape, weights, "")
+    sources = [
+        torch.randn(48, cut.full).T.to(dtype) if turned else torch.randn(cut.full, 48).to(dtype)
+        for cut, dtype in zip(cuts, dtypes, strict=True)
+    ]
+    for target, source in zip(targets.values(), sources, strict=True):
+        target.copy(source)
+    AS_IS.process_after_loading(weights)
+    rows = [source[span.source :][: span.count] for source, cut in zip(sources, cuts, strict=True)
+            for span in cut.spans]  # fmt: skip
+    whole = torch.cat([part.float() for part in rows])[:, 8:]
+    packed = weights["packed"]
+    assert torch.equal(ops.embedding_packed(torch.arange(136), packed, torch.float32), whole)
+    with pytest.raises(LoadError, match="packed already"):
+        targets["0.weight"].copy(sources[0])

@@ -44,6 +44,15 @@ def close(ours: Tensor, oracle: Tensor, rounding: float) -> None:
     assert float((ours.double() - oracle).abs().max()) <= rounding * float(oracle.abs().max())
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_parts_are_packed_where_the_whole_has_them(dtype: torch.dtype, level: str) -> None:
+    weight = torch.randn(100, 80).to(dtype)[:, :70]  # rows lie apart, as a rank's columns do
+    whole, packed = cpu.pack(weight), cpu.open_packed((100, 70), dtype)
+    for first, last in ((64, 100), (0, 64)):
+        cpu.pack_rows(packed, first, weight[first:last])
+    assert torch.equal(packed.data, whole.data)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_packing_loses_nothing(dtype: torch.dtype, shape: tuple[int, int], level: str) -> None:

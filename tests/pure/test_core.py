@@ -89,6 +89,10 @@ def test_resolve_fills_in_and_explains(tmp_path):
         ({"tp_size": 4, "ep_size": 3}, "--ep-size 3 does not divide --tp-size 4"),
         ({"deterministic_tp": 6}, "must be a power of two, not 6"),
         ({"tp_size": 3, "deterministic_tp": 4}, "--tp-size 3 does not divide --deterministic-tp 4"),
+        ({"node_rank": 1}, "--node-rank must be 0 to 0, not 1"),
+        ({"tp_size": 2, "nnodes": 2}, "--dist-init-addr must be host:port, not ''"),
+        ({"tp_size": 3, "nnodes": 2, "dist_init_addr": "h:1"}, "1 stages of 3 ranks cannot be"),
+        ({"tp_size": 2, "nnodes": 2, "dist_init_addr": "[::1]:70000"}, "must be host:port"),
     ],
 )
 def test_ranks_that_cannot_be(tmp_path, values, text):

@@ -25,7 +25,7 @@ from headrace.core.messages import (
     pack_ids,
 )
 from headrace.ipc.address import AddressFolder, sweep
-from headrace.ipc.channels import Receiver, Sender
+from headrace.ipc.channels import Receiver, Sender, key_of
 
 REQUEST = GenerateRequest(
     rid="r1",
@@ -184,6 +184,20 @@ def test_sweep_leaves_links_alone(tmp_path):
     (base / "headrace-4194999-link").symlink_to(outside)
     assert sweep(base) == []
     assert (outside / "lock").exists()
+
+
+def test_over_a_network_only_those_with_the_key_are_heard():
+    """The message of who has another one, or none, is not the one that comes."""
+    receiver = Receiver("tcp://127.0.0.1:*", str, key_of("ours"))
+    senders = [Sender(receiver.address, key_of("theirs")), Sender(receiver.address)]
+    senders += [Sender(receiver.address, key_of("ours"))]
+    for index, sender in enumerate(senders):
+        sender.send(f"from {index}")
+    assert receiver.take(5000) == ["from 2"]
+    assert receiver.take(200) == []
+    for sender in senders:
+        sender.close()
+    receiver.close()
 
 
 def test_socket_paths_fit_a_unix_socket(monkeypatch, tmp_path):

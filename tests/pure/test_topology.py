@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from headrace.core.weight_options import ParallelOptions
 from headrace.dist.topology import (
     Grid,
     Shard,
@@ -139,6 +140,8 @@ def test_ranks_and_devices_on_many_nodes(tp: int, pp: int, nodes: int) -> None:
         grid = Grid(tp=tp, pp=pp, ep=ep, nodes=nodes, base_gpu_id=2, gpu_id_step=3)
         seen = []
         for node in range(nodes):
+            options = ParallelOptions(tp_size=tp, pp_size=pp, nnodes=nodes, node_rank=node)
+            assert [p.rank for p in grid.on_node(node)] == list(options.ranks_here)
             places = grid.on_node(node)
             found = [(p.pp_rank, p.tp_rank, p.ep_rank, p.gpu_id) for p in places]
             assert found == by_the_book(grid, node)

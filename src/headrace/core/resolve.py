@@ -11,7 +11,7 @@ from headrace.core.config import Config, ServeOptions
 from headrace.core.errors import BadRequest
 from headrace.core.hardware import Hardware
 from headrace.core.model_info import ModelInfo
-from headrace.core.weight_options import ParallelOptions
+from headrace.core.weight_options import ParallelOptions, host_and_port
 
 
 def resolve(config: Config, info: ModelInfo, hardware: Hardware) -> tuple[Config, list[str]]:
@@ -37,17 +37,17 @@ def resolve(config: Config, info: ModelInfo, hardware: Hardware) -> tuple[Config
     check_workers(config.serve)
     _check_scales(config)
     check_ranks(config.parallel, info.num_layers)
+    check_machines(config.parallel)
     if not config.model.served_model_name:
         choose("model", "served_model_name", config.model.model_path, "no other name was given")
     if config.run.device == "auto":
         choose("run", "device", "cpu", "no other device is supported yet")
     if config.run.threads == 0 and _parameters(info) < _SMALL_MODEL:
         choose("run", "threads", 1, "the model is too small to gain from more")
-    elif config.run.threads == 0 and config.parallel.ranks > 1:
-        share = max(1, hardware.cores // config.parallel.ranks)
-        choose(
-            "run", "threads", share, f"{config.parallel.ranks} ranks share {hardware.cores} cores"
-        )
+    elif config.run.threads == 0 and len(config.parallel.ranks_here) > 1:
+        ranks = len(config.parallel.ranks_here)
+        share = max(1, hardware.cores // ranks)
+        choose("run", "threads", share, f"{ranks} ranks share {hardware.cores} cores")
     elif config.run.threads == 0:
         choose("run", "threads", hardware.cores, "that many cores are usable")
     if config.parallel.cpu_offload_gb:
@@ -81,6 +81,25 @@ def check_ranks(parallel: ParallelOptions, layers: int) -> None:
     if units % tp:
         raise BadRequest(
             f"--tp-size {tp} does not divide --deterministic-tp {units}", field="deterministic_tp"
+        )
+
+
+def check_machines(parallel: ParallelOptions) -> None:
+    """Raise BadRequest for ranks that cannot be laid on the machines."""
+    if parallel.node_rank >= parallel.nnodes:
+        raise BadRequest(
+            f"--node-rank must be 0 to {parallel.nnodes - 1}, not {parallel.node_rank}",
+            field="node_rank",
+        )
+    if parallel.nnodes == 1:
+        return
+    host_and_port(parallel.dist_init_addr)
+    nodes, pp, tp = parallel.nnodes, parallel.pp_size, parallel.tp_size
+    if (pp % nodes and nodes % pp) or tp % max(1, nodes // pp):
+        raise BadRequest(
+            f"--nnodes {nodes}: a machine has whole stages, or a stage whole machines; {pp} stages "
+            f"of {tp} ranks cannot be laid so",
+            field="nnodes",
         )
 
 

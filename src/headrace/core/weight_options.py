@@ -5,6 +5,7 @@ Parts of `core.config.Config`, declared as the others there.
 
 import dataclasses
 
+from headrace.core.errors import BadRequest
 from headrace.core.option import option
 
 LOAD_FORMATS = (
@@ -48,6 +49,21 @@ class ParallelOptions:
         minimum=0,
         maximum=64,
     )
+    nnodes: int = option(
+        1, "Machines that the ranks are on; each has a server of its own.", minimum=1, maximum=64
+    )
+    node_rank: int = option(
+        0, "Number of this machine; 0 has the scheduler and takes requests.", minimum=0
+    )
+    dist_init_addr: str = option(
+        "", "host:port on machine 0 where ranks of several machines find each other."
+    )
+    base_gpu_id: int = option(
+        0, "Device number of a machine's first rank; the CPU device shows it only.", minimum=0
+    )
+    gpu_id_step: int = option(
+        1, "From one rank's device number to the next; the CPU device shows it only.", minimum=1
+    )
     dist_timeout: int = option(
         600, "Seconds that ranks wait for each other while the model is loaded.", minimum=1
     )
@@ -58,6 +74,26 @@ class ParallelOptions:
     @property
     def ranks(self) -> int:
         return self.tp_size * self.pp_size
+
+    @property
+    def ranks_here(self) -> range:
+        """The ranks that this machine holds; `dist.topology.Grid` lays them out."""
+        count = max(1, self.ranks // self.nnodes)
+        return range(self.node_rank * count, (self.node_rank + 1) * count)
+
+
+def host_and_port(address: str) -> tuple[str, int]:
+    """Of `host:port`, or `[host]:port` for IPv6.
+
+    Raises:
+        BadRequest: --dist-init-addr is neither.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise BadRequest(
+            f"--dist-init-addr must be host:port, not {address!r}", field="dist_init_addr"
+        )
+    return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,12 +4,13 @@ Every rank must make the same calls in the same order. Does not know models or p
 share memory have faster ones (`dist.shared`).
 """
 
+import socket
 from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch._C._distributed_c10d import FileStore, PrefixStore, Store
+from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore
 from torch.distributed import ProcessGroupGloo
 
 from headrace import ops
@@ -165,6 +166,33 @@ class GlooWays:
         end = 0 if place == self._own else 1
         pair = GlooGroup(Shard(end, 2), self._store, f"from {place.rank}", self._host)
         return GlooLink(pair, 1 - end)
+
+
+def tcp_store(host: str, port: int, listens: bool, timeout: timedelta) -> TCPStore:
+    """Where ranks of several machines find each other; one of them listens, at this address only.
+
+    Raises:
+        OSError: it cannot listen there. RuntimeError: nobody listens there within `timeout`.
+    """
+    if not listens:
+        return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, port), family=family)
+    return TCPStore(
+        host,
+        listener.getsockname()[1],
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+        timeout=timeout,
+    )
+
+
+def local_address(host: str, port: int, timeout: float = 60.0) -> str:
+    """The address of this machine that reaches a listener."""
+    with socket.create_connection((host, port), timeout) as link:
+        address: str = link.getsockname()[0]
+    return address
 
 
 def file_store(path: str, ranks: int) -> Store:

@@ -12,6 +12,7 @@ import socket
 import sys
 from contextlib import aclosing
 from types import FrameType
+from typing import Protocol
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -178,10 +179,16 @@ async def warm_up(manager: TokenizerManager) -> None:
     manager.metrics = RequestMetrics()
 
 
+class Served(Protocol):
+    """What stops being ready when the server is asked to end."""
+
+    ready: asyncio.Event
+
+
 class HttpServer(uvicorn.Server):
     """uvicorn that ends without raising the signal again, and remembers why it failed."""
 
-    def __init__(self, config: uvicorn.Config, manager: TokenizerManager) -> None:
+    def __init__(self, config: uvicorn.Config, manager: Served) -> None:
         super().__init__(config)
         self.failure: HeadraceError | None = None
         self._manager = manager

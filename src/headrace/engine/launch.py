@@ -10,6 +10,7 @@ have started: their imports are what a start waits for.
 """
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 
@@ -23,6 +24,15 @@ from headrace.engine.supervise import Event, Supervisor
 from headrace.ipc.address import AddressFolder
 
 logger = logging.getLogger(__name__)
+
+
+def without_restarts(config: Config) -> Config:
+    """A model on several machines ends when one of its processes does: nobody could start those of
+    the others again."""
+    if config.parallel.nnodes == 1:
+        return config
+    recover = dataclasses.replace(config.recover, on_crash="exit", standby=False)
+    return dataclasses.replace(config, recover=recover)
 
 
 def roles(serve: ServeOptions, ranks: int = 1) -> list[str]:
@@ -44,10 +54,11 @@ class Launched:
                 "--tokenizer-worker-num is for servers; there is no HTTP here",
                 field="tokenizer_worker_num",
             )
+        config = without_restarts(config)
         self.watch = watch
         self.watch.begin("processes")
         self._listeners = list(listeners)
-        ranks = config.parallel.ranks if config.run.runner == "model" else 1
+        ranks = len(config.parallel.ranks_here) if config.run.runner == "model" else 1
         children = roles(config.serve, ranks)
         inherited = {role: self._listeners for role in children if role.startswith(HTTP)}
         self.supervisor = Supervisor(children, config.run.runner, inherited, config.recover)

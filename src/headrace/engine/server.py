@@ -36,6 +36,8 @@ def launch_server(config: Config) -> int:
     with ExitStack() as stack:
         ports = [config.serve.port, *filter(None, [config.serve.admin_port])]
         listeners = [stack.enter_context(listening(config.serve.host, port)) for port in ports]
+        if config.parallel.node_rank:
+            return _serve_ranks(config, listeners)
         launched = launch(config, watch, [listener.fileno() for listener in listeners])
         try:
             watch.begin("http")
@@ -52,6 +54,18 @@ def launch_server(config: Config) -> int:
                 runner.run(work(launched, listeners))
         finally:
             launched.close()
+    return 0
+
+
+def _serve_ranks(config: Config, listeners: list[socket.socket]) -> int:
+    import asyncio
+
+    import uvloop
+
+    from headrace.engine.machine import Machine, serve_ranks
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve_ranks(Machine(config), listeners))
     return 0
 
 

@@ -4,15 +4,19 @@
     Sender(address) ---------> Receiver(address, type)      binds; decodes and checks `type`
 
 A message is one msgpack frame; a wrong one raises `msgspec.ValidationError` and can never run code.
+Over a network both ends have a `Key`: messages are encrypted (CurveZMQ, rfc.zeromq.org/spec/26),
+who does not have it is not heard, and a message has a largest size.
 Queues have no limit (the scheduler limits what is in flight), nothing is kept after close. A
 channel belongs to one thread. Knows nothing of what the messages mean.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import msgspec
 import zmq
+import zmq.utils.z85
 
 if TYPE_CHECKING:
     import asyncio
@@ -20,13 +24,29 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _RECONNECT_MS = 10
+_MOST_BYTES = 64 << 20  # of a message over a network
+
+
+class Key(NamedTuple):
+    """The two halves that every end of a network's channels has."""
+
+    public: bytes
+    secret: bytes
+
+
+def key_of(secret: str) -> Key:
+    """The same key wherever the text is the same."""
+    half = zmq.utils.z85.encode(sha256(b"headrace channels " + secret.encode()).digest())
+    return Key(zmq.curve_public(half), half)
 
 
 class Sender:
     """The writing end; connects, in any order with the receiver's bind."""
 
-    def __init__(self, address: str) -> None:
-        self._context, self._socket = _open(zmq.PUSH)
+    def __init__(self, address: str, key: Key | None = None) -> None:
+        self._context, self._socket = _open(zmq.PUSH, address, key)
+        if key is not None:
+            self._socket.setsockopt(zmq.CURVE_SERVERKEY, key.public)
         self._socket.connect(address)
         self._encode = msgspec.msgpack.Encoder().encode
 
@@ -43,9 +63,13 @@ class Sender:
 class Receiver(Generic[T]):
     """The reading end; binds. `kind` is a message type or a union of them."""
 
-    def __init__(self, address: str, kind: Any) -> None:
-        self._context, self._socket = _open(zmq.PULL)
+    def __init__(self, address: str, kind: Any, key: Key | None = None) -> None:
+        self._context, self._socket = _open(zmq.PULL, address, key)
+        if key is not None:
+            self._socket.setsockopt(zmq.CURVE_SERVER, 1)
+            self._socket.setsockopt(zmq.MAXMSGSIZE, _MOST_BYTES)
         self._socket.bind(address)
+        self.address: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._polled = [(self._socket, zmq.POLLIN)]
         self._decode: Callable[[bytes], T] = msgspec.msgpack.Decoder(kind).decode
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -81,11 +105,17 @@ class Receiver(Generic[T]):
         return messages
 
 
-def _open(kind: int) -> "tuple[zmq.Context[zmq.Socket[bytes]], zmq.Socket[bytes]]":
+def _open(
+    kind: int, address: str, key: Key | None
+) -> "tuple[zmq.Context[zmq.Socket[bytes]], zmq.Socket[bytes]]":
     """A socket in a context of its own, so that closing it waits for nobody else."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     socket = context.socket(kind)
     socket.set_hwm(0)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
+    if key is not None:
+        socket.setsockopt(zmq.IPV6, "[" in address)
+        socket.setsockopt(zmq.CURVE_PUBLICKEY, key.public)
+        socket.setsockopt(zmq.CURVE_SECRETKEY, key.secret)
     return context, socket

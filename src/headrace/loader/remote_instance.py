@@ -12,22 +12,23 @@ quantization and number of ranks. The seed serves on meanwhile: weights do not c
 import json
 import logging
 import os
-import socket
 import threading
 import urllib.error
 import urllib.request
 import uuid
+from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._distributed_c10d import Store, TCPStore
+from torch._C._distributed_c10d import Store
 
 from headrace.core.errors import BadRequest, LoadError, Overloaded
 from headrace.core.model_info import ModelInfo
-from headrace.dist.comm import GlooGroup, GlooLink
+from headrace.dist.comm import GlooGroup, GlooLink, local_address, tcp_store
 from headrace.dist.topology import Shard
 from headrace.layers.build import Build
 from headrace.loader.base import BaseModelLoader, logged_load
@@ -66,12 +67,13 @@ class RemoteInstanceModelLoader(BaseModelLoader):
             port = self._open(f"http://{_bracketed(seed)}:{http}", seed, group, build)
             model = make_model(info, build)
             try:
-                store = TCPStore(seed, port, is_master=False, wait_for_workers=False, timeout=_JOIN)
+                store = tcp_store(seed, port, False, _JOIN)
                 state = json.loads(store.get(_STATE))
                 check_layout(state["layout"], layout(info, build), f"the seed at {seed}:{http}")
-                pair = GlooGroup(Shard(_NEW, 2), store, group, _local_address(seed, port), _SEND)
+                pair = GlooGroup(Shard(_NEW, 2), store, group, local_address(seed, port), _SEND)
                 blobs = _received(pair, state["blobs"])
                 fill(model, state["places"], by_name(blobs), f"the seed at {seed}:{http}")
+                deque(blobs, maxlen=0)  # to its end: the seed waits for it
             # torch raises RuntimeError and its subclasses for all that goes wrong between hosts.
             except (RuntimeError, OSError, LookupError, TypeError, ValueError) as error:
                 raise LoadError(f"weights did not come from {seed}:{http}: {error}") from error
@@ -89,7 +91,12 @@ class RemoteInstanceModelLoader(BaseModelLoader):
                 f"ports must be numbers with commas between, not {text!r}",
                 field="remote_instance_weight_loader_send_weights_group_ports",
             ) from None
-        where = {"master_address": seed, "ports": ports, "group_name": group}
+        where = {
+            "master_address": seed,
+            "ports": ports,
+            "group_name": group,
+            "rank": build.rank,
+        }
         size = {"group_rank": _SEED, "world_size": 2, "backend": "gloo"}
         opened = _post(f"{url}/init_weights_send_group_for_remote_instance", where | size)
         _post(f"{url}/send_weights_to_remote_instance", where)
@@ -115,20 +122,11 @@ class WeightSender:
         if len(self._groups) >= _MOST_GROUPS:
             raise Overloaded(f"{_MOST_GROUPS} groups are open already")
         try:
-            listener = socket.create_server((address, port))
+            store = tcp_store(address, port, True, _JOIN)
         except OSError as error:
             raise BadRequest(f"{address}:{port} cannot be bound: {error}") from error
-        port = listener.getsockname()[1]
-        store = TCPStore(
-            address,
-            port,
-            is_master=True,
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-            timeout=_JOIN,
-        )
         self._groups[name] = store, address
-        return port
+        return store.port
 
     def send(self, name: str) -> None:
         """Send all weights to who joins the group; returns at once.
@@ -154,8 +152,9 @@ def _send_all(store: Store, name: str, address: str, blobs: Blobs) -> None:
         for blob in blobs.values():
             if blob.nbytes:
                 link.send(torch.frombuffer(as_bytes(blob), dtype=torch.uint8))
-        # Wait until the other side has all before the connection goes.
-        pair.all_reduce(torch.zeros(1))
+        # Wait until the other side has all before the connection goes; it may be gone already.
+        with suppress(RuntimeError):
+            pair.all_reduce(torch.zeros(1))
     except RuntimeError as error:
         logger.warning("sending weights failed: %s", error)
     else:
@@ -190,13 +189,6 @@ def _post(url: str, body: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(found, dict) or not found.get("success"):
         raise LoadError(f"the seed refused {url}: {found}")
     return found
-
-
-def _local_address(host: str, port: int) -> str:
-    """The address of this machine that reaches `host`."""
-    with socket.create_connection((host, port), _JOIN.total_seconds()) as link:
-        address: str = link.getsockname()[0]
-    return address
 
 
 def _bracketed(host: str) -> str:

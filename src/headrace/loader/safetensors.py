@@ -1,15 +1,18 @@
 """Reads safetensors files: a bounds-checked header and tensors that are views of the mapped file.
 
 Format: 8 bytes little-endian header size, a JSON object, then the data. Every number in the header
-is checked against the file before anything is mapped. Pages are dropped once a tensor has been
-consumed, so that reading needs about one tensor of memory.
+is checked against the file before anything is mapped. The disk works ahead of who takes tensors,
+and pages are dropped once a tensor has been consumed, so that reading needs about one of memory.
 """
 
+import ctypes
 import json
 import math
 import mmap
 import os
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,9 @@ from headrace.core.errors import LoadError
 
 MAX_HEADER_BYTES = 100_000_000
 _MOST_DIMS = 64
+_MADV_POPULATE_READ = 22  # Linux 5.14
+_AHEAD = 256 << 20  # read ahead of the tensor in use
+_PIECE, _NEXT = 2 << 20, 16 << 20
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -98,14 +104,76 @@ def iterate_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     with path.open("rb") as file:
         # A private mapping is writable, which torch wants of a buffer; nobody writes to it.
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    data.madvise(mmap.MADV_SEQUENTIAL)
-    dropped = 0
-    for entry in entries:
-        yield entry.name, _view(data, entry)
-        keep = entry.end // mmap.PAGESIZE * mmap.PAGESIZE
-        if keep > dropped:
-            data.madvise(mmap.MADV_DONTNEED, dropped, keep - dropped)
-            dropped = keep
+        data.madvise(mmap.MADV_SEQUENTIAL)
+        dropped = 0
+        with _read_ahead(data, file.fileno()) as wait_for:
+            for entry in entries:
+                wait_for(entry.end)
+                yield entry.name, _view(data, entry)
+                keep = entry.end // mmap.PAGESIZE * mmap.PAGESIZE
+                if keep > dropped:
+                    data.madvise(mmap.MADV_DONTNEED, dropped, keep - dropped)
+                    dropped = keep
+
+
+@contextmanager
+def _read_ahead(data: mmap.mmap, fd: int) -> Iterator[Callable[[int], None]]:
+    """A thread reads a mapped file, up to `_AHEAD` behind what was waited for.
+
+    Who takes a tensor waits until all of it is there: threads that pack would otherwise fetch it
+    page by page from several places at once.
+    """
+    moved = threading.Condition()
+    done, wanted, size = 0, 0, len(data)
+
+    def wait_for(end: int) -> None:
+        nonlocal wanted
+        with moved:
+            wanted = end
+            moved.notify()
+            moved.wait_for(lambda: done >= end)
+
+    def read() -> None:
+        nonlocal done
+        for begin in range(0, size, _PIECE):
+            with moved:
+                while begin > wanted + _AHEAD:
+                    moved.wait()
+            if wanted > size:
+                return
+            # On many systems Linux itself asks a disk for little more than what is wanted now.
+            os.posix_fadvise(fd, begin + _NEXT, _PIECE, os.POSIX_FADV_WILLNEED)
+            populate(data, begin, min(_PIECE, size - begin))
+            with moved:
+                done = begin + _PIECE
+                moved.notify()
+
+    def work() -> None:
+        nonlocal done
+        try:
+            read()
+        finally:  # whatever is not there yet is read when it is used
+            with moved:
+                done = size
+                moved.notify()
+
+    thread = threading.Thread(target=work, name="read-ahead", daemon=True)
+    thread.start()
+    try:
+        yield wait_for
+    finally:
+        with moved:
+            wanted = size + 1  # nothing more
+            moved.notify()
+        thread.join()
+
+
+def populate(data: mmap.mmap, begin: int, size: int) -> None:
+    """Read pages of a mapped file and enter them into the page table, not one fault at a time."""
+    address = ctypes.addressof(ctypes.c_char.from_buffer(data)) + begin
+    call = ctypes.CDLL(None).madvise
+    if call(ctypes.c_void_p(address), ctypes.c_size_t(size), _MADV_POPULATE_READ) != 0:
+        data.madvise(mmap.MADV_WILLNEED, begin, size)
 
 
 def _view(data: mmap.mmap, entry: Entry) -> Tensor:

@@ -5,7 +5,6 @@ everything that decides what is in it, so a stale one is never found. Pages come
 and are shared by all processes that serve the same weights. Knows no architecture and no loader.
 """
 
-import ctypes
 import hashlib
 import json
 import logging
@@ -22,13 +21,11 @@ from headrace.core.errors import LoadError
 from headrace.core.model_info import ModelInfo
 from headrace.layers.build import Build
 from headrace.loader.base import BaseModelLoader, logged_load
-from headrace.loader.safetensors import Entry, read_header, read_metadata
+from headrace.loader.safetensors import Entry, populate, read_header, read_metadata
 from headrace.loader.state import Blobs, describe, fill, layout, state_from, write_blobs
 from headrace.models import Model, make_model
 
 logger = logging.getLogger(__name__)
-
-_MADV_POPULATE_READ = 22  # Linux 5.14
 
 
 def load_through(
@@ -111,7 +108,7 @@ def mapped(path: Path) -> Blobs:
     with path.open("rb") as file:
         # Private and writable, which torch wants of a buffer; nobody writes to it.
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    _populate(data)
+    populate(data, 0, len(data))
 
     def blob(entry: Entry) -> Tensor:
         size = entry.end - entry.begin
@@ -120,11 +117,3 @@ def mapped(path: Path) -> Blobs:
         return torch.frombuffer(data, dtype=torch.uint8, count=size, offset=entry.begin)
 
     return {entry.name: blob(entry) for entry in entries}
-
-
-def _populate(data: mmap.mmap) -> None:
-    """Enter the pages into the page table at once, not one fault at a time."""
-    libc, address = ctypes.CDLL(None), ctypes.addressof(ctypes.c_char.from_buffer(data))
-    size = ctypes.c_size_t(len(data))
-    if libc.madvise(ctypes.c_void_p(address), size, _MADV_POPULATE_READ) != 0:
-        data.madvise(mmap.MADV_WILLNEED)

@@ -50,6 +50,8 @@ _sample: Callable[..., Sampled] = best("sample")
 _log_probs: Callable[..., LogProbs] = best("log_probs")
 _pack: Callable[..., PackedWeight] = best("pack")
 _pack_quantized: Callable[..., PackedWeight] = best("pack_quantized")
+_open_packed: Callable[..., PackedWeight] = best("open_packed")
+_pack_rows: Callable[..., None] = best("pack_rows")
 _linear_packed: Callable[..., Tensor] = best("linear_packed")
 _linear_parts: Callable[..., Tensor] = best("linear_parts")
 _mask_logits: Callable[..., None] = best("mask_logits")
@@ -309,6 +311,20 @@ def pack(weight: Tensor, format: str = "", group: int = 0) -> PackedWeight:
     (16, 32, 64 or 128; 0 takes 64). `headrace.ops.ref_lowbit` defines the arithmetic.
     """
     return _pack(weight, format, group)
+
+
+def open_packed(shape: tuple[int, int], dtype: torch.dtype) -> PackedWeight:
+    """A matrix [out, in] of floats, to be filled by `pack_rows`; until then its values are any."""
+    return _open_packed(shape, dtype)
+
+
+def pack_rows(weight: PackedWeight, first: int, values: Tensor) -> None:
+    """Rows from `first` on of a matrix of `open_packed`, in place of a `pack` of the whole.
+
+    values [n, in] of its dtype, of adjacent elements. `first` is a multiple of `packed.PANEL`, and
+    so is n unless these are the last rows.
+    """
+    _pack_rows(weight, first, values)
 
 
 def pack_quantized(

@@ -33,6 +33,8 @@ TABLES = {
 FORMATS = ("float32", "bfloat16", "float16", "int8", "int4", "fp8", "mxfp4", *TABLES)
 INT4_GROUPS = (16, 32, 64, 128)
 FP8_BLOCK = 128
+PANEL = 32
+"""Rows of a matrix that are laid out together, HR_PANEL."""
 MOST_INT8_INPUTS = 1 << 16  # so that no sum of products leaves 32 bits
 
 

@@ -44,10 +44,12 @@ __all__ = [
     "logits_packed",
     "mask_logits",
     "moe_packed",
+    "open_packed",
     "pack",
     "pack_experts",
     "pack_heads",
     "pack_quantized",
+    "pack_rows",
     "paged_attention",
     "position_embedding",
     "rms_norm",
@@ -216,6 +218,15 @@ def pack(weight: Tensor, format: str = "", group: int = 0) -> PackedWeight:
         return ref_lowbit.pack(ref_lowbit.quantize(weight, format, group))
     out_size, in_size = weight.shape
     return PackedWeight(weight, out_size, in_size, format_of(weight))
+
+
+def open_packed(shape: tuple[int, int], dtype: torch.dtype) -> PackedWeight:
+    values = torch.empty(shape, dtype=dtype)
+    return PackedWeight(values, *shape, format_of(values))
+
+
+def pack_rows(weight: PackedWeight, first: int, values: Tensor) -> None:
+    weight.data[first : first + len(values)] = values
 
 
 def pack_quantized(

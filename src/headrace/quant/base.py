@@ -15,7 +15,7 @@ from torch import Tensor
 from headrace import ops
 from headrace.core.errors import LoadError
 from headrace.dist.topology import Cut, Span
-from headrace.ops.packed import PackedWeight
+from headrace.ops.packed import PANEL, PackedWeight
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -130,12 +130,17 @@ class Matrix:
     def __init__(self, rows: int, columns: int, dtype: torch.dtype) -> None:
         self.shape, self.dtype = (rows, columns), dtype
         self._values: Tensor | None = None
+        self._filling: PackedWeight | None = None
         self._packed = self._borrowed = False
 
     def open(self, source: torch.dtype) -> Tensor:
         """The values, to be filled from a tensor of dtype `source`."""
         self._check_open()
         dtype = ops.stored_dtype(source, self.dtype)
+        if self._filling is not None:
+            rows = torch.arange(self.shape[0])
+            self._values = ops.embedding_packed(rows, self._filling, self.dtype)
+            self._filling = None
         if self._values is None:
             self._values = torch.empty(self.shape, dtype=dtype)
         elif self._values.dtype != dtype:  # parts of different precision
@@ -148,6 +153,25 @@ class Matrix:
         dtype = ops.stored_dtype(values.dtype, self.dtype)
         self._values, self._borrowed = values.to(dtype).contiguous(), True
 
+    def fill(self, first: int, values: Tensor) -> bool:
+        """Pack rows from `first` on at once, if nothing has to be known of the others; else False.
+
+        To be packed as it is; `first` as `ops.pack_rows` says. fp32 waits: all may have been bf16.
+        """
+        self._check_open()
+        dtype = ops.stored_dtype(values.dtype, self.dtype)
+        if self._values is not None or dtype == torch.float32:
+            return False
+        if self._filling is None:
+            self._filling = ops.open_packed(self.shape, dtype)
+        if self._filling.format != str(dtype).removeprefix("torch."):
+            return False
+        values = values.to(dtype)
+        ops.pack_rows(
+            self._filling, first, values if values.stride(1) == 1 else values.contiguous()
+        )
+        return True
+
     def _check_open(self) -> None:
         if self._packed:
             raise LoadError(
@@ -156,6 +180,9 @@ class Matrix:
 
     def pack(self, format: str = "", group: int = 0) -> PackedWeight:
         """The matrix in a format of `ops.pack`; the unpacked values go."""
+        if self._filling is not None:
+            filled, self._filling, self._packed = self._filling, None, True
+            return filled
         assert self._values is not None
         packed = ops.pack(self._values, format, group)
         if self._borrowed and packed.data.data_ptr() == self._values.data_ptr():
@@ -171,6 +198,50 @@ def uncopied(targets: Targets, matrix: Matrix) -> Targets:
     if len(targets) != 1 or not whole:
         return targets
     return {name: replace(target, copy=matrix.adopt) for name, target in targets.items()}
+
+
+def packed_at_once(targets: Targets, matrix: Matrix, shape: LinearShape) -> Targets:
+    """The same targets of a matrix that is packed as it is: parts of whole panels go straight in.
+
+    `targets`: one for each part, in order.
+    """
+    columns = _runs(shape.columns)
+    if len(columns) != 1 or shape.columns.padded:
+        return targets
+    found, offset = {}, 0
+    for (name, target), part in zip(targets.items(), shape.parts, strict=True):
+        runs = [replace(run, target=run.target + offset) for run in _runs(part.rows)]
+        offset += part.rows.local
+        ends = [run.target + run.count for run in runs]
+        whole = all(end % PANEL == 0 or end == matrix.shape[0] for end in ends)
+        if whole and not part.rows.padded and all(run.target % PANEL == 0 for run in runs):
+            target = replace(target, copy=_filling(matrix, runs, columns[0], target.copy))
+        found[name] = target
+    return found
+
+
+def _filling(
+    matrix: Matrix, runs: list[Span], columns: Span, otherwise: Callable[[Tensor], None]
+) -> Callable[[Tensor], None]:
+    def copy(source: Tensor) -> None:
+        source_columns = source.narrow(1, columns.source, columns.count)
+        pieces = ((run.target, source_columns.narrow(0, run.source, run.count)) for run in runs)
+        if not all(matrix.fill(first, piece) for first, piece in pieces):
+            otherwise(source)
+
+    return copy
+
+
+def _runs(cut: Cut) -> list[Span]:
+    """The spans of a cut, those that continue each other as one."""
+    runs: list[Span] = []
+    for span in cut.spans:
+        last = runs[-1] if runs else Span(-1, -1, 0)
+        if (span.source - last.source, span.target - last.target) == (last.count, last.count):
+            runs[-1] = replace(last, count=last.count + span.count)
+        else:
+            runs.append(span)
+    return runs
 
 
 def part_targets(

@@ -14,6 +14,7 @@ from headrace.quant.base import (
     QuantMethod,
     Targets,
     Weights,
+    packed_at_once,
     part_targets,
     stacked_target,
     uncopied,
@@ -36,7 +37,8 @@ class Dense:
     def targets(self, shape: LinearShape, weights: Weights, prefix: str) -> Targets:
         matrix = weights["weight"]
         targets = part_targets(matrix.open, shape, prefix, "weight", shape.columns)
-        return uncopied(targets, matrix)
+        targets = uncopied(targets, matrix)
+        return targets if self.format else packed_at_once(targets, matrix, shape)
 
     def stacked(self, shape: LinearShape, single: Targets, prefix: str, name: str) -> Targets:
         return {f"{prefix}{name}.weight": stacked_target(single)}

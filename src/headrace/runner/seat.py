@@ -46,7 +46,14 @@ class Seat:
 
 def grid_of(parallel: ParallelOptions) -> Grid:
     """All ranks that the options ask for."""
-    return Grid(tp=parallel.tp_size, pp=parallel.pp_size, ep=parallel.ep_size)
+    return Grid(
+        tp=parallel.tp_size,
+        pp=parallel.pp_size,
+        ep=parallel.ep_size,
+        nodes=parallel.nnodes,
+        base_gpu_id=parallel.base_gpu_id,
+        gpu_id_step=parallel.gpu_id_step,
+    )
 
 
 def seat_alone(config: Config) -> Seat:

@@ -9,14 +9,13 @@ plan. The scheduler plans a request again only when it has seen what was sampled
 stages. A rank that fails ends: what ranks exchange no longer fits together.
 """
 
-import os
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, NoReturn
 
@@ -38,55 +37,21 @@ from headrace.core.team import (
     Weighed,
     Weights,
 )
-from headrace.dist.comm import GlooWays, Ways, file_store
-from headrace.dist.topology import Grid, Place
-from headrace.ipc.channels import Receiver, Sender
-from headrace.ops.cpu import LIBRARY
+from headrace.dist.topology import Grid
+from headrace.ipc.channels import Sender
+from headrace.runner.meeting import Meeting, meeting_of
 from headrace.runner.model_runner import DeviceHalf
 from headrace.runner.seat import Seat, grid_of, seat_in
 from headrace.runner.weights import Answer
 from headrace.runner.worker import TpModelWorker, load_part, make_runner
 
-
-def follower_address(folder: str, rank: int) -> str:
-    return f"ipc://{folder}/rank-{rank}"
-
-
-def team_address(folder: str) -> str:
-    return f"ipc://{folder}/team"
-
-
-def _store(folder: str) -> str:
-    return f"{folder}/store"
-
-
-def _make_memory(grid: Grid, folder: str) -> str:
-    """What `Join` says. It belongs to this process, which keeps it open."""
-    if LIBRARY is None:
-        Path(_store(folder)).unlink(missing_ok=True)  # of a team before this one
-        return ""
-    from headrace.dist.shared import make_memory
-
-    return f"/proc/{os.getpid()}/fd/{make_memory(grid)}"
-
-
-def ways_of(memory: str, folder: str, grid: Grid, place: Place) -> Ways:
-    """How the rank at `place` reaches the others: through memory, or sockets if there is none."""
-    if not memory:
-        return GlooWays(file_store(_store(folder), grid.size), grid, place)
-    from headrace.dist.shared import SharedMemory
-
-    fd = os.open(memory, os.O_RDWR)
-    try:
-        return SharedMemory(fd, grid)
-    finally:
-        os.close(fd)
+logger = logging.getLogger(__name__)
 
 
 class Team:
     """Rank 0 and, behind it, all others. The same to the scheduler as a `TpModelWorker`.
 
-    `folder` is where the ranks' sockets are.
+    `folder` is where the ranks' sockets are, if all are on this machine.
 
     Raises:
         LoadError: this rank cannot load its part, or another did not.
@@ -102,11 +67,13 @@ class Team:
     ) -> None:
         grid = grid_of(config.parallel)
         self._timeout = config.parallel.dist_timeout
-        self._inbox = Receiver[FromFollower](team_address(folder), FromFollower)
-        others = range(1, grid.size)
-        self._followers = [Sender(follower_address(folder, rank)) for rank in others]
+        meeting = meeting_of(config, info, folder, 0)
+        self._inbox = meeting.inbox(FromFollower)
+        self._followers: list[Sender] = []
         try:
-            seat = self._sit(config, grid, folder)
+            self._followers += map(meeting.outbox, range(1, grid.size))
+            meeting.watch(grid, grid.place(0))
+            seat = self._sit(config, grid, meeting)
             self._worker = TpModelWorker(config, info, hardware, halves, seat)
         except BaseException:
             self._hang_up()
@@ -170,10 +137,10 @@ class Team:
         if not self._staged:  # else a thread waits for results for ever
             self._hang_up()
 
-    def _sit(self, config: Config, grid: Grid, folder: str) -> Seat:
-        memory, place = _make_memory(grid, folder), grid.place(0)
+    def _sit(self, config: Config, grid: Grid, meeting: Meeting) -> Seat:
+        memory, place = meeting.make_memory(grid), grid.place(0)
         self._tell(Join(memory))
-        seat = seat_in(ways_of(memory, folder, grid, place), place, config)
+        seat = seat_in(meeting.ways(memory, grid, place), place, config)
         return replace(seat, meet=self._meet, begin=lambda limits: self._tell(Begin(limits)))
 
     def _hang_up(self) -> None:
@@ -251,14 +218,17 @@ class Follower:
         rank: int,
         halves: Sequence[DeviceHalf] = (),
     ) -> None:
-        self._inbox = Receiver[ToFollower](follower_address(folder, rank), ToFollower)
+        meeting = meeting_of(config, info, folder, rank)
+        self._inbox = meeting.inbox(ToFollower)
         self._news: deque[ToFollower] = deque()
-        self._outbox = Sender(team_address(folder))
-        joined = self._next()
-        assert isinstance(joined, Join)
+        self._outbox = meeting.outbox(0)
         grid = grid_of(config.parallel)
         place = grid.place(rank)
-        seat = seat_in(ways_of(joined.memory, folder, grid, place), place, config)
+        meeting.watch(grid, place)
+        joined = self._next()
+        assert isinstance(joined, Join)
+        logger.info("rank %d: machine %d, device %d", rank, place.node, place.gpu_id)
+        seat = seat_in(meeting.ways(joined.memory, grid, place), place, config)
         # All ranks of the last stage have the same results; the first one tells them.
         self._tells = seat.place.pp_rank == grid.pp - 1 > 0 and seat.place.tp_rank == 0
         part = load_part(config, info, hardware, seat)

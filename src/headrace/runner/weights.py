@@ -32,6 +32,7 @@ class Arguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     group_name: str = ""
     master_address: str = ""
     ports: list[Port] = []
+    rank: int | None = None  # the only one that groups are for
 
 
 class WeightService:
@@ -83,11 +84,14 @@ class WeightService:
                 "--remote-instance-weight-loader-start-seed"
             )
         rank = self.build.rank
+        if args.rank not in (None, rank):
+            return "", {"ports": [0]}
         if args.ports and rank >= len(args.ports):
             raise BadRequest(f"ports must have one for each rank, and rank {rank} has none")
         port = args.ports[rank] if args.ports else 0
         return "", {"ports": [self._sender.open(args.group_name, args.master_address, port)]}
 
     def _send(self, args: Arguments) -> Answer:
-        self._sender.send(args.group_name)
+        if args.rank in (None, self.build.rank):
+            self._sender.send(args.group_name)
         return "Sending weights.", {}

@@ -7,6 +7,7 @@ no longer agree on what they exchange. Knows nothing of requests.
 
 import logging
 import secrets
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -30,7 +31,7 @@ from headrace.runner.memory import GIB, MemoryPlan, StepCost, plan_memory, step_
 from headrace.runner.model_runner import DeviceHalf, ModelRunner
 from headrace.runner.pool import bytes_per_token, kv_dtype
 from headrace.runner.pooler import PooledModel, Pooler
-from headrace.runner.seat import ALONE, Seat
+from headrace.runner.seat import ALONE, Seat, grid_of
 from headrace.runner.weights import WeightService
 
 logger = logging.getLogger(__name__)
@@ -158,7 +159,20 @@ def load_part(config: Config, info: ModelInfo, hardware: Hardware, seat: Seat) -
 def memory_plan(
     config: Config, info: ModelInfo, hardware: Hardware, needs: Sequence[Loaded]
 ) -> MemoryPlan:
-    """How all ranks of a machine together divide its memory, as it was before they loaded."""
+    """How all ranks of a machine together divide its memory, as it was before they loaded.
+
+    Of several machines the one with the least room decides.
+    """
+    grid, machines = grid_of(config.parallel), defaultdict(list)
+    for need in needs:
+        machines[grid.place(need.rank).node if grid.nodes > 1 else 0].append(need)
+    plans = [_machine_plan(config, info, hardware, here) for here in machines.values()]
+    return min(plans, key=lambda plan: plan.total_tokens)
+
+
+def _machine_plan(
+    config: Config, info: ModelInfo, hardware: Hardware, needs: Sequence[Loaded]
+) -> MemoryPlan:
     free = max(need.available for need in needs)
     step = step_cost(info, config, getattr(torch, config.model.dtype).itemsize)
     plan = plan_memory(

@@ -19,11 +19,14 @@ from headrace.server.schemas import body_of, read
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 Ports = Annotated[list[Annotated[int, Field(ge=1, le=65535)]], Field(max_length=1024)]
 
+Rank = Annotated[int, Field(ge=0)] | None
+
 
 class InitWeightsSendGroupBody(BaseModel):
     """POST /init_weights_send_group_for_remote_instance. Without `ports` the seed takes free ones.
 
-    `master_address` is an address of this server, on which it will listen.
+    `master_address` is an address of this server, on which it will listen. `rank`: the only one
+    that shall; without it every one does.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -34,6 +37,7 @@ class InitWeightsSendGroupBody(BaseModel):
     world_size: int = 2
     group_name: Name = "weight_send_group"
     backend: str = "gloo"
+    rank: Rank = None
 
 
 class SendWeightsBody(BaseModel):
@@ -44,6 +48,7 @@ class SendWeightsBody(BaseModel):
     master_address: str = ""
     ports: Ports = []
     group_name: Name = "weight_send_group"
+    rank: Rank = None
 
 
 BODIES = (InitWeightsSendGroupBody, SendWeightsBody)
@@ -67,6 +72,7 @@ def routes(context: Context) -> APIRouter:
             "master_address": body.master_address,
             "ports": body.ports,
             "group_name": body.group_name,
+            "rank": body.rank,
         }
         reply = await weights(context.manager, "open_group", details)
         return json_response({"success": True, "message": reply.message, **reply.data})
@@ -75,7 +81,8 @@ def routes(context: Context) -> APIRouter:
     async def send_weights(http: Request) -> Response:
         """Send the weights to who joins the group; answers at once."""
         body = read(SendWeightsBody, await _raw(http, context))
-        reply = await weights(context.manager, "send", {"group_name": body.group_name})
+        details = {"group_name": body.group_name, "rank": body.rank}
+        reply = await weights(context.manager, "send", details)
         return json_response({"success": True, "message": reply.message})
 
     return router

@@ -28,7 +28,14 @@ if LIBRARY is not None:
     from headrace.ops.cpu.matmul import gated_packed, linear_packed, linear_parts, logits_packed
     from headrace.ops.cpu.moe import moe_packed, pack_experts, router_topk
     from headrace.ops.cpu.norm import layer_norm, rms_norm
-    from headrace.ops.cpu.packing import embedding_packed, pack, pack_quantized, stored_dtype
+    from headrace.ops.cpu.packing import (
+        embedding_packed,
+        open_packed,
+        pack,
+        pack_quantized,
+        pack_rows,
+        stored_dtype,
+    )
     from headrace.ops.cpu.rope import latent_kv, rotary, rotary_kv, turn, write_kv
     from headrace.ops.cpu.sampling import log_probs, sample
 
@@ -52,10 +59,12 @@ if LIBRARY is not None:
         "logits_packed",
         "mask_logits",
         "moe_packed",
+        "open_packed",
         "pack",
         "pack_experts",
         "pack_heads",
         "pack_quantized",
+        "pack_rows",
         "paged_attention",
         "position_embedding",
         "rms_norm",

@@ -117,6 +117,18 @@ def pack(weight: Tensor, format: str = "", group: int = 0) -> PackedWeight:
     return packed
 
 
+def open_packed(shape: tuple[int, int], dtype: torch.dtype) -> PackedWeight:
+    return _new(shape, str(dtype).removeprefix("torch."))
+
+
+def pack_rows(weight: PackedWeight, first: int, values: Tensor) -> None:
+    part = mirror(weight)
+    per_panel = weight.data.nbytes // -(-weight.out_size // _PANEL)
+    part.data += first // _PANEL * per_panel
+    part.out_size = len(values)
+    _PACK(_PackArgs(rows(values), part), Step())
+
+
 def pack_quantized(
     values: Tensor, scales: Tensor, format: str, group: int = 0, offsets: Tensor | None = None
 ) -> PackedWeight:
