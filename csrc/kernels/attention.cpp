@@ -133,15 +133,19 @@ static void attend(const hr_attention_args& args, const hr_step& step) {
   const size_t room = static_cast<size_t>(step.tokens + step.chunks) * sizeof(Piece);
   Piece* pieces = static_cast<Piece*>(hr::scratch(room, 3));
   const int64_t made = order_pieces(args, step, queries, pieces);
-  // Heads of a position are neighbors in memory: with tiles enough for all threads, one task reads
-  // them all; with few tiles or many queries, each takes some or one.
-  const int64_t wanted = 4 * hr::threads();
-  int64_t parts = step.tokens <= 2 * made ? 1 : args.kv_heads;
-  while (parts < args.kv_heads && (made * parts < wanted || args.kv_heads % parts)) ++parts;
   int64_t spans = 0;
   for (int64_t i = 0; i < made; ++i) spans += pieces[i].spans;
+  // Heads of a position are neighbors in memory, and all of them are read at a higher rate than one:
+  // decode rows are cut between spans, and between heads only where threads would have none. Many
+  // queries of few sequences are cut between heads first.
+  const bool decode = step.tokens <= 2 * made;
+  const int64_t threads = hr::threads();
+  int64_t parts = decode ? 1 : args.kv_heads;
+  const bool cut_spans = threads > 1 && spans > made && made * parts < 4 * threads;
+  const int64_t each = cut_spans ? spans : made;
+  while (parts < args.kv_heads && (each * parts < threads || args.kv_heads % parts)) ++parts;
   const Cut cut = {pieces, made * parts, parts, args.kv_heads / parts};
-  if (hr::threads() > 1 && cut.items < wanted && spans > made) {
+  if (cut_spans) {
     run_spans<T>(args, step, cut, spans);
   } else {
     run_items<T>(args, step, cut);

@@ -9,6 +9,7 @@ namespace {
 // Rows without top-k look at about this many of the largest logits first.
 constexpr int64_t kFirstLook = 64;
 constexpr int64_t kDrawGrain = 1 << 13;  // logits worth another thread when drawing
+constexpr int64_t kSearchGrain = 3;  // rows, when looking for the largest in a segment
 constexpr int kRanges = 2048;
 constexpr int64_t kManyTokens = 2048;  // worth counting on more than one thread
 constexpr double kBelowOne = 1.0 - 0x1p-52;
@@ -340,13 +341,19 @@ void sample(const hr_sample_args& args, const hr_step& step) {
       const int64_t first = from >> bits, last = (to + (1 << bits) - 1) >> bits;
       if (row.temperature == 0) {
         scan_together(x, blocks, first, last);
+        if (pieces == 1) choose(args, i, memory);  // while the row is in the cache
       } else {
         scan(x, blocks, first, last, Choice::needs_mass(row) ? inverse_of(row) : 0);
       }
     }
   });
-  hr::parallel(count, drawn ? 1 + kDrawGrain / vocab : count, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) choose(args, i, memory);
+  if (!drawn && pieces == 1) return;
+  const int64_t grain = drawn ? 1 + kDrawGrain / vocab : kSearchGrain;
+  hr::parallel(count, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const bool chosen = pieces == 1 && args.table[args.rows[i]].temperature == 0;
+      if (!chosen) choose(args, i, memory);
+    }
   });
 }
 
