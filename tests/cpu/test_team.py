@@ -14,7 +14,7 @@ from headrace.core.plan import Chunk, ChunkResult, StepPlan, StepResult
 from headrace.core.resolve import resolve
 from headrace.core.weight_options import ParallelOptions
 from headrace.dist.topology import Grid
-from headrace.engine.runtime import free_port
+from headrace.core.ports import free_port
 from headrace.runner.meeting import SECRET_VARIABLE, NetworkMeeting
 from headrace.runner.team import Team, sampled
 from tests.support.checkpoints import make_checkpoint

@@ -6,7 +6,7 @@ import pytest
 
 from headrace import Engine
 from headrace.core.errors import LoadError
-from headrace.engine.runtime import free_port
+from headrace.core.ports import free_port
 from tests.e2e.test_processes import assert_nothing_is_left
 from tests.support.servers import Server, wait_for
 

@@ -137,8 +137,14 @@ def _packed(
     biases: ExpertBiases | None,
     orders: tuple[Tensor | None, ...] = (),
 ) -> PackedExperts:
-    given = (biases.gate_up, biases.down) if biases else (None, None)
-    return PackedExperts(tuple(gates), tuple(ups), tuple(downs), *given, orders)
+    return PackedExperts(
+        tuple(gates),
+        tuple(ups),
+        tuple(downs),
+        biases.gate_up if biases else None,
+        biases.down if biases else None,
+        orders,
+    )
 
 
 def _stacks(prefix: str, single: Targets, count: int) -> Targets:
