@@ -11,10 +11,10 @@ from headrace.core.errors import LoadError
 from headrace.core.hardware import Hardware
 from headrace.core.model_info import read_model_info
 from headrace.core.plan import Chunk, ChunkResult, StepPlan, StepResult
+from headrace.core.ports import free_port
 from headrace.core.resolve import resolve
 from headrace.core.weight_options import ParallelOptions
 from headrace.dist.topology import Grid
-from headrace.core.ports import free_port
 from headrace.runner.meeting import SECRET_VARIABLE, NetworkMeeting
 from headrace.runner.team import Team, sampled
 from tests.support.checkpoints import make_checkpoint
