@@ -20,6 +20,7 @@ HONORED = frozenset(
         "text",
         "input_ids",
         "sampling_params",
+        "custom_logit_processor",
         "rid",
         "stream",
         "return_logprob",
