@@ -4,8 +4,6 @@ The limits are about twice what was measured when the formats were written, so t
 rounding passes and a lost scale, sign or group does not.
 """
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -15,8 +13,10 @@ from headrace import ops
 from headrace.assets import demo_model_path
 from headrace.core.model_info import read_model_info
 from headrace.dist.comm import SoloGroup
-from headrace.loader import load_model
+from headrace.layers.build import Build
+from headrace.loader import load_built
 from headrace.ops import ref
+from headrace.quant.dense import ON_LOAD, Dense, OnLoad
 from tests.support.paged import PagedRun
 
 # Mean KL divergence from the fp32 model, in nats per token, with every matrix quantized: the linear
@@ -55,10 +55,10 @@ def sequences() -> list[list[int]]:
     ]
 
 
-def log_probabilities(sequences: list[list[int]]) -> Tensor:
+def log_probabilities(sequences: list[list[int]], quant: OnLoad = ON_LOAD["none"]) -> Tensor:
     """Next-token distributions at every position of every sequence, [positions, vocab]."""
-    torch.set_num_threads(1)
-    model = load_model(read_model_info(demo_model_path()), torch.float32, SoloGroup())
+    build = Build(torch.float32, SoloGroup(), quant)
+    model = load_built(read_model_info(demo_model_path()), build)
     run = PagedRun(model, sequences, page_size=16)
     chunks = [(row, len(ids)) for row, ids in enumerate(sequences)]
     return torch.cat(run.step(chunks)).double().log_softmax(-1)
@@ -70,12 +70,9 @@ def truth(sequences: list[list[int]]) -> Tensor:
 
 
 @pytest.mark.parametrize(("format", "group"), LIMITS)
-def test_demo_model(
-    format: str, group: int, sequences: list[list[int]], truth: Tensor, monkeypatch: Any
-) -> None:
-    pack = ops.pack
-    monkeypatch.setattr(ops, "pack", lambda weight, *_: pack(weight, format, group))
-    found = log_probabilities(sequences)
+def test_demo_model(format: str, group: int, sequences: list[list[int]], truth: Tensor) -> None:
+    method = Dense(format, group)
+    found = log_probabilities(sequences, OnLoad(format, method, method))
     divergence = float((truth.exp() * (truth - found)).sum(-1).mean())
     assert 0 < divergence < LIMITS[format, group]
 

@@ -137,9 +137,11 @@ def test_a_failed_step_is_a_result_and_the_next_one_runs(folder, caplog):
     sequence = Sequence([5, 6, 7])
     with caplog.at_level(logging.ERROR, "headrace"):
         failed = worker.launch(StepPlan(7, [], extras=(LogprobSpec(),))).result()
-    assert "nothing here handles LogprobSpec" in failed.error
+    incident = failed.error.partition("incident ")[2].rstrip(".")
     assert failed.chunks == []
-    assert "step 7 failed" in caplog.text
+    assert incident and f"step 7 failed, incident {incident}" in caplog.text
+    assert "nothing here handles LogprobSpec" in caplog.text
+    assert "LogprobSpec" not in failed.error
     assert "Traceback" in caplog.text
     driver.run([(sequence, 3)], new_rows=[sequence.new_row(0)])
     assert len(sequence.out) == 1

@@ -25,7 +25,7 @@ from headrace.core.errors import LoadError
 MAX_HEADER_BYTES = 100_000_000
 _MOST_DIMS = 64
 _MADV_POPULATE_READ = 22  # Linux 5.14
-_AHEAD = 256 << 20  # read ahead of the tensor in use
+_AHEAD = 64 << 20  # read ahead of the tensor in use: pages of the file, which Linux may take back
 _PIECE, _NEXT = 2 << 20, 16 << 20
 
 _DTYPES = {
