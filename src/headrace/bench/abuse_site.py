@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import re
 import time
 from collections import Counter
@@ -41,11 +42,16 @@ class Sizes:
 class Site:
     """A running server of the demo model."""
 
-    def __init__(self, *options: str, token: str = "") -> None:
+    def __init__(self, *options: str, token: str = "", apart: bool = False) -> None:
+        """`apart`: this client keeps one core to itself, and the server has the others."""
         self.port = free_port()
         self.token = token
+        self._cores = os.sched_getaffinity(0)
+        mine = {max(self._cores)} if apart and len(self._cores) > 1 else self._cores
+        os.sched_setaffinity(0, self._cores - mine or self._cores)
         command = serve_command(self.port, ["--log-level", "warning", *_POOL, *options])
         self.process = ServerProcess(command, self.port, 120.0)
+        os.sched_setaffinity(0, mine)
 
     async def __aenter__(self) -> "Site":
         await asyncio.to_thread(self.process.wait_health)
@@ -53,6 +59,7 @@ class Site:
 
     async def __aexit__(self, *_: object) -> None:
         await asyncio.to_thread(self.process.__exit__)
+        os.sched_setaffinity(0, self._cores)
 
     async def state(self) -> dict[str, Any]:
         """The scheduler's counters."""

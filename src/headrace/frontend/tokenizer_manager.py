@@ -196,7 +196,7 @@ class TokenizerManager:
 
         When one request is refused, none is sent.
         """
-        self._check_room()
+        self.check_room()
         began, tenant = time.monotonic(), caller.get()
         with self._quotas.admit(tenant, len(requests)) as usage:
             prepared = await self._prepare([owned(request, tenant) for request in requests])
@@ -252,6 +252,20 @@ class TokenizerManager:
         """The requests with `ids` in place of `text`."""
         return await self._texts.with_ids(requests)
 
+    def check_room(self) -> None:
+        """With a queue that was full a moment ago, refuse before any work is done.
+
+        The scheduler decides where urgent requests displace others.
+        """
+        schedule, stats = self.config.schedule, self.stats
+        most = schedule.max_queued_requests
+        if most is None or stats.waiting < most or schedule.enable_priority_scheduling:
+            return
+        if time.monotonic() - self._stats_at < _FRESH_SECONDS:
+            error = Overloaded(f"The request queue is full. It may hold {most} requests.")
+            error.retry_after = stats.retry_after
+            raise error
+
     # -- the way out --------------------------------------------------------------------------
 
     async def _prepare(self, requests: Sequence[GenerateRequest]) -> list[GenerateRequest]:
@@ -291,20 +305,6 @@ class TokenizerManager:
                 if self._flights.get(request.rid) is flight:
                     flight.abandoned = True
                     self._send(AbortRequest(request.rid, origin=self._origin or -1))
-
-    def _check_room(self) -> None:
-        """With a queue that was full a moment ago, refuse before any work is done.
-
-        The scheduler decides where urgent requests displace others.
-        """
-        schedule, stats = self.config.schedule, self.stats
-        most = schedule.max_queued_requests
-        if most is None or stats.waiting < most or schedule.enable_priority_scheduling:
-            return
-        if time.monotonic() - self._stats_at < _FRESH_SECONDS:
-            error = Overloaded(f"The request queue is full. It may hold {most} requests.")
-            error.retry_after = stats.retry_after
-            raise error
 
     def _check_alive(self) -> None:
         if self._failure is not None:

@@ -61,7 +61,8 @@ def routes(context: Context) -> APIRouter:
 async def answer(
     http: Request, context: Context, parse: Callable[[bytes], Job], *, slow: bool = False
 ) -> Response:
-    """Serve one request from body to response."""
+    """Serve one request from body to response; with a full queue its body is not even read."""
+    context.manager.check_room()
     return await send(http, context, await take(http, context, parse, slow=slow))
 
 
