@@ -99,7 +99,7 @@ async def hostile(args: argparse.Namespace) -> list[Check]:
             Check(
                 f"{sum(statuses.values())} bodies", str(dict(sorted(statuses.items()))), not wrong
             ),
-            Check("p99 between a victim's tokens", pace, p99(gaps) < 3 * p99(calm) + 20),
+            Check("p99 between a victim's tokens", pace, p99(gaps) < 2 * p99(calm) + 5),
             *checks,
         ]
 

@@ -7,10 +7,11 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from headrace.core.config import Config, ServeOptions
+from headrace.core.config import Config
 from headrace.core.errors import BadRequest
 from headrace.core.hardware import Hardware
 from headrace.core.model_info import ModelInfo
+from headrace.core.serve_options import ServeOptions
 from headrace.core.weight_options import ParallelOptions, host_and_port
 
 

@@ -14,8 +14,8 @@ from typing import Any
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from headrace.core.config import ServeOptions
 from headrace.core.errors import Forbidden, LoadError
+from headrace.core.serve_options import ServeOptions
 from headrace.server.errors import error_response
 
 logger = logging.getLogger(__name__)
@@ -25,6 +25,8 @@ _TOO_LONG = (
     b"connection: close\r\ncontent-length: 0\r\n\r\n"
 )
 _LARGEST_READ = 1 << 18
+# What a header costs besides its letters; HTTP/2 counts the same (RFC 9113, 6.5.2).
+_EACH_HEADER = 32
 _SECONDS_BETWEEN_LOOKS = 10.0
 
 
@@ -106,7 +108,7 @@ def short_headed(most: int) -> type[HttpToolsProtocol]:
             super().on_url(url)
 
         def on_header(self, name: bytes, value: bytes) -> None:
-            self._count(len(name) + len(value) + 4)
+            self._count(len(name) + len(value) + _EACH_HEADER)
             super().on_header(name, value)
 
         def on_headers_complete(self) -> None:

@@ -17,9 +17,10 @@ from typing import Protocol
 import uvicorn
 from starlette.types import ASGIApp
 
-from headrace.core.config import Config, ServeOptions
+from headrace.core.config import Config
 from headrace.core.errors import HeadraceError, WorkerLost
 from headrace.core.messages import SamplingParams
+from headrace.core.serve_options import ServeOptions
 from headrace.engine.boot import Drain, Fail, Serve
 from headrace.engine.door import (
     NotEveryBadRequest,

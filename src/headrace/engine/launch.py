@@ -14,9 +14,10 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 
-from headrace.core.config import Config, ServeOptions
+from headrace.core.config import Config
 from headrace.core.errors import BadRequest, WorkerLost
 from headrace.core.model_info import ModelInfo
+from headrace.core.serve_options import ServeOptions
 from headrace.engine.boot import Boot, Ready, Resume, Serve, Suspend
 from headrace.engine.restart import HTTP, SCHEDULER, Down, Up
 from headrace.engine.stopwatch import Stopwatch

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, NoReturn, Protocol
 
-from headrace.core.config import ServeOptions
 from headrace.core.messages import ControlReply, Inbound, Outbound
+from headrace.core.serve_options import ServeOptions
 from headrace.engine.snapshots import Snapshots
 from headrace.frontend.flight import key_of
 from headrace.frontend.router import Outlet, to_detokenizers, to_frontends

@@ -12,8 +12,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from headrace.core.config import Config, ObserveOptions, ServeOptions
+from headrace.core.config import Config
 from headrace.core.errors import LoadError
+from headrace.core.serve_options import ObserveOptions, ServeOptions
 from headrace.engine.launch import launch
 from headrace.engine.stopwatch import Stopwatch
 

@@ -17,8 +17,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 
-from headrace.core.config import Limits, RecoverOptions
+from headrace.core.config import Limits
 from headrace.core.errors import HeadraceError, LoadError, WorkerLost
+from headrace.core.serve_options import RecoverOptions
 from headrace.engine import boot as wire
 from headrace.engine import crash, watchdog
 from headrace.engine.boot import Boot, Failed, Loading, Order, Ready

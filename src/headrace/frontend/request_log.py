@@ -11,8 +11,8 @@ from typing import Any
 
 import msgspec
 
-from headrace.core.config import ObserveOptions
 from headrace.core.messages import Delta, GenerateRequest, SamplingParams, unpack_ids
+from headrace.core.serve_options import ObserveOptions
 
 logger = logging.getLogger("headrace.requests")
 

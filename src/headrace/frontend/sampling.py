@@ -9,10 +9,10 @@ from typing import Any, get_type_hints
 
 import msgspec
 
-from headrace.core.config import ServeOptions
 from headrace.core.errors import BadRequest, Unsupported
 from headrace.core.messages import GRAMMAR_FIELDS, SamplingParams
 from headrace.core.model_info import ModelInfo
+from headrace.core.serve_options import ServeOptions
 from headrace.frontend.validate import MAX_LOGIT_BIAS, check_size
 
 _TYPES = get_type_hints(SamplingParams)

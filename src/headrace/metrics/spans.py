@@ -17,9 +17,9 @@ import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
-from headrace.core.config import ObserveOptions
 from headrace.core.errors import BadRequest
 from headrace.core.messages import Delta, GenerateRequest
+from headrace.core.serve_options import ObserveOptions
 from headrace.core.timeline import Timeline
 
 if TYPE_CHECKING:

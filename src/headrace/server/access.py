@@ -15,8 +15,8 @@ from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from headrace.core.config import ServeOptions
 from headrace.core.errors import BadRequest, Forbidden, HeadraceError, NotFound, Unauthorized
+from headrace.core.serve_options import ServeOptions
 from headrace.core.tenant import ANYONE, KeyRing, Tenant, caller, digest, read_keys
 from headrace.server.errors import error_response
 

@@ -318,7 +318,7 @@ def _add_control(router: APIRouter, context: Context) -> None:
     @router.post("/abort_request", openapi_extra=body_of(AbortBody))
     async def abort_request(http: Request) -> Response:
         """End every request whose id starts with `rid`, or all. No such request is no error."""
-        body = read(AbortBody, await read_body(http, context.config.serve.max_request_bytes))
+        body = read(AbortBody, await read_body(http, context.config.serve))
         headers = warnings(ignored_fields(body), strict=context.config.serve.strict_fields)
         if body.rid or body.abort_all:
             context.manager.abort(body.rid or "", prefix=True, all=bool(body.abort_all))

@@ -59,7 +59,7 @@ def routes(context: Context) -> APIRouter:
     @router.post("/v1/messages/count_tokens", openapi_extra=body_of(CountRequest))
     async def count_tokens(http: Request) -> Response:
         """How many tokens the same body has as a prompt."""
-        raw = await read_body(http, context.config.serve.max_request_bytes)
+        raw = await read_body(http, context.config.serve)
         return await asyncio.to_thread(_count, raw, context)
 
     return router

@@ -123,7 +123,7 @@ def routes(context: Context) -> APIRouter:
 async def _read(http: Request, context: Context, kind: type[Body]) -> tuple[Body, dict[str, str]]:
     """The body, checked, and the headers that name fields without effect."""
     context.check_ready()
-    raw = await read_body(http, context.config.serve.max_request_bytes, any_type=True)
+    raw = await read_body(http, context.config.serve, any_type=True)
     body = read(kind, raw or b"{}")
     return body, warnings(ignored_fields(body), strict=context.config.serve.strict_fields)
 

@@ -15,7 +15,9 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from headrace.core.errors import BadRequest, HeadraceError
+from headrace.core.serve_options import ServeOptions
 from headrace.server import native, openai_chat, openai_completions
+from headrace.server.census import check_values
 from headrace.server.context import Context, Job, Stamp
 from headrace.server.errors import TooLarge
 from headrace.server.ignored import warnings
@@ -79,7 +81,7 @@ async def take(
     A large one is parsed in a thread, and any if `slow`: when the work is not linear in its size.
     """
     context.check_ready()
-    raw = await read_body(http, context.config.serve.max_request_bytes, any_type=any_type)
+    raw = await read_body(http, context.config.serve, any_type=any_type)
     if not slow and len(raw) <= LARGE_BODY:
         try:
             with patience(ON_LOOP_SECONDS):
@@ -114,17 +116,22 @@ def headers_of(job: Job, context: Context) -> dict[str, str]:
     return named | warnings(job.ignored, strict=context.config.serve.strict_fields)
 
 
-async def read_body(http: Request, limit: int, *, any_type: bool = False) -> bytes:
+async def read_body(http: Request, serve: ServeOptions, *, any_type: bool = False) -> bytes:
     """The body of a JSON request; with `any_type` whatever its content type says.
 
     Raises:
-        TooLarge: more than `limit` bytes; the rest is not read.
-        BadRequest: the content type is not JSON.
+        TooLarge: more than --max-request-bytes; the rest is not read.
+        BadRequest: the content type is not JSON, or more than --max-request-values.
     """
     kind = http.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if not any_type and kind != "application/json" and not kind.endswith("+json"):
         raise BadRequest(f"Content-Type must be application/json, not {kind!r}.")
-    return await read_raw(http, limit)
+    raw = await read_raw(http, serve.max_request_bytes)
+    if len(raw) > LARGE_BODY:
+        await asyncio.to_thread(check_values, raw, serve.max_request_values)
+    else:
+        check_values(raw, serve.max_request_values)
+    return raw
 
 
 async def read_raw(http: Request, limit: int) -> bytes:

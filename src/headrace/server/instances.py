@@ -90,4 +90,4 @@ def routes(context: Context) -> APIRouter:
 
 async def _raw(http: Request, context: Context) -> bytes:
     context.check_ready()
-    return await read_body(http, context.config.serve.max_request_bytes, any_type=True) or b"{}"
+    return await read_body(http, context.config.serve, any_type=True) or b"{}"

@@ -19,12 +19,11 @@ from headrace.text.parsers.events import Arguments, Content, Event, Reasoning, T
 def routes(context: Context) -> APIRouter:
     """Both routes."""
     router = APIRouter()
-    limit = context.config.serve.max_request_bytes
 
     @router.post("/parse_function_call", openapi_extra=body_of(FunctionCallBody))
     async def parse_function_call(http: Request) -> Response:
         """The calls in a text, and what is left of it."""
-        body = read(FunctionCallBody, await read_body(http, limit))
+        body = read(FunctionCallBody, await read_body(http, context.config.serve))
         tools = check_tools(body.tools)
         dialect = _known(body.tool_call_parser, TOOL_DIALECTS, "tool_call_parser")
         return json_response(calls_of(await _parsed(body.text, "", dialect, tools)))
@@ -32,7 +31,7 @@ def routes(context: Context) -> APIRouter:
     @router.post("/separate_reasoning", openapi_extra=body_of(ReasoningBody))
     async def separate_reasoning(http: Request) -> Response:
         """The reasoning in a text, and what is left of it."""
-        body = read(ReasoningBody, await read_body(http, limit))
+        body = read(ReasoningBody, await read_body(http, context.config.serve))
         family = _known(body.reasoning_parser, REASONING, "reasoning_parser")
         events = await _parsed(body.text, family, "", [])
         reasoning = "".join(event.text for event in events if isinstance(event, Reasoning))

@@ -26,20 +26,19 @@ from headrace.server.schemas import (
 def routes(context: Context) -> APIRouter:
     """Both routes, each also under /v1."""
     router = APIRouter()
-    limit = context.config.serve.max_request_bytes
 
     @router.post("/tokenize", openapi_extra=body_of(TokenizeRequest))
     @router.post("/v1/tokenize", openapi_extra=body_of(TokenizeRequest))
     async def tokenize(http: Request) -> Response:
         """Token ids of a prompt, of several prompts, or of messages through the chat template."""
-        raw = await read_body(http, limit)
+        raw = await read_body(http, context.config.serve)
         return await asyncio.to_thread(_tokenize, raw, context)
 
     @router.post("/detokenize", openapi_extra=body_of(DetokenizeRequest))
     @router.post("/v1/detokenize", openapi_extra=body_of(DetokenizeRequest))
     async def detokenize(http: Request) -> Response:
         """Text of token ids, or of several lists of them."""
-        raw = await read_body(http, limit)
+        raw = await read_body(http, context.config.serve)
         return await asyncio.to_thread(_detokenize, raw, context)
 
     return router
