@@ -131,6 +131,37 @@ def test_old_rope_fields_mean_the_same(tmp_path: Path) -> None:
     assert_close(run_all(load(tmp_path), [ids])[0], expected(oracle, ids))
 
 
+def test_a_package_may_bring_an_architecture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is installed beside headrace, with its entry points."""
+    import json
+
+    site, checkpoint = tmp_path / "site", tmp_path / "checkpoint"
+    (site / "mill-1.0.dist-info").mkdir(parents=True)
+    (site / "mill-1.0.dist-info" / "entry_points.txt").write_text(
+        "[headrace.models]\nMillForCausalLM = mill:Mill\nLostForCausalLM = mill:Lost\n"
+        "Qwen3ForCausalLM = mill:Mill\n"
+    )
+    (site / "mill.py").write_text(
+        "from headrace.models.llama import Qwen3ForCausalLM\n"
+        "class Mill(Qwen3ForCausalLM):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(site)
+    assert model_class("Qwen3ForCausalLM").__module__ == "headrace.models.llama"
+    with pytest.raises(LoadError, match="LostForCausalLM.*mill:Lost cannot be had"):
+        model_class("LostForCausalLM")
+
+    oracle = make_case(checkpoint, "qwen3")
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["architectures"] = ["MillForCausalLM"]
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    model = load(checkpoint)
+    assert type(model).__name__ == "Mill"
+    ids = random_ids(30)[0]
+    assert_close(run_all(model, [ids])[0], expected(oracle, ids))
+
+
 def test_unknown_architecture_names_close_ones() -> None:
     with pytest.raises(LoadError, match="Qwen3ForCausalLM"):
         model_class("Qwen3ForCausalML")

@@ -1,7 +1,12 @@
-"""Architectures: one table from the name in config.json to a class, imported when needed."""
+"""Architectures: one table from the name in config.json to a class, imported when needed.
+
+Packages add their own by entry points of the group `headrace.models`, with the name of the
+architecture and "module:Class".
+"""
 
 import difflib
 import importlib
+import importlib.metadata
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -28,6 +33,7 @@ _CAUSAL = {
 _POOLED = "Llama Mistral Qwen2 Qwen3"
 """Families of `llama` whose checkpoints may have another head, or none."""
 
+GROUP = "headrace.models"
 _HEADS = ("Model", "ForSequenceClassification", "ForRewardModel")
 
 ARCHITECTURES = {
@@ -122,26 +128,39 @@ def _made(info: ModelInfo, build: Build) -> Model:
 
 def borrowed(architecture: str) -> bool:
     """Whether only transformers implements it; looked up without importing a model's code."""
-    if architecture in ARCHITECTURES:
+    if place_of(architecture):
         return False
     import transformers
 
     return hasattr(transformers, architecture)
 
 
+def place_of(architecture: str) -> str:
+    """Where its class is: "module:Class"; "" for an unknown one. Ours go before those of others."""
+    if place := ARCHITECTURES.get(architecture):
+        return f"{__name__}.{place}"
+    found = importlib.metadata.entry_points(group=GROUP, name=architecture)
+    return next(iter(found)).value if found else ""
+
+
 def model_class(architecture: str) -> type[Model]:
     """The class for a name in config.json's `architectures`.
 
     Raises:
-        LoadError: unknown; names the closest ones.
+        LoadError: unknown; names the closest ones. Or a package's class cannot be had.
     """
-    place = ARCHITECTURES.get(architecture)
-    if place is None:
+    place = place_of(architecture)
+    if not place:
         close = difflib.get_close_matches(architecture, ARCHITECTURES, n=3) or list(ARCHITECTURES)
         raise LoadError(
             f"architecture {architecture!r} is not supported; close to it: {', '.join(close)}",
             field="architectures",
         )
     module, _, name = place.partition(":")
-    found: type[Model] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    try:
+        found: type[Model] = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise LoadError(
+            f"architecture {architecture!r}: {place} cannot be had: {error}", field="architectures"
+        ) from error
     return found
