@@ -149,7 +149,7 @@ def test_a_package_may_bring_an_architecture(
     )
     monkeypatch.syspath_prepend(site)
     assert model_class("Qwen3ForCausalLM").__module__ == "headrace.models.llama"
-    with pytest.raises(LoadError, match="LostForCausalLM.*mill:Lost cannot be had"):
+    with pytest.raises(LoadError, match=r"LostForCausalLM.*mill:Lost cannot be had"):
         model_class("LostForCausalLM")
 
     oracle = make_case(checkpoint, "qwen3")
