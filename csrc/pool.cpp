@@ -208,8 +208,12 @@ void close_and_wait() {
   const auto done = [] { return !(state.load(std::memory_order_acquire) & kMembers); };
   if (spin(done)) return;
   state.fetch_or(kWaiting, std::memory_order_acq_rel);
-  while (!done()) {
-    futex_wait(low_half(state), static_cast<uint32_t>(state.load(std::memory_order_acquire)));
+  // What is waited on is the very value that had members in it: one who leaves in between has
+  // changed it, so its wake cannot be missed.
+  for (;;) {
+    const uint64_t seen = state.load(std::memory_order_acquire);
+    if (!(seen & kMembers)) return;
+    futex_wait(low_half(state), static_cast<uint32_t>(seen));
   }
 }
 

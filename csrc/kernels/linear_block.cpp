@@ -9,7 +9,7 @@ constexpr int64_t kBlockBytes = 320 << 10;  // of x, kept in the second-level ca
 constexpr int64_t kPanelsAtOnce = 8;
 constexpr int64_t kTilesToKeepFor = 3;  // and fewer read bf16 weights one after the other
 // Bytes that a single tile fetches ahead in its own stream, of which AMX takes 2 kB at once.
-constexpr int64_t kNear = HR_LEVEL >= 4 ? 4096 : 2048;
+constexpr int64_t kNear = 4096;
 
 // ---- rows of x ----------------------------------------------------------------------------------
 
