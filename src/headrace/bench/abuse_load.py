@@ -84,7 +84,7 @@ async def hostile(args: argparse.Namespace) -> list[Check]:
     """Bodies nobody should send, beside a stream whose pace is compared with a harmless time."""
     async with Site(*args.server.split()) as site:
         found = attacks(args.seed, await site.vocab_size())
-        harmless = [Attack("/tokenize", b'{"prompt": "hello"}')] * len(found)
+        harmless = [_harmless(len(attack.body)) for attack in found]
         await send_all(site, found * 3)  # every path has been taken, in several threads
         await site.at_rest()
         before = site.sizes()
@@ -102,6 +102,11 @@ async def hostile(args: argparse.Namespace) -> list[Check]:
             Check("p99 between a victim's tokens", pace, p99(gaps) < 2 * p99(calm) + 5),
             *checks,
         ]
+
+
+def _harmless(size: int) -> Attack:
+    """A request of about `size` bytes that is answered."""
+    return Attack("/tokenize", json.dumps({"prompt": "hello", "user": "u" * size}).encode())
 
 
 async def send_all(site: Site, found: list[Attack]) -> Counter[int]:

@@ -50,6 +50,8 @@ class Target:
     extra_body: dict[str, Any] = dataclasses.field(default_factory=dict)
     timeout: float = 3600.0
     """Seconds a request may take from connect to last byte."""
+    reconnect: bool = False
+    """A new connection for every request: some servers close theirs without a word."""
 
     @property
     def url(self) -> str:
@@ -71,7 +73,11 @@ class Target:
 def open_session(target: Target) -> aiohttp.ClientSession:
     """A session without limits, cookies or proxies of its own; close it after use."""
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE),
+        connector=aiohttp.TCPConnector(
+            limit=0,
+            force_close=target.reconnect,
+            keepalive_timeout=None if target.reconnect else _KEEP_ALIVE,
+        ),
         cookie_jar=aiohttp.DummyCookieJar(),
         timeout=aiohttp.ClientTimeout(total=target.timeout),
         headers={"Authorization": f"Bearer {target.api_key}"} if target.api_key else None,

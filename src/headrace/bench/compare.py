@@ -113,7 +113,7 @@ class Peer:
 
 
 async def _target(base_url: str) -> Target:
-    target = Target(base_url=base_url, backend="completions")
+    target = Target(base_url=base_url, backend="completions", reconnect=True)
     async with client.open_session(target) as session:
         return dataclasses.replace(target, model=await client.first_model(session, target))
 
