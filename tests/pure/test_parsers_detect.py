@@ -6,8 +6,8 @@ import pytest
 
 from headrace.assets import demo_model_path
 from headrace.core.config import Config
-from headrace.core.parser_names import REASONING_PARSERS, TOOL_CALL_PARSERS
 from headrace.core.errors import BadRequest
+from headrace.core.parser_names import REASONING_PARSERS, TOOL_CALL_PARSERS
 from headrace.text.parsers import REASONING, TOOL_DIALECTS, detect
 from tests.support import chat_templates
 
