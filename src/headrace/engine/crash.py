@@ -21,8 +21,11 @@ from headrace.ipc.pulse import Pulse
 
 logger = logging.getLogger(__name__)
 
-# A child writes the Python stacks of all threads when it gets this.
-STACKS_SIGNAL = signal.SIGUSR2
+# A child writes the Python stack of the thread that gets the first, its main thread; and those of
+# all threads when it gets the second. Frames of a thread that runs meanwhile may be read while they
+# change, which ends the process at times: so what is certain comes first.
+OWN_STACK, ALL_STACKS = signal.SIGUSR2, signal.SIGRTMIN + 2
+_BETWEEN_SECONDS = 0.1
 _TOOL_SECONDS = 15.0
 _PREFIX = "headrace-crash-"
 _KEEP = 50
@@ -31,10 +34,13 @@ _KEEP = 50
 def ask_for_stacks(child: Child) -> None:
     """Let a stuck child show its stacks; they come with its output."""
     native = native_stacks(child.process.pid)
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(child.process.pid, STACKS_SIGNAL)
-        os.kill(child.process.pid, signal.SIGCONT)
     child.show(native.encode() + b"\n")
+    with contextlib.suppress(ProcessLookupError):
+        # The kernel gives a signal to the main thread, unless the process is stopped.
+        os.kill(child.process.pid, signal.SIGCONT)
+        os.kill(child.process.pid, OWN_STACK)
+        time.sleep(_BETWEEN_SECONDS)
+        os.kill(child.process.pid, ALL_STACKS)
 
 
 def native_stacks(pid: int) -> str:

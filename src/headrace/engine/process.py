@@ -26,7 +26,7 @@ from headrace.core.errors import HeadraceError, LoadError
 from headrace.core.messages import Deltas
 from headrace.engine import boot as wire
 from headrace.engine.boot import Boot, Failed, Loading, Ready
-from headrace.engine.crash import STACKS_SIGNAL
+from headrace.engine.crash import ALL_STACKS, OWN_STACK
 from headrace.engine.stopwatch import Stopwatch
 from headrace.engine.tied import die_with_parent
 from headrace.ipc import address
@@ -194,7 +194,8 @@ class Lifeline:
         self._role = role
         setproctitle.setproctitle(f"headrace::{'-'.join([role, *sys.argv[5:]])}")
         faulthandler.enable()
-        faulthandler.register(STACKS_SIGNAL, all_threads=True)
+        faulthandler.register(OWN_STACK, all_threads=False)
+        faulthandler.register(ALL_STACKS, all_threads=True)
         # Ctrl-C and service managers signal every process; only the parent decides what it means.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
