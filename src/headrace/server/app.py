@@ -46,7 +46,6 @@ from headrace.server.responses_input import ResponsesRequest
 from headrace.server.schemas import SCHEMA_PATH, all_schemas
 from headrace.server.timings import HEADER, Timings
 
-# Bodies that `schemas` does not know, for the OpenAPI document.
 # Every folder of routes. Files and batches are added apart: they have work to do beside.
 PARTS = (
     generation,
@@ -63,6 +62,7 @@ PARTS = (
     ui,
 )
 
+# Bodies that `schemas` does not know, for the OpenAPI document.
 BODIES = (
     ResponsesRequest,
     MessagesRequest,
