@@ -61,7 +61,7 @@ typedef struct {
 
 // ---- library ------------------------------------------------------------------------------------
 
-#define HR_ABI 9  // changes whenever a struct or a function here does
+#define HR_ABI 10  // changes whenever a struct or a function here does
 
 // What level HR_AMX needs, in the order in which it is looked for.
 typedef enum {
@@ -94,7 +94,10 @@ void hr_program_free(hr_program* program);
 int64_t hr_program_append(hr_program* program, int32_t operator_index, const void* args,
                           int64_t size);  // copies args; returns the call's number
 int64_t hr_program_length(const hr_program* program);
+int32_t hr_program_operator(const hr_program* program, int64_t call);
 void hr_replay(const hr_program* program, const hr_step* step);
+// The same, and adds to nanoseconds[i] what call i took.
+void hr_replay_timed(const hr_program* program, const hr_step* step, int64_t* nanoseconds);
 
 // Which count of the step says how many rows of its buffers an operator works on.
 typedef enum { HR_TOKENS = 0, HR_PICKED = 1 } hr_over;

@@ -1,5 +1,6 @@
 // Recorded operator calls, replayed in order. Arguments are copied in, so that their owner may go.
 #include <string.h>
+#include <time.h>
 
 #include <memory>
 #include <vector>
@@ -13,6 +14,12 @@ struct hr_program {
   };
   std::vector<Call> calls;
 };
+
+static int64_t now() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return t.tv_sec * 1'000'000'000LL + t.tv_nsec;
+}
 
 hr_program* hr_program_new(void) { return new hr_program; }
 
@@ -30,8 +37,22 @@ int64_t hr_program_length(const hr_program* program) {
   return static_cast<int64_t>(program->calls.size());
 }
 
+int32_t hr_program_operator(const hr_program* program, int64_t call) {
+  return program->calls[static_cast<size_t>(call)].operator_index;
+}
+
 void hr_replay(const hr_program* program, const hr_step* step) {
   for (const auto& call : program->calls) {
     hr::kernel_of(call.operator_index)(call.args.get(), *step);
+  }
+}
+
+void hr_replay_timed(const hr_program* program, const hr_step* step, int64_t* nanoseconds) {
+  int64_t begin = now();
+  for (const auto& call : program->calls) {
+    hr::kernel_of(call.operator_index)(call.args.get(), *step);
+    const int64_t end = now();
+    *nanoseconds++ += end - begin;
+    begin = end;
   }
 }

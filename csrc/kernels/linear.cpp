@@ -4,35 +4,68 @@
 
 namespace HR_NS {
 
-constexpr int64_t kMostRows = 576;  // laid out at once
-
-// Elements [first, first + columns) of a bias for one panel, zero where there is none.
+// Elements [first, first + columns) of a bias for a block, zero where there is none.
 static void load_bias(const void* bias, int32_t dtype, int64_t first, int64_t columns, float* out) {
-  for (int64_t j = 0; j < HR_PANEL; ++j) out[j] = 0.0f;
+  for (int64_t j = 0; j < kPanelsAtOnce * HR_PANEL; ++j) out[j] = 0.0f;
   if (!bias) return;
   with_type(dtype, [&](auto type) {
     load_elements(static_cast<const decltype(type)*>(bias) + first, columns, out);
   });
 }
 
-// The outputs that panel p really has.
-static int64_t columns_of(const hr_weight& w, int64_t p) {
-  const int64_t left = w.out - p * HR_PANEL;
-  return left < HR_PANEL ? left : HR_PANEL;
+// The outputs that the panels of a block really have.
+static int64_t columns_of(const hr_weight& w, const Block& block) {
+  const int64_t last = block.last * HR_PANEL;
+  return (last < w.out ? last : w.out) - block.first * HR_PANEL;
 }
 
-// Lays out rows of x part by part and calls body(input, first row) for each.
-template <class Body>
-static void by_parts(const hr_rows& x, const hr_weight& weight, int64_t rows, const Body& body) {
-  const int64_t parts = (rows + kMostRows - 1) / kMostRows;
-  for (int64_t part = 0; part < parts; ++part) {
-    const int64_t row = part * rows / parts;
-    Input input((part + 1) * rows / parts - row, weight, x.dtype);
-    input.data = static_cast<char*>(hr::scratch(static_cast<size_t>(input.bytes()), 0));
-    lay_out(x, row, nullptr, input);
-    body(input, row);
-  }
+// Where the sums of a block of `rows` rows have output j of row r.
+static int64_t place(int64_t r, int64_t j, int64_t rows) {
+  return (j / HR_PANEL * rows + r) * HR_PANEL + j % HR_PANEL;
 }
+
+namespace {  // the linker must not share its functions between levels
+// One product of `rows` rows, cut into blocks. Every thread lays out the rows it needs in memory of
+// its own: lines that two cores write and read in turn cost more than copying twice.
+class Product {
+ public:
+  Product(const hr_rows& x, const hr_weight& weight, int64_t rows)
+      : x_(x), all_(rows, weight, x.dtype), cut_(all_, weight) {
+    static int64_t calls = 0;
+    number_ = __atomic_add_fetch(&calls, 1, __ATOMIC_RELAXED);
+  }
+
+  // body(input, block) for every block.
+  template <class Body>
+  void run(const Body& body) const {
+    hr::parallel(cut_.count(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const Block block = cut_.block(i);
+        body(rows_of(block), block);
+      }
+    });
+  }
+
+ private:
+  Input rows_of(const Block& block) const {
+    static thread_local int64_t number = 0, tile = 0;  // of what the scratch memory holds
+    Input input = all_;
+    input.first = all_.tiling.begin(block.first_tile);
+    input.held = block.rows(all_.tiling);
+    input.data = static_cast<char*>(hr::scratch(static_cast<size_t>(input.bytes()), 0));
+    if (number != number_ || tile != block.first_tile) {
+      lay_out(x_, input.first, nullptr, input);
+      number = number_, tile = block.first_tile;
+    }
+    return input;
+  }
+
+  const hr_rows& x_;
+  Input all_;
+  Cut cut_;
+  int64_t number_;
+};
+}  // namespace
 
 static float* sums_of(const Block& block, const Input& input, int64_t products) {
   const int64_t floats = block.rows(input.tiling) * (block.last - block.first) * HR_PANEL;
@@ -44,17 +77,18 @@ static float* sums_of(const Block& block, const Input& input, int64_t products) 
 template <class T>
 static void write_linear(const hr_linear_args& args, const Input& input, const Block& block,
                          int64_t row, const float* c) {
-  for (int64_t p = block.first; p < block.last; ++p) {
-    const int64_t column = p * HR_PANEL, columns = columns_of(args.weight, p);
-    alignas(64) float bias[HR_PANEL];
-    load_bias(args.bias, args.bias_dtype, column, columns, bias);
-    for (int64_t r = row; r < row + block.rows(input.tiling); ++r, c += HR_PANEL) {
-      for (int64_t j = 0; j < columns; j += kLanes) {
-        const int64_t n = columns - j < kLanes ? columns - j : kLanes, at = column + j;
-        vf value = load(c + j) + load(bias + j);
-        if (args.residual.data) value = value + take(row_of<T>(args.residual, r) + at, n);
-        put(row_of<T>(args.y, r) + at, value, n);
-      }
+  const int64_t rows = block.rows(input.tiling), column = block.first * HR_PANEL;
+  const int64_t columns = columns_of(args.weight, block);
+  alignas(64) float bias[kPanelsAtOnce * HR_PANEL];
+  load_bias(args.bias, args.bias_dtype, column, columns, bias);
+  for (int64_t r = 0; r < rows; ++r) {
+    T* y = row_of<T>(args.y, row + r) + column;
+    const T* residual = args.residual.data ? row_of<T>(args.residual, row + r) + column : nullptr;
+    for (int64_t j = 0; j < columns; j += kLanes) {
+      const int64_t n = columns - j < kLanes ? columns - j : kLanes;
+      vf value = load(c + place(r, j, rows)) + load(bias + j);
+      if (residual) value = value + take(residual + j, n);
+      put(y + j, value, n);
     }
   }
 }
@@ -70,11 +104,8 @@ void linear_block(const hr_linear_args& args, const Input& input, const Block& b
 
 static void linear(const hr_linear_args& args, const hr_step& step) {
   const int64_t rows = args.over == HR_PICKED ? step.picked : step.tokens;
-  by_parts(args.x, args.weight, rows, [&](const Input& input, int64_t row) {
-    const Cut cut(input, args.weight);
-    hr::parallel(cut.count(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) linear_block(args, input, cut.block(i), row);
-    });
+  Product(args.x, args.weight, rows).run([&](const Input& input, const Block& block) {
+    linear_block(args, input, block, 0);
   });
 }
 
@@ -83,23 +114,21 @@ static void linear(const hr_linear_args& args, const hr_step& step) {
 template <class T>
 static void write_gated(const hr_gated_linear_args& args, const Input& input, const Block& block,
                         int64_t row, const float* gates, const float* ups) {
-  for (int64_t p = block.first; p < block.last; ++p) {
-    const int64_t column = p * HR_PANEL, columns = columns_of(args.gate, p);
-    alignas(64) float gate_bias[HR_PANEL], up_bias[HR_PANEL];
-    load_bias(args.bias, args.bias_dtype, column, columns, gate_bias);
-    load_bias(args.bias, args.bias_dtype, args.gate.out + column, columns, up_bias);
-    for (int64_t r = row; r < row + block.rows(input.tiling); ++r) {
-      for (int64_t j = 0; j < columns; j += kLanes) {
-        const int64_t n = columns - j < kLanes ? columns - j : kLanes;
-        const vf gate = rounded<T>(load(gates + j) + load(gate_bias + j));
-        const vf up = rounded<T>(load(ups + j) + load(up_bias + j));
-        const vf value = args.activation == HR_SWIGLU_CLAMPED
-                             ? swiglu_clamped(gate, up, args.alpha, args.limit)
-                             : activate(gate, args.activation) * up;
-        put(row_of<T>(args.y, r) + column + j, value, n);
-      }
-      gates += HR_PANEL;
-      ups += HR_PANEL;
+  const int64_t rows = block.rows(input.tiling), column = block.first * HR_PANEL;
+  const int64_t columns = columns_of(args.gate, block);
+  alignas(64) float gate_bias[kPanelsAtOnce * HR_PANEL], up_bias[kPanelsAtOnce * HR_PANEL];
+  load_bias(args.bias, args.bias_dtype, column, columns, gate_bias);
+  load_bias(args.bias, args.bias_dtype, args.gate.out + column, columns, up_bias);
+  for (int64_t r = 0; r < rows; ++r) {
+    T* y = row_of<T>(args.y, row + r) + column;
+    for (int64_t j = 0; j < columns; j += kLanes) {
+      const int64_t n = columns - j < kLanes ? columns - j : kLanes, at = place(r, j, rows);
+      const vf gate = rounded<T>(load(gates + at) + load(gate_bias + j));
+      const vf up = rounded<T>(load(ups + at) + load(up_bias + j));
+      const vf value = args.activation == HR_SWIGLU_CLAMPED
+                           ? swiglu_clamped(gate, up, args.alpha, args.limit)
+                           : activate(gate, args.activation) * up;
+      put(y + j, value, n);
     }
   }
 }
@@ -117,11 +146,8 @@ void gated_block(const hr_gated_linear_args& args, const Input& input, const Blo
 }
 
 static void gated_linear(const hr_gated_linear_args& args, const hr_step& step) {
-  by_parts(args.x, args.gate, step.tokens, [&](const Input& input, int64_t row) {
-    const Cut cut(input, args.gate);
-    hr::parallel(cut.count(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) gated_block(args, input, cut.block(i), row);
-    });
+  Product(args.x, args.gate, step.tokens).run([&](const Input& input, const Block& block) {
+    gated_block(args, input, block, 0);
   });
 }
 

@@ -20,7 +20,7 @@ HR_INLINE int64_t panel_bytes(const hr_weight& w) {
 }
 
 constexpr int kMostTileRows = HR_LEVEL >= 2 ? 12 : HR_LEVEL == 1 ? 6 : 4;
-constexpr int64_t kPairsAtOnce = 256;  // of k: 32 kB of a bf16 panel, 64 kB of an fp32 one
+constexpr int64_t kPairsAtOnce = 512;  // of k: 64 kB of a bf16 panel, 128 kB of an fp32 one
 
 // ---- linear_tile.cpp ----------------------------------------------------------------------------
 
@@ -71,29 +71,33 @@ struct Tiling {
   int64_t size(int64_t tile) const { return begin(tile + 1) - begin(tile); }
 };
 
-// Rows of x as tiles read them: [block of k][row][stride].
+// Rows of x as tiles read them: [block of k][row][stride]. Those of some tiles or of all.
 struct Input {
   Tiling tiling;
   const Multiplier& how;
   int64_t depth;  // pairs of k
+  int64_t first, held;  // rows in `data`
   char* data;
 
   Input(int64_t rows, const hr_weight& weight, int32_t x_dtype)
       : Input(rows, multiplier(weight.dtype, x_dtype), pairs(weight)) {}
   Input(int64_t rows, const Multiplier& how, int64_t depth)
-      : tiling(rows, how.most_rows), how(how), depth(depth), data(nullptr) {}
+      : tiling(rows, how.most_rows), how(how), depth(depth), first(0), held(rows), data(nullptr) {}
   int64_t row_bytes() const {
     return (how.bf16_rows ? kStride<uint32_t> : kStride<float>) * 4;
   }
-  int64_t bytes() const {
-    return (depth + kPairsAtOnce - 1) / kPairsAtOnce * tiling.rows * row_bytes();
+  int64_t bytes() const { return (depth + kPairsAtOnce - 1) / kPairsAtOnce * held * row_bytes(); }
+  const char* at(int64_t k, int64_t row) const {
+    return data + (k / kPairsAtOnce * held + row - first) * row_bytes();
   }
 };
 
-// Copies rows which[0], which[1], ... of x (null: first, first + 1, ...) to input.data.
+// Copies the held rows to input.data: rows which[0], which[1], ... of x (null: first, first + 1, ...).
 void lay_out(const hr_rows& x, int64_t first, const int32_t* which, const Input& input);
 
-// Tiles [first_tile, last_tile) by panels [first, last).
+constexpr int64_t kPanelsAtOnce = 8;
+
+// Tiles [first_tile, last_tile) by up to kPanelsAtOnce panels [first, last).
 struct Block {
   int64_t first_tile, last_tile, first, last;
 

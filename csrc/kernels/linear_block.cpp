@@ -6,7 +6,6 @@
 namespace HR_NS {
 
 constexpr int64_t kBlockBytes = 320 << 10;  // of x, kept in the second-level cache
-constexpr int64_t kPanelsAtOnce = 8;
 constexpr int64_t kTilesToKeepFor = 3;  // and fewer read bf16 weights one after the other
 // Bytes that a single tile fetches ahead in its own stream, of which AMX takes 2 kB at once.
 constexpr int64_t kNear = 4096;
@@ -27,26 +26,24 @@ static void copy_pairs(const uint16_t* from, int64_t count, char* to) {
 }
 
 void lay_out(const hr_rows& x, int64_t first, const int32_t* which, const Input& input) {
-  const int64_t width = 2 * kPairsAtOnce, rows = input.tiling.rows, bytes = input.row_bytes();
+  const int64_t width = 2 * kPairsAtOnce, bytes = input.row_bytes();
   const int64_t size = x.dtype == HR_F32 ? 4 : 2;
-  hr::parallel(rows, 1 + (1 << 15) / (x.columns + 1), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      const int64_t row = which ? which[r] : first + r;
-      const char* source = static_cast<const char*>(x.data) + row * x.stride * size;
-      for (int64_t k = 0; k < x.columns; k += width) {
-        const int64_t count = x.columns - k < width ? x.columns - k : width;
-        char* target = input.data + (k / width * rows + r) * bytes;
-        const char* from = source + k * size;
-        if (input.how.bf16_rows) {
-          copy_pairs(reinterpret_cast<const uint16_t*>(from), count, target);
-        } else {
-          with_type(x.dtype, [&](auto type) {
-            widen_row(reinterpret_cast<const decltype(type)*>(from), count, target);
-          });
-        }
+  for (int64_t r = 0; r < input.held; ++r) {
+    const int64_t row = which ? which[r] : first + r;
+    const char* source = static_cast<const char*>(x.data) + row * x.stride * size;
+    for (int64_t k = 0; k < x.columns; k += width) {
+      const int64_t count = x.columns - k < width ? x.columns - k : width;
+      char* target = input.data + (k / width * input.held + r) * bytes;
+      const char* from = source + k * size;
+      if (input.how.bf16_rows) {
+        copy_pairs(reinterpret_cast<const uint16_t*>(from), count, target);
+      } else {
+        with_type(x.dtype, [&](auto type) {
+          widen_row(reinterpret_cast<const decltype(type)*>(from), count, target);
+        });
       }
     }
-  });
+  }
 }
 
 // ---- blocks -------------------------------------------------------------------------------------
@@ -91,7 +88,6 @@ struct Pass {
     const Tiling& tiling = input.tiling;
     const Multiplier& how = input.how;
     const int64_t tiles = block.last_tile - block.first_tile;
-    const char* x = input.data + k / kPairsAtOnce * tiling.rows * input.row_bytes();
     const int64_t share = (how.pair_bytes + tiles - 1) / tiles;
     // Storing costs the first tile about as much as reading saves two others, and on a core that is
     // shared with another hyperthread saves them nothing.
@@ -101,7 +97,7 @@ struct Pass {
     for (int64_t t = block.first_tile; t < block.last_tile; ++t) {
       const bool stored = how.widen || (keep && t > block.first_tile);
       args.w = stored ? reinterpret_cast<const char*>(wide) : w;
-      args.x = x + tiling.begin(t) * input.row_bytes();
+      args.x = input.at(k, tiling.begin(t));
       if (tiles > 1) {
         args.ahead = then + (t - block.first_tile) * count * share;
         args.ahead_step = share;

@@ -35,9 +35,10 @@ HR_INLINE void add_product(vf& sum, vf a, const float* b) {
 #endif
 }
 
-// Every fourth row's number is read twice instead of being kept in a register: the loads that are
-// free for it save instructions, of which the machine can only start four at once.
-static constexpr bool in_memory(int row) { return HR_LEVEL >= 2 && row % 4 == 3 && row > 3; }
+// Every other row's number is read twice instead of being kept in a register: the loads that are
+// free for it save instructions, of which a core starts four at once, and two if it is shared with
+// another hyperthread. With more of them, loads are what is waited for.
+static constexpr bool in_memory(int row) { return HR_LEVEL >= 2 && row % 2 == 1 && row > 1; }
 
 template <int R>
 HR_INLINE void add_products(vf (&sum)[R][kVectors], const float* x, const vf (&w)[kVectors]) {

@@ -44,7 +44,7 @@ DTYPES = {
 }
 """hr_dtype of torch's."""
 
-ABI = 9
+ABI = 10
 """HR_ABI: also names the layouts of packed weights."""
 _FILE = Path(__file__).parent.parent / "_native" / "libheadrace.so"
 _FUNCTIONS: dict[str, tuple[type[Any] | None, list[Any]]] = {
@@ -63,7 +63,9 @@ _FUNCTIONS: dict[str, tuple[type[Any] | None, list[Any]]] = {
     "hr_program_free": (None, [c_void_p]),
     "hr_program_append": (c_int64, [c_void_p, c_int32, c_void_p, c_int64]),
     "hr_program_length": (c_int64, [c_void_p]),
+    "hr_program_operator": (c_int32, [c_void_p, c_int64]),
     "hr_replay": (None, [c_void_p, c_void_p]),
+    "hr_replay_timed": (None, [c_void_p, c_void_p, c_void_p]),
 }
 
 
