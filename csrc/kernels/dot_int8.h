@@ -39,6 +39,22 @@ HR_INLINE void place_quad(const int8_t* from, int64_t quad_bytes, char* to) {
   }
 }
 
+// `count` quads, each `step` bytes from the one before.
+HR_INLINE void place_quads(const int8_t* from, int64_t count, int64_t quad_bytes, char* to,
+                           int64_t step) {
+  typedef int8_t bytes __attribute__((vector_size(16), aligned(1), may_alias));
+  typedef int16_t words __attribute__((vector_size(32), may_alias));
+  const words order = {0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15};
+  int64_t done = 0;
+  for (; quad_bytes == 8 && done + 4 <= count; done += 4) {
+    const words wide = __builtin_convertvector(*(const bytes*)(from + 4 * done), words);
+    alignas(32) char four[32];
+    *(words*)four = __builtin_shuffle(wide, order);
+    for (int i = 0; i < 4; ++i) memcpy(to + (done + i) * step, four + 8 * i, 8);
+  }
+  for (; done < count; ++done) place_quad(from + 4 * done, quad_bytes, to + done * step);
+}
+
 HR_INLINE vs even_bytes(vu u) { return (vs)(u & 0x00ff00ffu); }
 HR_INLINE vs odd_bytes(vu u) { return (vs)((vus)u >> 8); }
 
@@ -68,14 +84,23 @@ HR_INLINE vi dot4(vi c, vu u, vi s) {
 }
 #else
 // c + in each 16-bit word two products, or at level 0 the same from words; `x` points to one quad.
-HR_INLINE vs dot_nibbles(vs c, vu u, const char* x) {
-#if HR_LEVEL == 2
-  return c + (vs)_mm512_maddubs_epi16((__m512i)u, (__m512i)repeat(x));
-#elif HR_LEVEL == 1
-  return c + (vs)_mm256_maddubs_epi16((__m256i)u, (__m256i)repeat(x));
+// Inline assembly, because gcc 12 makes all products first and then lacks registers.
+HR_INLINE vs dot_nibbles(vs c, vu u, vu x, vu x_odd) {
+#if HR_LEVEL >= 1
+  (void)x_odd;
+  vs products;
+  __asm__("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+v"(c), "=&v"(products) : "v"(u), "v"(x));
+  return c;
 #else
-  return c + even_bytes(u) * (vs)repeat(x) + odd_bytes(u) * (vs)repeat(x + 4);
+  return c + even_bytes(u) * (vs)x + odd_bytes(u) * (vs)x_odd;
 #endif
+}
+
+// sums[v] + products of u[v] and the quad at x.
+template <int N>
+HR_INLINE void add_nibbles(vs (&sums)[N], const vu (&u)[N], const char* x) {
+  const vu even = (vu)repeat(x), odd = HR_LEVEL >= 1 ? vu{} : (vu)repeat(x + 4);
+  for (int v = 0; v < N; ++v) sums[v] = dot_nibbles(sums[v], u[v], even, odd);
 }
 #endif
 

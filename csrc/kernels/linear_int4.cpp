@@ -94,10 +94,11 @@ HR_INLINE void read_block(const char* w, vu (&low)[kVectors], vu (&high)[kVector
 }
 
 #if HR_LEVEL >= 3
-// sum [R][kVectors] = start + products of `blocks` blocks.
-template <Form F, int R>
+// Calls finish(r, v, start + products of `blocks` blocks).
+template <Form F, int R, class Finish>
 HR_INLINE void multiply_group(const char* w, const char* x, int64_t blocks, const int32_t* start,
-                              vi (&sum)[R][kVectors]) {
+                              const Finish& finish) {
+  vi sum[R][kVectors];
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < kVectors; ++v) sum[r][v] = set_int(start[r]);
   }
@@ -114,6 +115,10 @@ HR_INLINE void multiply_group(const char* w, const char* x, int64_t blocks, cons
       for (int v = 0; v < kVectors; ++v) sum[r][v] = dot4(sum[r][v], high[v], s);
     }
   }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < kVectors; ++v) finish(r, v, sum[r][v]);
+  }
 }
 #else
 // part [R][kVectors] = products of so few blocks that they fit 16 bits.
@@ -128,52 +133,70 @@ HR_INLINE void multiply_blocks(const char* w, const char* x, int64_t blocks,
     for (int v = 0; v < kVectors; ++v) four[v] = low_half<F>(load_words(w + v * 4 * kLanes));
     prefetch(w + kAhead);
     prefetch(w + kAhead + 64);
-    for (int r = 0; r < R; ++r) {
-      const char* quad = x + r * kInt4Quad;
-      for (int v = 0; v < kVectors; ++v) part[r][v] = dot_nibbles(part[r][v], four[v], quad);
-    }
+    for (int r = 0; r < R; ++r) add_nibbles(part[r], four, x + r * kInt4Quad);
     for (int v = 0; v < kVectors; ++v) four[v] = high_half<F>(load_words(w + v * 4 * kLanes));
-    for (int r = 0; r < R; ++r) {
-      const char* quad = x + (R + r) * kInt4Quad;
-      for (int v = 0; v < kVectors; ++v) part[r][v] = dot_nibbles(part[r][v], four[v], quad);
-    }
+    for (int r = 0; r < R; ++r) add_nibbles(part[r], four, x + (R + r) * kInt4Quad);
   }
 }
 
-// sum += products of four inputs of 8 bits with a quad of each row.
-template <int R>
-HR_INLINE void multiply_quad(const char* w, const char* x, vi (&sum)[R][kVectors]) {
-  for (int v = 0; v < kVectors; ++v) {
-    const vu raw = load_words(w + v * 4 * kLanes);
-    const vs even = even_bytes(raw), odd = odd_bytes(raw);
-    for (int r = 0; r < R; ++r) {
-      const char* quad = x + r * kInt8Quad;
-      sum[r][v] += pair_dot(even, (vs)repeat(quad)) + pair_dot(odd, (vs)repeat(quad + 4));
-    }
-  }
-}
-
-template <Form F, int R>
-HR_INLINE void multiply_group(const char* w, const char* x, int64_t blocks, const int32_t* start,
-                              vi (&sum)[R][kVectors]) {
+// The same of values of 8 bits, which fit no 16.
+template <int R, class Finish>
+HR_INLINE void multiply_eights(const char* w, const char* x, int64_t blocks, const int32_t* start,
+                               const Finish& finish) {
+  vi sum[R][kVectors];
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < kVectors; ++v) sum[r][v] = set_int(start[r]);
   }
-  if constexpr (F == kEight) {
-    for (int64_t quads = 2 * blocks; quads > 0; --quads, w += kBlock, x += R * kInt8Quad) {
-      prefetch(w + kAhead);
-      multiply_quad<R>(w, x, sum);
+  for (int64_t quads = 2 * blocks; quads > 0; --quads, w += kBlock, x += R * kInt8Quad) {
+    prefetch(w + kAhead);
+    for (int v = 0; v < kVectors; ++v) {
+      const vu raw = load_words(w + v * 4 * kLanes);
+      const vs even = even_bytes(raw), odd = odd_bytes(raw);
+      for (int r = 0; r < R; ++r) {
+        const char* quad = x + r * kInt8Quad;
+        sum[r][v] += pair_dot(even, (vs)repeat(quad)) + pair_dot(odd, (vs)repeat(quad + 4));
+      }
     }
-    return;
   }
-  while (blocks > 0) {
-    const int64_t now = least(blocks, blocks_in_16_bits(F));
-    vs part[R][kVectors];
-    multiply_blocks<F, R>(w, x, now, part);
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < kVectors; ++v) finish(r, v, sum[r][v]);
+  }
+}
+
+// Calls finish(r, v, start + products of `blocks` blocks). What does not fit 16 bits at once is
+// added up in memory: registers are for sums of 16 bits.
+template <Form F, int R, class Finish>
+HR_INLINE void multiply_group(const char* w, const char* x, int64_t blocks, const int32_t* start,
+                              const Finish& finish) {
+  if constexpr (F == kEight) return multiply_eights<R>(w, x, blocks, start, finish);
+  constexpr int64_t kMost = blocks_in_16_bits(F);
+  alignas(64) int32_t before[R * kTile];
+  vs part[R][kVectors];
+  const bool several = blocks > kMost;
+  for (int64_t done = 0; blocks > kMost; blocks -= kMost, done += kMost) {
+    multiply_blocks<F, R>(w, x, kMost, part);
     for (int r = 0; r < R; ++r) {
-      for (int v = 0; v < kVectors; ++v) sum[r][v] += pair_dot(part[r][v], vs{} + 1);
+      for (int v = 0; v < kVectors; ++v) {
+        vi* sum = reinterpret_cast<vi*>(before + r * kTile + v * kLanes);
+        *sum = pair_dot(part[r][v], vs{} + 1) + (done > 0 ? *sum : set_int(start[r]));
+      }
     }
-    blocks -= now, w += now * kBlock, x += now * 2 * R * kInt4Quad;
+    w += kMost * kBlock, x += kMost * 2 * R * kInt4Quad;
+  }
+  multiply_blocks<F, R>(w, x, blocks, part);
+  if (several) {
+    for (int r = 0; r < R; ++r) {
+      for (int v = 0; v < kVectors; ++v) {
+        const vi sum = *reinterpret_cast<const vi*>(before + r * kTile + v * kLanes);
+        finish(r, v, pair_dot(part[r][v], vs{} + 1) + sum);
+      }
+    }
+  } else {
+    for (int r = 0; r < R; ++r) {
+      for (int v = 0; v < kVectors; ++v) {
+        finish(r, v, pair_dot(part[r][v], vs{} + 1) + set_int(start[r]));
+      }
+    }
   }
 }
 #endif
@@ -205,21 +228,18 @@ static void tile(const hr_weight& w, const char* panel, const char* x, float* c)
     const Sides<R>& side = *reinterpret_cast<const Sides<R>*>(x);
     x += sizeof side;
     for (int j = 0; j < HR_PANEL; j += kTile) {
-      vi dots[R][kVectors];
-      multiply_group<F, R>(panel + header + 4 * j, x, blocks, side.start, dots);
       vf scale[kVectors], offset[kVectors];
       for (int v = 0; v < kVectors; ++v) {
         read_header<F>(w.scaling, panel, j + v * kLanes, scale + v, offset + v);
       }
-      for (int r = 0; r < R; ++r) {
-        for (int v = 0; v < kVectors; ++v) {
-          float* sum = c + r * HR_PANEL + j + v * kLanes;
-          const vf dot = __builtin_convertvector(dots[r][v], vf) * set(side.scale[r]);
-          vf total = fma(dot, scale[v], load(sum));
-          if (offsets) total = fma(set(-side.sum[r]), offset[v], total);
-          store(sum, total);
-        }
-      }
+      const auto add = [&](int r, int v, vi dot) {
+        float* sum = c + r * HR_PANEL + j + v * kLanes;
+        const vf scaled = __builtin_convertvector(dot, vf) * set(side.scale[r]);
+        vf total = fma(scaled, scale[v], load(sum));
+        if (offsets) total = fma(set(-side.sum[r]), offset[v], total);
+        store(sum, total);
+      };
+      multiply_group<F, R>(panel + header + 4 * j, x, blocks, side.start, add);
     }
     x += 2 * blocks * R * quad_of(F);
   }
@@ -270,9 +290,8 @@ struct Input {
       const int32_t start = -zero_of(form_of(w)) * sum;
       memcpy(sides + 2 * size + r, &start, 4);
       to += size * kSideBytes;
-      for (int64_t i = 0; i < w.group; i += 4, to += size * quad) {
-        place_quad(buffer.bytes + i, quad, to + r * quad);
-      }
+      place_quads(buffer.bytes, w.group / 4, quad, to + r * quad, size * quad);
+      to += w.group / 4 * size * quad;
     }
   }
 };

@@ -74,9 +74,7 @@ struct Input {
       corrections[row] = 128 * sum;
       const int64_t tile = tiles.holding(row), size = tiles.size(tile);
       char* to = values + tiles.begin(tile) * row_bytes + (row - tiles.begin(tile)) * kInt8Quad;
-      for (int64_t k = 0; k < quads; ++k) {
-        place_quad(buffer.bytes + 4 * k, kInt8Quad, to + k * size * kInt8Quad);
-      }
+      place_quads(buffer.bytes, quads, kInt8Quad, to, size * kInt8Quad);
     });
   }
   const char* tile(int64_t t) const { return values + tiles.begin(t) * quads * kInt8Quad; }

@@ -82,8 +82,7 @@ static inline float largest_size(const float* x, int64_t count) {
     const vi size = (vi)load(x + i) & 0x7fffffff;
     most = size > most ? size : most;
   }
-  int32_t all = 0;
-  for (int lane = 0; lane < kLanes; ++lane) all = most[lane] > all ? most[lane] : all;
+  const int32_t all = fold(most, [](vi a, vi b) { return a > b ? a : b; });
   return as_float(static_cast<uint32_t>(all));
 }
 
@@ -98,8 +97,7 @@ static inline float quantize(const float* x, int64_t count, int8_t* q, int32_t* 
     total += values;
     *reinterpret_cast<bytes*>(q + i) = __builtin_convertvector(values, bytes);
   }
-  *sum = 0;
-  for (int lane = 0; lane < kLanes; ++lane) *sum += total[lane];
+  *sum = fold(total, [](vi a, vi b) { return a + b; });
   return top / 127.0f;
 }
 
@@ -123,7 +121,7 @@ struct RowBuffer {
 // body(row) for rows of `columns` numbers, in pieces worth a thread.
 template <class Body>
 static void each_row(int64_t rows, int64_t columns, const Body& body) {
-  hr::parallel(rows, 1 + (1 << 15) / (columns + 1), [&](int64_t begin, int64_t end) {
+  hr::parallel(rows, 1 + (1 << 13) / (columns + 1), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) body(row);
   });
 }

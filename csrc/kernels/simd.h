@@ -255,8 +255,8 @@ HR_INLINE vf exp(vf x) {
 }
 
 // Combines all lanes in a fixed order: halves are combined until one lane is left.
-template <class Pair>
-HR_INLINE float fold(vf x, const Pair& pair) {
+template <class Vector, class Pair>
+HR_INLINE auto fold(Vector x, const Pair& pair) {
   vi other;
 #pragma GCC unroll 4
   for (int half = kLanes / 2; half > 0; half /= 2) {
@@ -264,7 +264,8 @@ HR_INLINE float fold(vf x, const Pair& pair) {
     for (int i = 0; i < kLanes; ++i) other[i] = i ^ half;
     x = pair(x, __builtin_shuffle(x, other));
   }
-  return x[0];
+  const auto first = x[0];
+  return first;
 }
 HR_INLINE float sum(vf x) {
   return fold(x, [](vf a, vf b) { return a + b; });
