@@ -4,6 +4,8 @@
 
 namespace HR_NS {
 
+constexpr int64_t kMostExpected = 48;  // rows
+
 // Elements [first, first + columns) of a bias for a block, zero where there is none.
 static void load_bias(const void* bias, int32_t dtype, int64_t first, int64_t columns, float* out) {
   for (int64_t j = 0; j < kPanelsAtOnce * HR_PANEL; ++j) out[j] = 0.0f;
@@ -74,6 +76,18 @@ static float* sums_of(const Block& block, const Input& input, int64_t products) 
 
 // ---- linear -------------------------------------------------------------------------------------
 
+// The outputs of a block will be written. Many would be driven out of the cache before.
+static void expect(const hr_rows& y, const hr_weight& weight, const Input& input,
+                   const Block& block, int64_t row) {
+  const int64_t size = y.dtype == HR_F32 ? 4 : 2, bytes = columns_of(weight, block) * size;
+  const char* at = static_cast<const char*>(y.data) +
+                   (row * y.stride + block.first * HR_PANEL) * size;
+  const int64_t rows = block.rows(input.tiling);
+  for (int64_t r = 0; r < rows && rows <= kMostExpected; ++r) {
+    prefetch_to_write(at + r * y.stride * size, bytes);
+  }
+}
+
 template <class T>
 static void write_linear(const hr_linear_args& args, const Input& input, const Block& block,
                          int64_t row, const float* c) {
@@ -95,10 +109,11 @@ static void write_linear(const hr_linear_args& args, const Input& input, const B
 
 void linear_block(const hr_linear_args& args, const Input& input, const Block& block, int64_t row) {
   float* sums = sums_of(block, input, 1);
+  row += input.tiling.begin(block.first_tile);
+  expect(args.y, args.weight, input, block, row);
   multiply(input, args.weight, block, sums);
   with_type(args.y.dtype, [&](auto type) {
-    write_linear<decltype(type)>(args, input, block, row + input.tiling.begin(block.first_tile),
-                                 sums);
+    write_linear<decltype(type)>(args, input, block, row, sums);
   });
 }
 
@@ -137,11 +152,12 @@ void gated_block(const hr_gated_linear_args& args, const Input& input, const Blo
                  int64_t row) {
   float* gates = sums_of(block, input, 2);
   float* ups = gates + block.rows(input.tiling) * (block.last - block.first) * HR_PANEL;
+  row += input.tiling.begin(block.first_tile);
+  expect(args.y, args.gate, input, block, row);
   multiply(input, args.gate, block, gates);
   multiply(input, args.up, block, ups);
   with_type(args.y.dtype, [&](auto type) {
-    write_gated<decltype(type)>(args, input, block, row + input.tiling.begin(block.first_tile),
-                                gates, ups);
+    write_gated<decltype(type)>(args, input, block, row, gates, ups);
   });
 }
 

@@ -62,13 +62,15 @@ constexpr int64_t kStride<uint32_t> = kPairsAtOnce + 16;  // pairs of bf16
 // Rows cut into tiles whose sizes differ by at most one, the larger ones first.
 struct Tiling {
   int64_t rows, tiles;
+  int64_t each, larger;  // rows of a tile; how many have one more
 
-  Tiling(int64_t rows, int64_t most) : rows(rows), tiles((rows + most - 1) / most) {}
-  int64_t begin(int64_t tile) const {
-    const int64_t larger = rows % tiles;
-    return rows / tiles * tile + (tile < larger ? tile : larger);
-  }
-  int64_t size(int64_t tile) const { return begin(tile + 1) - begin(tile); }
+  Tiling(int64_t rows, int64_t most)
+      : rows(rows),
+        tiles((rows + most - 1) / most),
+        each(tiles > 0 ? rows / tiles : 0),
+        larger(rows - each * tiles) {}
+  int64_t begin(int64_t tile) const { return each * tile + (tile < larger ? tile : larger); }
+  int64_t size(int64_t tile) const { return each + (tile < larger ? 1 : 0); }
 };
 
 // Rows of x as tiles read them: [block of k][row][stride]. Those of some tiles or of all.

@@ -178,12 +178,7 @@ static void linear_fp8(const hr_linear_args& args, const hr_step& step) {
           }
         }
       }
-      const Result result(args, p);
-      for (int64_t r = 0; r < count; ++r) {
-        for (int j = 0; j < HR_PANEL; j += kLanes) {
-          result.write(first + row + r, j, load(sums + r * HR_PANEL + j));
-        }
-      }
+      Result(args, p).write(first + row, count, sums);
     };
     each_block(panels_of(w), tiles, kRows * w.in * 4, w.in * rows * HR_PANEL, block);
   });

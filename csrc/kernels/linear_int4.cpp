@@ -306,13 +306,11 @@ static void linear_int4(const hr_linear_args& args, const hr_step& step) {
       const char* panel = static_cast<const char*>(w.data) + p * panel_bytes;
       const Result result(args, p);
       for (int64_t t = begin; t < end; ++t) {
+        const int64_t row = input.tiles.begin(t), size = input.tiles.size(t);
         alignas(64) float sums[kRows * HR_PANEL];
-        kTilesOf[form_of(w)][input.tiles.size(t)](w, panel, input.tile(t), sums);
-        for (int64_t r = 0; r < input.tiles.size(t); ++r) {
-          for (int j = 0; j < HR_PANEL; j += kLanes) {
-            result.write(first + input.tiles.begin(t) + r, j, load(sums + r * HR_PANEL + j));
-          }
-        }
+        result.expect(first + row, size);
+        kTilesOf[form_of(w)][size](w, panel, input.tile(t), sums);
+        result.write(first + row, size, sums);
       }
     };
     const int64_t work = w.in * rows * HR_PANEL;

@@ -122,12 +122,9 @@ static void linear_int8(const hr_linear_args& args, const hr_step& step) {
         const int64_t row = input.tiles.begin(t);
         const int64_t size = input.tiles.size(t);
         alignas(64) float out[kRows * HR_PANEL];
+        result.expect(first + row, size);
         kTiles[size](input, row, panel, w.scales + p * HR_PANEL, ahead, out);
-        for (int64_t r = 0; r < size; ++r) {
-          for (int j = 0; j < HR_PANEL; j += kLanes) {
-            result.write(first + row + r, j, load(out + r * HR_PANEL + j));
-          }
-        }
+        result.write(first + row, size, out);
       }
     };
     each_block(panels_of(w), input.tiles, tile_bytes, w.in * rows * HR_PANEL, block);

@@ -145,19 +145,31 @@ struct Result {
     if (args.bias) load_row(row, 0, column, columns, bias);
   }
 
-  // Outputs [j, j + kLanes) of a row.
-  void write(int64_t row, int64_t j, vf value) const {
-    const int64_t count = least(columns - j, kLanes), at = row * y.stride + column + j;
-    if (count <= 0) return;
-    value = value + load(bias + j);
-    if (residual.data) {
-      alignas(64) float more[kLanes] = {};
-      load_row(residual, row, column + j, count, more);
-      value = value + load(more);
+  // Some rows will be written.
+  void expect(int64_t first, int64_t rows) const {
+    const int64_t size = y.dtype == HR_F32 ? 4 : 2;
+    const char* at = static_cast<const char*>(y.data) + (first * y.stride + column) * size;
+    for (int64_t r = 0; r < rows; ++r) prefetch_to_write(at + r * y.stride * size, columns * size);
+  }
+
+  // `values` [rows][HR_PANEL] of rows from `first` on.
+  void write(int64_t first, int64_t rows, const float* values) const {
+    with_type(y.dtype, [&](auto type) { write_as<decltype(type)>(first, rows, values); });
+  }
+
+ private:
+  template <class T>
+  void write_as(int64_t first, int64_t rows, const float* values) const {
+    for (int64_t r = 0; r < rows; ++r, values += HR_PANEL) {
+      T* to = row_of<T>(y, first + r) + column;
+      const T* more = residual.data ? row_of<T>(residual, first + r) + column : nullptr;
+      for (int64_t j = 0; j < columns; j += kLanes) {
+        const int64_t count = least(columns - j, kLanes);
+        vf value = load(values + j) + load(bias + j);
+        if (more) value = value + take(more + j, count);
+        put(to + j, value, count);
+      }
     }
-    if (y.dtype == HR_F32) put(static_cast<float*>(y.data) + at, value, count);
-    if (y.dtype == HR_BF16) put(static_cast<bf16*>(y.data) + at, value, count);
-    if (y.dtype == HR_F16) put(static_cast<f16*>(y.data) + at, value, count);
   }
 };
 

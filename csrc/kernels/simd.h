@@ -276,4 +276,17 @@ HR_INLINE float largest(vf x) {
 
 HR_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 
+// Asks for memory that will be overwritten: a store to a line that another core or no cache holds
+// waits for it, and all later stores wait behind. An instruction that does nothing on old CPUs.
+HR_INLINE void prefetch_to_write(const void* p) {
+#if HR_LEVEL > 0
+  __asm__ volatile("prefetchw %0" : : "m"(*static_cast<const char*>(p)));
+#else
+  __builtin_prefetch(p, 1);
+#endif
+}
+HR_INLINE void prefetch_to_write(const char* p, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) prefetch_to_write(p + at);
+}
+
 }  // namespace HR_NS

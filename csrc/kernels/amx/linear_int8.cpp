@@ -77,12 +77,14 @@ static void linear_int8(const hr_linear_args& args, const hr_step& step) {
       for (int64_t r = row; r < row + count; ++r, sums += HR_PANEL) {
         const vi correction = set_int(x.corrections[r]);
         const vf scale = set(x.scales[r]);
+        alignas(64) float values[HR_PANEL];
         for (int j = 0; j < HR_PANEL; j += kLanes) {
           vi sum;
           memcpy(&sum, sums + j, sizeof sum);
           const vf value = __builtin_convertvector(sum - correction, vf);
-          result.write(first + r, j, value * scale * load(w.scales + p * HR_PANEL + j));
+          store(values + j, value * scale * load(w.scales + p * HR_PANEL + j));
         }
+        result.write(first + r, 1, values);
       }
     };
     each_block(panels_of(w), tiles, kStripRows * x.stride, w.in * rows * HR_PANEL, block);
