@@ -92,7 +92,7 @@ HR_INLINE void multiply_wide(const float* query, int64_t stride, const vf (*wide
 // Partial sums of kDotKeys keys and R rows.
 template <class T, int R>
 HR_INLINE void dot_keys(const float* query, int64_t stride, const T* const* keys, int64_t dim,
-                        vf (*sums)[kDotKeys]) {
+                        vf (*sums)[kDotKeys], Ahead& ahead) {
   constexpr int kMade = Wide<T>::count, kTake = kMade * kLanes;
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {
@@ -106,17 +106,18 @@ HR_INLINE void dot_keys(const float* query, int64_t stride, const T* const* keys
 #pragma GCC unroll 4
     for (int i = 0; i < kDotKeys; ++i) widened(keys[i] + d, wide[i]);
     multiply_wide<R>(query + d, stride, wide, sums);
+    ahead.lines(lines_of(kDotKeys * kTake * static_cast<int64_t>(sizeof(T))));
   }
   if (d < dim) {
     for (int i = 0; i < kDotKeys; ++i) widened_part(keys[i] + d, dim - d, wide[i]);
     multiply_wide<R>(query + d, stride, wide, sums);
+    ahead.lines(lines_of(kDotKeys * (dim - d) * static_cast<int64_t>(sizeof(T))));
   }
 }
 
 // scores[r][j] for the positions j < kStep at `place`.
 template <class T, int R>
 static void dots(const Queries& q, const Place& place, int64_t dim, Ahead& ahead) {
-  const int64_t lines = lines_of(kDotKeys * dim * static_cast<int64_t>(sizeof(T)));
   for (int64_t j = 0; j < kStep; j += kLanes) {
     vf added[R][kLanes / kDotKeys];
     for (int g = 0; g < kLanes / kDotKeys; ++g) {
@@ -124,10 +125,9 @@ static void dots(const Queries& q, const Place& place, int64_t dim, Ahead& ahead
 #pragma GCC unroll 4
       for (int i = 0; i < kDotKeys; ++i) keys[i] = place.at<T>(j + g * kDotKeys + i);
       vf sums[R][kDotKeys];
-      dot_keys<T, R>(q.rows, q.stride, keys, dim, sums);
+      dot_keys<T, R>(q.rows, q.stride, keys, dim, sums, ahead);
 #pragma GCC unroll 6
       for (int r = 0; r < R; ++r) added[r][g] = add_four(sums[r]);
-      ahead.lines(lines);
     }
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r) store(q.scores + r * q.score_stride + j, add_lanes(added[r]));
