@@ -112,7 +112,7 @@ typedef struct {
 
 // probe_*: what this machine can do at most (kernels/probe.cpp). Each runs `pieces` pieces of work
 // on the team: reading `bytes` bytes of `data`, or `rounds` rounds of HR_PROBE_CHAINS independent
-// vector instructions. `sink` [pieces] keeps the compiler honest.
+// vector instructions, or of 128 that do nothing. `sink` [pieces] keeps the compiler honest.
 typedef struct {
   const void* data;
   float* sink;

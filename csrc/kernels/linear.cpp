@@ -119,6 +119,7 @@ void linear_block(const hr_linear_args& args, const Input& input, const Block& b
 
 static void linear(const hr_linear_args& args, const hr_step& step) {
   const int64_t rows = args.over == HR_PICKED ? step.picked : step.tokens;
+  if (rows == 0) return;
   Product(args.x, args.weight, rows).run([&](const Input& input, const Block& block) {
     linear_block(args, input, block, 0);
   });
@@ -162,6 +163,7 @@ void gated_block(const hr_gated_linear_args& args, const Input& input, const Blo
 }
 
 static void gated_linear(const hr_gated_linear_args& args, const hr_step& step) {
+  if (step.tokens == 0) return;
   Product(args.x, args.gate, step.tokens).run([&](const Input& input, const Block& block) {
     gated_block(args, input, block, 0);
   });

@@ -3,6 +3,10 @@
 // probe_fma, probe_bf16, probe_int8 and probe_int4 keep HR_PROBE_CHAINS sums in registers, enough to
 // hide the latency of two units. The integer ones do what the products with such weights do, without
 // loads. probe_width tells the products of one such step, 0 where the level has no instruction.
+// probe_start tells whether a core is shared: it starts instructions that do nothing else, which
+// another hyperthread of the core halves, while multiply-adds alone may not show it.
+#include <time.h>
+
 #include "dot_int8.h"
 
 // A register whose value the compiler may not guess.
@@ -99,11 +103,31 @@ static void probe_width(const hr_probe_args& args, const hr_step&) {
   args.sink[3] = 4 * kLanes;
 }
 
+HR_INLINE int64_t nanoseconds() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return t.tv_sec * 1'000'000'000LL + t.tv_nsec;
+}
+
+// sink[piece] = instructions per nanosecond.
+static void probe_start(const hr_probe_args& args, const hr_step&) {
+  constexpr int64_t kAtOnce = 128;  // and two of the loop
+  hr::parallel(args.pieces, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t start = nanoseconds();
+      for (int64_t n = args.rounds; n > 0; --n) __asm__ volatile(".rept 128\nnop\n.endr");
+      const int64_t took = nanoseconds() - start;
+      args.sink[i] = static_cast<float>(args.rounds * kAtOnce) / static_cast<float>(took + 1);
+    }
+  });
+}
+
 HR_OPERATOR(probe_read, hr_probe_args)
 HR_OPERATOR(probe_fma, hr_probe_args)
 HR_OPERATOR(probe_bf16, hr_probe_args)
 HR_OPERATOR(probe_int8, hr_probe_args)
 HR_OPERATOR(probe_int4, hr_probe_args)
 HR_OPERATOR(probe_width, hr_probe_args)
+HR_OPERATOR(probe_start, hr_probe_args)
 
 }  // namespace HR_NS

@@ -53,7 +53,7 @@ def test_roofline_of_a_shape(
     shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     picture = tmp_path / "roofline.png"
-    words = ["bench", "roofline", "--shape", shape, "--plot", str(picture), "--json"]
+    words = ["bench", "roofline", "--shape", shape, "--plot", str(picture), "--json", "--operators"]
     words += ["--seconds", "0.01", "--batches", "1", "3", "--prompts", "20", "--threads", "1"]
     monkeypatch.setattr("sys.argv", ["headrace", *words])
     assert main(words) == 0
@@ -62,6 +62,10 @@ def test_roofline_of_a_shape(
     steps = {step["name"]: step for step in result["steps"]}
     assert list(steps) == ["prefill 20", "decode batch 1", "decode batch 3"]
     for step in steps.values():
-        assert step["runs"] >= 3
+        assert step["runs"] >= max(3, step["runs_alone"])
+        operators = step["operators"]
+        assert operators["paged_attention"]["calls"] == 2
+        spent = sum(each["milliseconds"] for each in operators.values())
+        assert 0 < spent
         assert 0 < step["fraction_of_limit"] <= step["best_fraction_of_limit"]
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -191,6 +191,13 @@ def test_the_reference_has_the_same_operators(dtype: torch.dtype) -> None:
     assert torch.equal(ref.embedding_packed(ids, packed, dtype), weight[ids])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_rows_are_no_work(dtype: torch.dtype, level: str) -> None:
+    packed = cpu.pack(torch.randn(64, 20).to(dtype))
+    assert cpu.linear_packed(torch.randn(0, 20), packed, None).shape == (0, 64)
+    assert cpu.gated_packed(torch.randn(0, 20).to(dtype), packed, "silu", None).shape == (0, 32)
+
+
 def test_a_wrong_width_is_refused() -> None:
     with pytest.raises(ValueError, match="7 columns"):
         cpu.linear_packed(torch.randn(2, 7), cpu.pack(torch.randn(3, 8)), None)

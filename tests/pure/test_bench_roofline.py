@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from headrace.assets import demo_model_path
 from headrace.bench import plot, roofline, write_model
-from headrace.bench.roofline import Cost, Work
+from headrace.bench.roofline import Cost, Run, Timed, Work
 from headrace.bench.shapes import SHAPES, write_config
 from headrace.core.errors import BadRequest, HeadraceError
 from headrace.core.model_info import read_model_info
@@ -21,10 +21,15 @@ def limits(read: float, fp32: float, **more: float) -> dict:
     return {"read_bytes_per_s": read, "operations_per_s": {"fp32": fp32, **more}}
 
 
+def timed(work: Work, *seconds: float, shared: tuple[float, ...] = ()) -> Timed:
+    runs = [Run(each, 10.0) for each in seconds] + [Run(each, 5.5) for each in shared]
+    return Timed(work, runs, {"linear": (2, sum(seconds + shared))})
+
+
 @pytest.fixture
 def result() -> dict:
-    runs = {Work(f"prefill {n}", 1, n, n): [4.0, 2.0, 3.0] for n in (16, 64)}
-    runs |= {Work(f"decode batch {n}", n, 1, 16): [2.0, 1.0, 1.5] for n in (1, 4, 32)}
+    items = [timed(Work(f"prefill {n}", 1, n, n), 4.0, 2.0, 3.0) for n in (16, 64)]
+    items += [timed(Work(f"decode batch {n}", n, 1, 16), 2.0, 1.0, 1.5) for n in (1, 4, 32)]
     return {
         "model": "m",
         "level": "avx512",
@@ -32,16 +37,27 @@ def result() -> dict:
         **limits(1000.0, 9e4),
         "limits_after": limits(1100.0, 8e4),
         "load_average": 0.5,
-        "steps": [roofline.fraction(work, COST, (1100.0, 9e4), r) for work, r in runs.items()],
+        "steps": [roofline.fraction(item, COST, (1100.0, 9e4), 10.0) for item in items],
     }
 
 
 def test_median_counts_and_best_stands_beside_it() -> None:
-    step = roofline.fraction(Work("decode batch 2", 2, 1, 10), COST, (1180.0, 1e9), [4.0, 8.0, 5.0])
+    item = timed(Work("decode batch 2", 2, 1, 10), 4.0, 8.0, 5.0)
+    step = roofline.fraction(item, COST, (1180.0, 1e9), 10.0)
     # 1100 weights of 2 bytes and 2 rows x 10 tokens x 8 bytes: 2 s to read
     assert (step["bound"], step["limit_tokens_per_s"]) == ("read", 1.0)
     assert (step["milliseconds"], step["best_milliseconds"]) == (5000.0, 4000.0)
     assert (step["fraction_of_limit"], step["best_fraction_of_limit"]) == (0.4, 0.5)
+
+
+def test_runs_on_shared_cores_count_only_where_there_are_no_others() -> None:
+    work = Work("decode batch 2", 2, 1, 10)
+    many = timed(work, 4.0, 8.0, 5.0, shared=(9.0, 9.5))
+    few = timed(work, 4.0, 8.0, shared=(9.0, 9.5))
+    steps = [roofline.fraction(item, COST, (1180.0, 1e9), 10.0) for item in (many, few)]
+    assert [(step["runs"], step["runs_alone"]) for step in steps] == [(5, 3), (4, 2)]
+    assert [step["milliseconds"] for step in steps] == [5000.0, 8500.0]
+    assert steps[0]["operators"] == {"linear": {"calls": 2, "milliseconds": 7100.0}}
 
 
 def test_limits_are_the_higher_ones_of_the_type() -> None:
@@ -54,6 +70,8 @@ def test_table_shows_the_noise(result: dict) -> None:
     lines = roofline.table(result).splitlines()
     assert lines[1].startswith("before: read 0.0 GB/s") and lines[2].startswith("after: ")
     assert lines[5].split()[:4] == ["prefill", "16", "3000.00", "2000.00"]
+    assert lines[5].split()[-1] == "3/3"
+    assert lines[-1].split() == ["decode", "batch", "32", "linear", "2", "1500.00"]
 
 
 def test_either_a_model_or_a_shape() -> None:

@@ -5,7 +5,10 @@ model, logits, greedy sampling): prefill of one prompt, and decode of several se
 context. A step must read every weight once and the keys and values that its tokens see, and
 multiply: the lower of the two limits is the roofline. Weights are those of the checkpoint, or
 made up with --load-format dummy; --shape needs no files at all. The median step counts; the best
-one and the limits before and after stand beside it, since machines are often shared.
+one and the limits before and after stand beside it, since machines are often shared. What shares a
+core as another hyperthread, maybe of another virtual machine, does not show in those limits: so
+each step is run between two looks at how fast the cores start instructions, and only those that
+had the cores for themselves count, if there are any.
 """
 
 import argparse
@@ -14,7 +17,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,9 +36,12 @@ from headrace.core.plan import Chunk, NewRow, Pages, StepPlan
 from headrace.core.resolve import resolve
 
 if TYPE_CHECKING:
+    from headrace.ops.cpu.record import Program
     from headrace.runner.model_runner import ModelRunner
 
 _PAGE = 16
+_ALONE = 0.75  # of the highest rate of starting instructions: a shared core has half of it
+_PATIENCE = 4  # times --seconds to wait for steps that have the cores for themselves
 # What multiplies weights of a type where the level has the instruction, else fp32.
 _RATES = {"torch.bfloat16": "bf16"}
 
@@ -52,6 +58,28 @@ class Work:
     @property
     def tokens(self) -> int:
         return self.rows * self.count
+
+
+@dataclass(frozen=True)
+class Run:
+    """One step: its time, the lower rate of starting instructions before and after it."""
+
+    seconds: float
+    starts: float
+
+
+@dataclass(frozen=True)
+class Timed:
+    """All runs of a kind of step, and of its operators (calls, seconds of all runs)."""
+
+    work: Work
+    runs: list[Run]
+    operators: dict[str, tuple[int, float]]
+
+    def counted(self, full: float) -> list[float]:
+        """Seconds of the runs that had the cores for themselves; of all, if fewer than three."""
+        alone = [run.seconds for run in self.runs if run.starts >= _ALONE * full]
+        return alone if len(alone) >= 3 else [run.seconds for run in self.runs]
 
 
 @dataclass(frozen=True)
@@ -85,6 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=positive_int, default=256, help="tokens when decoding")
     parser.add_argument("--threads", type=int, default=0, help="0 takes the usable cores")
     parser.add_argument("--seconds", type=positive_float, default=2.0, help="for each kind of step")
+    parser.add_argument("--operators", action="store_true", help="time each kind of operator, too")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw a PNG picture")
     add_report_arguments(parser)
 
@@ -128,7 +157,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     measured = list(timed(runner, work, args))
     after = measure_limits(budget, threads)
     limits = highest(before, after, _RATES.get(str(runner.dtype), ""))
-    steps = [fraction(work, cost, limits, seconds) for work, seconds in measured]
+    full = max(run.starts for item in measured for run in item.runs)
+    steps = [fraction(item, cost, limits, full) for item in measured]
     return {
         "model": args.model,
         **before,
@@ -193,23 +223,53 @@ def load(args: argparse.Namespace, info: ModelInfo, work: list[Work]) -> tuple["
 
 def timed(
     runner: "ModelRunner", work: list[Work], args: argparse.Namespace
-) -> Iterator[tuple[Work, list[float]]]:
-    """Each kind of step with the seconds of its runs, at least three."""
+) -> Iterator[Timed]:
+    """Each kind of step, at least three runs of it."""
+    full = 0.0
     for item in work:
         runner.execute(setup(item))
         plan = StepPlan(
             step=1,
             chunks=[Chunk(row, item.context - item.count, item.count) for row in range(item.rows)],
         )
-        runs: list[float] = []
-        end = time.perf_counter() + args.seconds
-        while len(runs) < 3 or time.perf_counter() < end:
-            result = runner.execute(plan)
-            if result.chunks[0].error:
-                raise HeadraceError(f"{item.name}: {result.chunks[0].error}")
-            runs.append(result.seconds)
-        yield item, runs
+        result = Timed(item, [], {})
+        programs = _programs(runner) if args.operators else []
+        for program in programs:
+            program.start_timing()
+        began = time.perf_counter()
+        while not _enough(result.runs, time.perf_counter() - began, args.seconds, full):
+            result.runs.append(_run(runner, item, plan))
+            full = max(full, result.runs[-1].starts)
+        for name, spent in [took for program in programs for took in program.take_times()]:
+            calls, before = result.operators.get(name, (0, 0.0))
+            result.operators[name] = (calls + 1, before + spent)
+        yield result
         runner.execute(StepPlan(step=2, chunks=[], freed_rows=list(range(item.rows))))
+
+
+def _enough(runs: list[Run], spent: float, seconds: float, full: float) -> bool:
+    if len(runs) < 3 or spent < seconds:
+        return False
+    alone = sum(run.starts >= _ALONE * full for run in runs)
+    return alone >= 3 or spent > _PATIENCE * seconds
+
+
+def _run(runner: "ModelRunner", work: Work, plan: StepPlan) -> Run:
+    from headrace.ops.cpu.probe import start_rate
+
+    before = start_rate()
+    result = runner.execute(plan)
+    if result.chunks[0].error:
+        raise HeadraceError(f"{work.name}: {result.chunks[0].error}")
+    return Run(result.seconds, min(before, start_rate()))
+
+
+def _programs(runner: "ModelRunner") -> list["Program"]:
+    """What the runner replays; nothing if it runs the model call by call."""
+    from headrace.runner.graph import RecordedGraph
+
+    graph = runner.graph
+    return [graph.body, graph.head] if isinstance(graph, RecordedGraph) else []
 
 
 def setup(work: Work) -> StepPlan:
@@ -230,16 +290,22 @@ def setup(work: Work) -> StepPlan:
 
 
 def fraction(
-    work: Work, cost: Cost, limits: tuple[float, float], runs: Sequence[float]
+    timed: Timed, cost: Cost, limits: tuple[float, float], full: float
 ) -> dict[str, Any]:
     """The measured step beside its limit; `limits` are bytes read and operations per second."""
+    work, runs = timed.work, timed.counted(full)
     reading = cost.bytes_read(work) / limits[0]
     multiplying = cost.operations(work) / limits[1]
     limit = max(reading, multiplying)
     best, median = min(runs), statistics.median(runs)
+    operators = {
+        name: {"calls": calls, "milliseconds": spent / len(timed.runs) * 1e3}
+        for name, (calls, spent) in timed.operators.items()
+    }
     return {
         "name": work.name,
-        "runs": len(runs),
+        "runs": len(timed.runs),
+        "runs_alone": sum(run.starts >= _ALONE * full for run in timed.runs),
         "milliseconds": median * 1e3,
         "best_milliseconds": best * 1e3,
         "tokens_per_s": work.tokens / median,
@@ -248,6 +314,7 @@ def fraction(
         "bound": "read" if reading > multiplying else "multiply",
         "fraction_of_limit": limit / median,
         "best_fraction_of_limit": limit / best,
+        **({"operators": operators} if operators else {}),
     }
 
 
@@ -263,10 +330,11 @@ def table(result: dict[str, Any]) -> str:
             step["bound"],
             f"{step['fraction_of_limit']:.0%}",
             f"{step['best_fraction_of_limit']:.0%}",
+            f"{step['runs_alone']}/{step['runs']}",
         ]
         for step in result["steps"]
     ]
-    header = ["step", "ms", "best ms", "token/s", "limit", "bound", "of limit", "best"]
+    header = ["step", "ms", "best ms", "token/s", "limit", "bound", "of limit", "best", "alone"]
     return "\n".join(
         [
             f"{result['model']}, {result['level']}, {result['threads']} threads",
@@ -276,8 +344,19 @@ def table(result: dict[str, Any]) -> str:
             *align(header, rows),
             "",
             "medians, beside them the best run; the limit is that of the higher rates",
+            "alone: runs that shared no core; they count alone where there are three",
+            *_operator_lines(result["steps"]),
         ]
     )
+
+
+def _operator_lines(steps: list[dict[str, Any]]) -> list[str]:
+    rows = [
+        [step["name"], name, str(spent["calls"]), f"{spent['milliseconds']:.2f}"]
+        for step in steps
+        for name, spent in step.get("operators", {}).items()
+    ]
+    return ["", *align(["step", "operator", "calls", "ms"], rows)] if rows else []
 
 
 def _limits(measured: dict[str, Any]) -> str:

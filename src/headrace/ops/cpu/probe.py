@@ -29,6 +29,7 @@ _READ_AT_ONCE = 8 << 20
 _COPIES_BYTES = 96 << 20  # weights that no cache holds
 _COPIES = 31
 _PAGE = 16
+_STARTS = 1600  # times 128 instructions: some 20 us
 _BURST = 4e8  # operations of one run of a large product, unless 1024 outputs are more
 
 
@@ -76,6 +77,22 @@ def read_bandwidth(budget: float = 0.5) -> float:
         place = (place + _READ_AT_ONCE) % _READ_TOTAL
 
     return _READ_AT_ONCE / best_seconds(work, budget)
+
+
+def start_rate() -> float:
+    """Instructions that the slowest of the threads' cores starts per second.
+
+    Half of what it can be where the core is shared with another hyperthread, whosever that is.
+    """
+    pieces = library.native().hr_threads()
+    sink = torch.zeros(pieces)
+    probe, args = Operator("probe_start", _Args), _Args(None, sink.data_ptr(), pieces, 0, _STARTS)
+    probe(args, Step())  # may find threads asleep
+    best = torch.zeros(pieces)
+    for _ in range(3):  # any may be interrupted
+        probe(args, Step())
+        best = torch.maximum(best, sink)
+    return float(best.min()) * 1e9
 
 
 def peak_rates(budget: float = 0.3) -> dict[str, float]:
