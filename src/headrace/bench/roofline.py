@@ -221,9 +221,7 @@ def load(args: argparse.Namespace, info: ModelInfo, work: list[Work]) -> tuple["
     return runner, cost
 
 
-def timed(
-    runner: "ModelRunner", work: list[Work], args: argparse.Namespace
-) -> Iterator[Timed]:
+def timed(runner: "ModelRunner", work: list[Work], args: argparse.Namespace) -> Iterator[Timed]:
     """Each kind of step, at least three runs of it."""
     full = 0.0
     for item in work:
@@ -289,9 +287,7 @@ def setup(work: Work) -> StepPlan:
     )
 
 
-def fraction(
-    timed: Timed, cost: Cost, limits: tuple[float, float], full: float
-) -> dict[str, Any]:
+def fraction(timed: Timed, cost: Cost, limits: tuple[float, float], full: float) -> dict[str, Any]:
     """The measured step beside its limit; `limits` are bytes read and operations per second."""
     work, runs = timed.work, timed.counted(full)
     reading = cost.bytes_read(work) / limits[0]
