@@ -56,12 +56,6 @@ void pause() {
 #endif
 }
 
-int64_t now() {
-  timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return t.tv_sec * 1'000'000'000LL + t.tv_nsec;
-}
-
 void futex_wait(void* word, uint32_t value) {
   syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
 }
@@ -251,6 +245,12 @@ void run(int64_t count, int64_t grain, Task task, void* context) {
   work(job, 0);
   close_and_wait();
   owner.unlock();
+}
+
+int64_t now() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return t.tv_sec * 1'000'000'000LL + t.tv_nsec;
 }
 
 int threads() { return size.load(std::memory_order_relaxed); }

@@ -29,6 +29,9 @@ void set_threads(int count);
 // The next call on the same thread with the same `slot` (0..3) returns the same memory or frees it.
 void* scratch(size_t bytes, int slot = 0);
 
+// Nanoseconds of a clock that is never set.
+int64_t now();
+
 // body(begin, end), see `run`. `grain`: items per piece; make a piece 5 microseconds or more.
 template <class Body>
 static inline void parallel(int64_t count, int64_t grain, const Body& body) {

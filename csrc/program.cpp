@@ -1,6 +1,5 @@
 // Recorded operator calls, replayed in order. Arguments are copied in, so that their owner may go.
 #include <string.h>
-#include <time.h>
 
 #include <memory>
 #include <vector>
@@ -14,12 +13,6 @@ struct hr_program {
   };
   std::vector<Call> calls;
 };
-
-static int64_t now() {
-  timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return t.tv_sec * 1'000'000'000LL + t.tv_nsec;
-}
 
 hr_program* hr_program_new(void) { return new hr_program; }
 
@@ -48,10 +41,10 @@ void hr_replay(const hr_program* program, const hr_step* step) {
 }
 
 void hr_replay_timed(const hr_program* program, const hr_step* step, int64_t* nanoseconds) {
-  int64_t begin = now();
+  int64_t begin = hr::now();
   for (const auto& call : program->calls) {
     hr::kernel_of(call.operator_index)(call.args.get(), *step);
-    const int64_t end = now();
+    const int64_t end = hr::now();
     *nanoseconds++ += end - begin;
     begin = end;
   }

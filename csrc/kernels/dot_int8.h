@@ -83,7 +83,7 @@ HR_INLINE vi dot4(vi c, vu u, vi s) {
 #endif
 }
 #else
-// c + in each 16-bit word two products, or at level 0 the same from words; `x` points to one quad.
+// c + in each 16-bit word two products of u and x, a quad; at level 0 x and x_odd are its words.
 // Inline assembly, because gcc 12 makes all products first and then lacks registers.
 HR_INLINE vs dot_nibbles(vs c, vu u, vu x, vu x_odd) {
 #if HR_LEVEL >= 1

@@ -79,13 +79,9 @@ static float* sums_of(const Block& block, const Input& input, int64_t products) 
 // The outputs of a block will be written. Many would be driven out of the cache before.
 static void expect(const hr_rows& y, const hr_weight& weight, const Input& input,
                    const Block& block, int64_t row) {
-  const int64_t size = y.dtype == HR_F32 ? 4 : 2, bytes = columns_of(weight, block) * size;
-  const char* at = static_cast<const char*>(y.data) +
-                   (row * y.stride + block.first * HR_PANEL) * size;
   const int64_t rows = block.rows(input.tiling);
-  for (int64_t r = 0; r < rows && rows <= kMostExpected; ++r) {
-    prefetch_to_write(at + r * y.stride * size, bytes);
-  }
+  if (rows > kMostExpected) return;
+  expect_rows(y, row, rows, block.first * HR_PANEL, columns_of(weight, block));
 }
 
 template <class T>

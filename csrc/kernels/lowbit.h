@@ -147,9 +147,7 @@ struct Result {
 
   // Some rows will be written.
   void expect(int64_t first, int64_t rows) const {
-    const int64_t size = y.dtype == HR_F32 ? 4 : 2;
-    const char* at = static_cast<const char*>(y.data) + (first * y.stride + column) * size;
-    for (int64_t r = 0; r < rows; ++r) prefetch_to_write(at + r * y.stride * size, columns * size);
+    expect_rows(y, first, rows, column, columns);
   }
 
   // `values` [rows][HR_PANEL] of rows from `first` on.

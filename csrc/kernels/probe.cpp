@@ -5,8 +5,6 @@
 // loads. probe_width tells the products of one such step, 0 where the level has no instruction.
 // probe_start tells whether a core is shared: it starts instructions that do nothing else, which
 // another hyperthread of the core halves, while multiply-adds alone may not show it.
-#include <time.h>
-
 #include "dot_int8.h"
 
 // A register whose value the compiler may not guess.
@@ -103,20 +101,14 @@ static void probe_width(const hr_probe_args& args, const hr_step&) {
   args.sink[3] = 4 * kLanes;
 }
 
-HR_INLINE int64_t nanoseconds() {
-  timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return t.tv_sec * 1'000'000'000LL + t.tv_nsec;
-}
-
 // sink[piece] = instructions per nanosecond.
 static void probe_start(const hr_probe_args& args, const hr_step&) {
-  constexpr int64_t kAtOnce = 128;  // and two of the loop
+  constexpr int64_t kAtOnce = 128;  // the two of the loop do not count
   hr::parallel(args.pieces, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t start = nanoseconds();
+      const int64_t start = hr::now();
       for (int64_t n = args.rounds; n > 0; --n) __asm__ volatile(".rept 128\nnop\n.endr");
-      const int64_t took = nanoseconds() - start;
+      const int64_t took = hr::now() - start;
       args.sink[i] = static_cast<float>(args.rounds * kAtOnce) / static_cast<float>(took + 1);
     }
   });

@@ -25,6 +25,14 @@ HR_INLINE void put(T* p, vf x, int64_t count) {
   }
 }
 
+// Columns [column, column + columns) of some rows will be written.
+HR_INLINE void expect_rows(const hr_rows& y, int64_t first, int64_t rows, int64_t column,
+                           int64_t columns) {
+  const int64_t size = y.dtype == HR_F32 ? 4 : 2;
+  const char* at = static_cast<const char*>(y.data) + (first * y.stride + column) * size;
+  for (int64_t r = 0; r < rows; ++r) prefetch_to_write(at + r * y.stride * size, columns * size);
+}
+
 // Elements [column, column + count) of a row, as fp32.
 template <class T>
 static inline void load_elements(const T* from, int64_t count, float* to) {

@@ -76,10 +76,20 @@ class Timed:
     runs: list[Run]
     operators: dict[str, tuple[int, float]]
 
+    def alone(self, full: float) -> list[float]:
+        """Seconds of the runs that had the cores for themselves."""
+        return [run.seconds for run in self.runs if run.starts >= _ALONE * full]
+
     def counted(self, full: float) -> list[float]:
-        """Seconds of the runs that had the cores for themselves; of all, if fewer than three."""
-        alone = [run.seconds for run in self.runs if run.starts >= _ALONE * full]
+        """The same, but of all runs if these are fewer than three."""
+        alone = self.alone(full)
         return alone if len(alone) >= 3 else [run.seconds for run in self.runs]
+
+    def enough(self, spent: float, seconds: float, full: float) -> bool:
+        """Whether `spent` seconds of runs will do."""
+        if len(self.runs) < 3 or spent < seconds:
+            return False
+        return len(self.alone(full)) >= 3 or spent > _PATIENCE * seconds
 
 
 @dataclass(frozen=True)
@@ -235,7 +245,7 @@ def timed(runner: "ModelRunner", work: list[Work], args: argparse.Namespace) -> 
         for program in programs:
             program.start_timing()
         began = time.perf_counter()
-        while not _enough(result.runs, time.perf_counter() - began, args.seconds, full):
+        while not result.enough(time.perf_counter() - began, args.seconds, full):
             result.runs.append(_run(runner, item, plan))
             full = max(full, result.runs[-1].starts)
         for name, spent in [took for program in programs for took in program.take_times()]:
@@ -243,13 +253,6 @@ def timed(runner: "ModelRunner", work: list[Work], args: argparse.Namespace) -> 
             result.operators[name] = (calls + 1, before + spent)
         yield result
         runner.execute(StepPlan(step=2, chunks=[], freed_rows=list(range(item.rows))))
-
-
-def _enough(runs: list[Run], spent: float, seconds: float, full: float) -> bool:
-    if len(runs) < 3 or spent < seconds:
-        return False
-    alone = sum(run.starts >= _ALONE * full for run in runs)
-    return alone >= 3 or spent > _PATIENCE * seconds
 
 
 def _run(runner: "ModelRunner", work: Work, plan: StepPlan) -> Run:
@@ -301,7 +304,7 @@ def fraction(timed: Timed, cost: Cost, limits: tuple[float, float], full: float)
     return {
         "name": work.name,
         "runs": len(timed.runs),
-        "runs_alone": sum(run.starts >= _ALONE * full for run in timed.runs),
+        "runs_alone": len(timed.alone(full)),
         "milliseconds": median * 1e3,
         "best_milliseconds": best * 1e3,
         "tokens_per_s": work.tokens / median,
